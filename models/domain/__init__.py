@@ -1,0 +1,1 @@
+"""Domain types: frozen pydantic models and enumerations, free of any framework."""

@@ -1,0 +1,100 @@
+"""What a worker reports: findings in a data set, metrics of a step, the manifest of an adapter."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from models.domain.base import Frozen, JsonObject
+
+
+class RowFinding(Frozen):
+    """One fault of a data set.
+
+    `line` counts from 1; `path` is the place inside the row, e.g. ``messages[1].role``.
+    """
+
+    line: int
+    code: str
+    message: str
+    path: str = ""
+    hint: str = ""
+
+    def sentence(self) -> str:
+        where = f"Line {self.line}" + (f", {self.path}" if self.path else "")
+        return f"{where}: {self.message}" + (f" {self.hint}" if self.hint else "")
+
+
+class DatasetReport(Frozen):
+    """The result of linting one file; `findings` holds the first 50, `n_findings` counts all."""
+
+    n_rows: int
+    n_valid_rows: int
+    n_findings: int = 0
+    findings: list[RowFinding] = Field(default_factory=list)
+
+
+MAX_FINDINGS = 50
+
+
+class StepMetrics(Frozen):
+    """Metrics of one optimizer step; losses are means over trained tokens, in nats.
+
+    ``valid_*`` come from a small batch at the step, ``full_valid_*`` from the whole validation
+    split (OpenAI's names).
+    """
+
+    step: int
+    epoch: float
+    train_loss: float
+    train_mean_token_accuracy: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class ManifestFile(Frozen):
+    name: str
+    bytes: int
+    sha256: str
+
+
+class AdapterManifest(Frozen):
+    """What an adapter is made of and what it needs; stored beside its tensors, written last.
+
+    `digest` is the sha256 over the adapter's own files (see ``worker/training/publish.py``); it is
+    the adapter's identity everywhere: slot, cache directory, ``system_fingerprint``.
+    """
+
+    format: Literal["tunery-adapter-1"] = "tunery-adapter-1"
+    digest: str
+    files: list[ManifestFile]
+    base_model: str
+    base_fingerprint: str
+    vocab_size: int
+    template_sha256: str
+    method: str
+    objective: str
+    precision: JsonObject
+    step: int
+    spec_sha256: str
+    data_sha256: str
+    versions: dict[str, str]
+
+
+class CheckpointManifest(Frozen):
+    """The complete, resumable state of a job after `step`, written after all its objects."""
+
+    format: Literal["tunery-checkpoint-1"] = "tunery-checkpoint-1"
+    job_id: str
+    attempt: int
+    step: int
+    adapter_digest: str
+    spec_sha256: str
+    files: list[ManifestFile]
+    versions: dict[str, str]

@@ -1,0 +1,281 @@
+"""The object store: uploads, checkpoints, adapters. Two back ends behind one protocol.
+
+`LocalStore` writes files itself, because obstore's local store never calls fsync; everything
+remote goes through obstore. Both obey ``tests/models/test_storage.py``.
+
+A key is ``segment/segment/…`` of safe characters, made by the service, never by a client.
+"""
+
+import hashlib
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import urlsplit
+
+from models.settings import StorageSettings
+
+if TYPE_CHECKING:
+    from obstore.store import S3Store
+
+CHUNK = 1024**2
+_KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,199}){0,9}")
+
+
+class ObjectNotFoundError(LookupError):
+    """No object has this key."""
+
+
+class ObjectExistsError(FileExistsError):
+    """A create-only write found an object under this key."""
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    key: str
+    size: int
+
+
+class ObjectStore(Protocol):
+    """Durable bytes by key. After `put` returns, the bytes survive a crash of the machine."""
+
+    def put(self, key: str, data: bytes | Iterable[bytes], *, create_only: bool = False) -> None:
+        """Store `data` under `key` as one atomic object.
+
+        Raises:
+            ObjectExistsError: `create_only` is set and the key is taken.
+            ValueError: the key is malformed.
+        """
+
+    def get(self, key: str) -> bytes:
+        """Return a whole (small) object, or raise `ObjectNotFoundError`."""
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        """Return the chunks of an object, or raise `ObjectNotFoundError` at once."""
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        """Return all objects whose key starts with ``prefix + "/"``, in order of their keys."""
+
+    def delete(self, key: str) -> None:
+        """Remove an object; removing what is not there is no error."""
+
+
+def open_store(settings: StorageSettings) -> ObjectStore:
+    """Open the store that `settings.url` names, or raise ``ValueError`` saying what a URL looks like."""
+    if settings.url.startswith("file:"):
+        return LocalStore(Path(settings.url.removeprefix("file:").removeprefix("//")))
+    if settings.url.startswith("s3://"):
+        return RemoteStore(settings)
+    raise ValueError(
+        f"TUNERY_STORAGE__URL is {settings.url!r}; it must be 'file:DIRECTORY' or 's3://BUCKET[/PREFIX]'."
+    )
+
+
+def checked_key(key: str) -> str:
+    if not _KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is no valid object key.")
+    return key
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable (a rename survives a crash only after this)."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _chunks(data: bytes | Iterable[bytes]) -> Iterable[bytes]:
+    return (data,) if isinstance(data, bytes) else data
+
+
+class LocalStore:
+    """Objects as files below one directory: temporary file, fsync, atomic rename, fsync of the directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.expanduser().resolve()
+        self._incoming = self.root / ".incoming"
+        self._incoming.mkdir(parents=True, exist_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self.root / checked_key(key)
+
+    def put(self, key: str, data: bytes | Iterable[bytes], *, create_only: bool = False) -> None:
+        path = self._path(key)
+        temporary = self._incoming / secrets.token_hex(16)
+        try:
+            with temporary.open("xb") as file:
+                for chunk in _chunks(data):
+                    file.write(chunk)
+                file.flush()
+                os.fsync(file.fileno())
+            self._make_durable(path.parent)
+            if create_only:
+                try:
+                    os.link(temporary, path)
+                except FileExistsError:
+                    raise ObjectExistsError(key) from None
+            else:
+                temporary.replace(path)
+            fsync_directory(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _make_durable(self, directory: Path) -> None:
+        missing = []
+        while not directory.exists():
+            missing.append(directory)
+            directory = directory.parent
+        for new in reversed(missing):
+            new.mkdir(exist_ok=True)
+            fsync_directory(new.parent)
+
+    def get(self, key: str) -> bytes:
+        try:
+            return self._path(key).read_bytes()
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectNotFoundError(key) from None
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        try:
+            file = self._path(key).open("rb")
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ObjectNotFoundError(key) from None
+
+        def read() -> Iterator[bytes]:
+            with file:
+                while chunk := file.read(CHUNK):
+                    yield chunk
+
+        return read()
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        found = []
+        for directory, _, names in os.walk(self._path(prefix)):
+            for name in names:
+                path = Path(directory, name)
+                found.append(ObjectInfo(path.relative_to(self.root).as_posix(), path.stat().st_size))
+        return sorted(found, key=lambda info: info.key)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        fsync_directory(path.parent)
+
+
+class RemoteStore:
+    """Objects in an S3-compatible store, through obstore."""
+
+    def __init__(self, settings: StorageSettings) -> None:
+        self._store = _open_s3(settings)
+
+    def put(self, key: str, data: bytes | Iterable[bytes], *, create_only: bool = False) -> None:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        try:
+            if create_only:  # conditional writes are one request: a condition needs all the bytes
+                body = b"".join(_chunks(data))
+                obstore.put(self._store, checked_key(key), body, mode="create", use_multipart=False)
+            else:
+                obstore.put(self._store, checked_key(key), data if isinstance(data, bytes) else iter(data))
+        except (AlreadyExistsError, PreconditionError):
+            raise ObjectExistsError(key) from None
+
+    def get(self, key: str) -> bytes:
+        return b"".join(self.stream(key))
+
+    def stream(self, key: str) -> Iterator[bytes]:
+        import obstore
+
+        try:
+            result = obstore.get(self._store, checked_key(key))
+        except FileNotFoundError:
+            raise ObjectNotFoundError(key) from None
+        return (bytes(chunk) for chunk in result.stream(min_chunk_size=CHUNK))
+
+    def list(self, prefix: str) -> list[ObjectInfo]:
+        import obstore
+
+        found = [
+            ObjectInfo(meta["path"], meta["size"])
+            for batch in obstore.list(self._store, prefix=checked_key(prefix) + "/")
+            for meta in batch
+        ]
+        return sorted(found, key=lambda info: info.key)
+
+    def delete(self, key: str) -> None:
+        import obstore
+
+        try:
+            obstore.delete(self._store, checked_key(key))
+        except FileNotFoundError:
+            return
+
+
+def _open_s3(settings: StorageSettings) -> "S3Store":
+    from obstore.store import S3Store
+
+    url = urlsplit(settings.url)
+    if not url.netloc:
+        raise ValueError(f"TUNERY_STORAGE__URL is {settings.url!r}; an S3 URL names a bucket: 's3://BUCKET[/PREFIX]'.")
+    secret = settings.secret_access_key
+    key_id = settings.access_key_id
+    options = {
+        "endpoint": settings.endpoint,
+        "access_key_id": key_id.get_secret_value() if key_id else None,
+        "secret_access_key": secret.get_secret_value() if secret else None,
+    }
+    return S3Store(
+        url.netloc,
+        prefix=url.path.strip("/") or None,
+        region=settings.region,
+        client_options={"allow_http": bool(settings.endpoint and settings.endpoint.startswith("http://"))},
+        **{name: value for name, value in options.items() if value is not None},
+    )
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def put_file(store: ObjectStore, key: str, path: Path) -> None:
+    """Store a local file under `key`."""
+    with path.open("rb") as file:
+        store.put(key, iter(lambda: file.read(CHUNK), b""))
+
+
+def fetch_file(store: ObjectStore, key: str, path: Path, *, sha256: str | None = None) -> None:
+    """Write an object to a local file; raise ``ValueError`` if its sha256 is not the expected one."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for chunk in store.stream(key):
+            digest.update(chunk)
+            file.write(chunk)
+    if sha256 is not None and digest.hexdigest() != sha256:
+        path.unlink()
+        raise ValueError(f"Object {key} has sha256 {digest.hexdigest()}, expected {sha256}.")
+
+
+def upload_key(file_id: str) -> str:
+    return f"files/{file_id}"
+
+
+def adapter_prefix(digest: str) -> str:
+    return f"adapters/{digest}"
+
+
+def checkpoint_prefix(job_id: str, step: int, attempt: int) -> str:
+    """Return the folder of one checkpoint; the attempt is part of it, so a stale worker writes apart."""
+    return f"jobs/{job_id}/checkpoints/{step:08d}-a{attempt}"
+
+
+MANIFEST = "manifest.json"

@@ -1,0 +1,1 @@
+"""What serves: an engine, the tiers of adapters in front of it, and the server around both."""
