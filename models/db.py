@@ -1,0 +1,112 @@
+"""The database: one engine a process, one transaction a request or task, committed at the edge."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqlalchemy import Connection, Double, Engine, create_engine, event
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.orm import Session
+from sqlalchemy.sql.functions import FunctionElement
+
+from models.settings import DatabaseSettings
+
+SQLITE_BUSY_SECONDS = 30
+
+
+_AFTER_COMMIT = "after_commit"
+
+
+def after_commit(session: Session, name: str, action: Callable[[], None]) -> None:
+    """Run `action` once the surrounding `Database.write` has committed; one action for each `name`.
+
+    Not SQLAlchemy's event of that name, which also fires when a savepoint is released.
+    """
+    session.info.setdefault(_AFTER_COMMIT, {})[name] = action
+
+
+class db_now(FunctionElement[float]):  # noqa: N801 (an SQL function, named like one)
+    """The database's clock, in seconds since 1970: leases must not depend on a worker's clock."""
+
+    type = Double()
+    inherit_cache = True
+
+
+@compiles(db_now, "sqlite")
+def _sqlite_now(element: db_now, compiler: Any, **_: Any) -> str:
+    return "(julianday('now') * 86400.0 - 210866760000.0)"
+
+
+@compiles(db_now, "postgresql")
+def _postgresql_now(element: db_now, compiler: Any, **_: Any) -> str:
+    return "extract(epoch from clock_timestamp())::double precision"
+
+
+class Database:
+    """An engine and the two kinds of transactions.
+
+    SQLite begins a writing transaction with ``BEGIN IMMEDIATE``: a deferred one that reads first and
+    writes later fails with "database is locked" as soon as two of them meet.
+    """
+
+    def __init__(self, settings: DatabaseSettings) -> None:
+        self.engine = _create_engine(settings)
+        self._reader = self.engine.execution_options(sqlite_begin="BEGIN")
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A session that commits when the block ends and rolls back when it raises.
+
+        What was registered with `after_commit` runs after the commit, and never after a rollback.
+        """
+        with Session(self.engine, expire_on_commit=False) as session:
+            with session.begin():
+                yield session
+            for action in session.info.pop(_AFTER_COMMIT, {}).values():
+                action()
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session for reading; whatever it changes is rolled back."""
+        with Session(self._reader, expire_on_commit=False) as session:
+            yield session
+
+    def is_reachable(self) -> bool:
+        try:
+            with self.engine.connect():
+                return True
+        except OperationalError:
+            return False
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _create_engine(settings: DatabaseSettings) -> Engine:
+    if not settings.url.startswith("sqlite"):
+        return create_engine(settings.url, pool_size=settings.pool_size, pool_pre_ping=True)
+    engine = create_engine(
+        settings.url,
+        pool_size=settings.pool_size,
+        max_overflow=40,
+        connect_args={"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False},
+    )
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # this module begins transactions, not the driver
+        for pragma in (
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            f"busy_timeout = {SQLITE_BUSY_SECONDS * 1000}",
+        ):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        how = connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE")
+        connection.exec_driver_sql(how)
+
+    return engine

@@ -1,0 +1,1 @@
+"""Queries and state changes as plain functions over a session; nothing here commits."""

@@ -1,0 +1,72 @@
+"""Base models: the operator's catalog as rows, and the identity that a worker found."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from models.errors import InvalidRequestError
+from models.tables import BaseModel
+
+
+class Identity(Protocol):
+    """The part of ``worker.base_models.BaseModelInfo`` that a row keeps."""
+
+    name: str
+    fingerprint: str
+    config_sha256: str
+    weights_sha256: str
+    vocab_size: int
+    n_parameters: int
+    max_length: int
+
+
+def sync_catalog(session: Session, catalog: Mapping[str, str]) -> None:
+    """Make the rows equal the catalog: new names appear, missing ones are retired, never deleted."""
+    rows = {row.name: row for row in session.scalars(select(BaseModel).with_for_update())}
+    for name, source in catalog.items():
+        row = rows.get(name)
+        if row is None:
+            session.add(BaseModel(name=name, source=source))
+        elif row.source != source or row.retired:
+            row.source, row.retired = source, False
+    for name, row in rows.items():
+        if name not in catalog:
+            row.retired = True
+    session.flush()
+
+
+def active(session: Session) -> Sequence[BaseModel]:
+    return session.scalars(
+        select(BaseModel).where(BaseModel.retired.is_(False)).order_by(BaseModel.name)
+    ).all()
+
+
+def get(session: Session, name: str) -> BaseModel:
+    """Return an active base model, or raise `InvalidRequestError` listing the names there are."""
+    row = session.get(BaseModel, name)
+    if row is None or row.retired:
+        known = ", ".join(model.name for model in active(session)) or "none"
+        raise InvalidRequestError(
+            f"Model {name!r} is not available for fine-tuning. Base models here: {known}.",
+            param="model",
+            code="model_not_found",
+        )
+    return row
+
+
+def record_identity(session: Session, info: Identity) -> None:
+    """Store what a process found when it materialised the base model."""
+    session.execute(
+        update(BaseModel)
+        .where(BaseModel.name == info.name)
+        .values(
+            fingerprint=info.fingerprint,
+            config_sha256=info.config_sha256,
+            weights_sha256=info.weights_sha256,
+            vocab_size=info.vocab_size,
+            n_parameters=info.n_parameters,
+            max_length=info.max_length,
+        )
+    )

@@ -1,0 +1,41 @@
+"""Events of a job: append-only, numbered without gaps."""
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from models.domain.base import JsonObject
+from models.domain.status import EventLevel
+from models.registry.page import Cursor, Page, page
+from models.tables import Event, Job, new_id
+
+
+def append(
+    session: Session,
+    job_id: str,
+    message: str,
+    *,
+    level: EventLevel = EventLevel.INFO,
+    data: JsonObject | None = None,
+) -> None:
+    """Add one event; `data` makes it an event of type ``metrics``, else it is a ``message``."""
+    # The lock on the job row makes the next number ours until the commit.
+    session.execute(select(Job.id).where(Job.id == job_id).with_for_update())
+    last = session.scalar(select(func.max(Event.sequence)).where(Event.job_id == job_id)) or 0
+    session.add(
+        Event(
+            id=new_id("ftevent-"),
+            job_id=job_id,
+            sequence=last + 1,
+            level=level,
+            type="message" if data is None else "metrics",
+            message=message,
+            data=data,
+        )
+    )
+    session.flush()
+
+
+def list_page(session: Session, job_id: str, cursor: Cursor) -> Page[Event]:
+    """Return events newest first; the cursor's `after` is an event id."""
+    query = select(Event).where(Event.job_id == job_id)
+    return page(session, query, Event, (Event.sequence, Event.id), cursor)

@@ -1,0 +1,206 @@
+"""Jobs as a worker sees them: claim, heartbeat, progress, outcome.
+
+Ownership is a lease on the database's clock plus the attempt number. Every write of a worker goes
+through `fence` or carries the attempt in its condition, so that a worker which was frozen while
+another took over changes nothing (specs: reliability, section 1.2).
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import CursorResult, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from models.db import db_now
+from models.domain.status import EventLevel, JobStatus
+from models.domain.training import TrainingSpec
+from models.errors import LeaseLostError
+from models.registry import events
+from models.registry.jobs import end_as_failed, move
+from models.tables import Checkpoint, Job, JobAttempt
+
+
+def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
+    """Take the next queued job: highest priority first, then the oldest.
+
+    Returns the job with its new attempt number, or None when nothing waits.
+    """
+    job = session.scalar(
+        select(Job)
+        .where(Job.status == JobStatus.QUEUED)
+        .order_by(Job.priority.desc(), Job.created_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
+    if job is None:
+        return None
+    attempt = job.attempt + 1
+    moved = move(
+        session,
+        job.id,
+        JobStatus.RUNNING,
+        Job.attempt == job.attempt,
+        attempt=attempt,
+        lease_owner=worker,
+        lease_until=db_now() + lease_seconds,
+        started_at=func.coalesce(Job.started_at, db_now()),
+        checkpoint_step_at_claim=_checkpoint_step(session, job.id),
+    )
+    if not moved:
+        return None
+    session.add(JobAttempt(job_id=job.id, attempt=attempt, worker=worker, started_at=db_now()))
+    message = "Fine-tuning job started" if attempt == 1 else f"Fine-tuning job resumed (attempt {attempt})"
+    events.append(session, job.id, message)
+    session.refresh(job)
+    return job
+
+
+def _checkpoint_step(session: Session, job_id: str) -> int:
+    return session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job_id)) or 0
+
+
+def _owned(job_id: str, attempt: int) -> tuple[Any, ...]:
+    return (Job.id == job_id, Job.attempt == attempt, Job.status == JobStatus.RUNNING)
+
+
+def fence(session: Session, job_id: str, attempt: int, **values: Any) -> None:
+    """Write `values` to the job if `attempt` still owns it; keeps the row locked until the commit.
+
+    Raises:
+        LeaseLostError: the job has a newer attempt or is not running any more.
+    """
+    result = session.execute(
+        update(Job).where(*_owned(job_id, attempt)).values(attempt=attempt, **values)
+    )
+    assert isinstance(result, CursorResult)
+    if result.rowcount != 1:
+        raise LeaseLostError(f"Attempt {attempt} of job {job_id} has lost its lease.")
+
+
+def heartbeat(session: Session, job_id: str, attempt: int, lease_seconds: float) -> bool:
+    """Renew the lease; return whether the owner has asked to cancel. Raises `LeaseLostError`."""
+    cancel_requested = session.scalar(
+        update(Job)
+        .where(*_owned(job_id, attempt))
+        .values(lease_until=db_now() + lease_seconds)
+        .returning(Job.cancel_requested)
+    )
+    if cancel_requested is None:
+        raise LeaseLostError(f"Attempt {attempt} of job {job_id} has lost its lease.")
+    return cancel_requested
+
+
+def record_spec(session: Session, job_id: str, attempt: int, spec: TrainingSpec) -> None:
+    """Store the resolved specification: what was ``"auto"`` is a number from now on."""
+    fence(session, job_id, attempt, spec=spec.model_dump(mode="json"))
+
+
+def record_trainer(session: Session, job_id: str, attempt: int, pid: int) -> None:
+    session.execute(
+        update(JobAttempt)
+        .where(JobAttempt.job_id == job_id, JobAttempt.attempt == attempt)
+        .values(trainer_pid=pid)
+    )
+
+
+def end_attempt(
+    session: Session, job_id: str, attempt: int, outcome: str, exit_code: int | None
+) -> None:
+    """Note how an attempt ended; history only, so it needs no fence."""
+    session.execute(
+        update(JobAttempt)
+        .where(JobAttempt.job_id == job_id, JobAttempt.attempt == attempt)
+        .values(ended_at=db_now(), outcome=outcome, exit_code=exit_code)
+    )
+
+
+def release(session: Session, job_id: str, attempt: int, reason: str) -> None:
+    """Give a running job back to the queue, e.g. when its worker shuts down. Raises `LeaseLostError`."""
+    fence(session, job_id, attempt)
+    move(session, job_id, JobStatus.QUEUED, lease_owner=None, lease_until=None)
+    events.append(session, job_id, reason)
+
+
+def succeed(session: Session, job_id: str, attempt: int, **values: Any) -> None:
+    """End a job well; the caller adds the adapter row in the same transaction."""
+    fence(session, job_id, attempt)
+    move(session, job_id, JobStatus.SUCCEEDED, **values)
+    events.append(session, job_id, f"New fine-tuned model created: {values['fine_tuned_model']}")
+    events.append(session, job_id, "The job has successfully completed")
+
+
+def fail(
+    session: Session, job_id: str, attempt: int, code: str, message: str, param: str | None = None
+) -> None:
+    """End a job badly, for a reason that another attempt would meet again. Raises `LeaseLostError`."""
+    fence(session, job_id, attempt)
+    end_as_failed(session, job_id, code, message, param)
+
+
+def finish_cancel(session: Session, job_id: str, attempt: int) -> None:
+    """End a running job whose owner asked for it. Raises `LeaseLostError`."""
+    fence(session, job_id, attempt)
+    move(session, job_id, JobStatus.CANCELLED)
+    events.append(session, job_id, "Fine-tuning job cancelled")
+
+
+@dataclass(frozen=True, slots=True)
+class LostRun:
+    """Why a running job came back without an outcome."""
+
+    code: str
+    reason: str
+
+
+def requeue(
+    session: Session, job_id: str, attempt: int, lost: LostRun, max_attempts: int
+) -> JobStatus:
+    """Put a job whose run was lost back into the queue, or fail it.
+
+    It fails after `max_attempts` attempts in a row that produced no new checkpoint. Raises
+    `LeaseLostError` when the attempt is not the current one.
+    """
+    fence(session, job_id, attempt)
+    job = session.get_one(Job, job_id, populate_existing=True)
+    if job.cancel_requested:
+        move(session, job_id, JobStatus.CANCELLED)
+        events.append(session, job_id, "Fine-tuning job cancelled")
+        return JobStatus.CANCELLED
+    reached = _checkpoint_step(session, job_id)
+    fruitless = 0 if reached > job.checkpoint_step_at_claim else job.fruitless_attempts + 1
+    if fruitless >= max_attempts:
+        message = f"{lost.reason} The job failed after {fruitless} attempts without a new checkpoint."
+        end_as_failed(session, job_id, lost.code, message, None)
+        return JobStatus.FAILED
+    move(
+        session,
+        job_id,
+        JobStatus.QUEUED,
+        lease_owner=None,
+        lease_until=None,
+        fruitless_attempts=fruitless,
+    )
+    events.append(
+        session,
+        job_id,
+        f"{lost.reason} The job continues from step {reached}.",
+        level=EventLevel.WARN,
+    )
+    return JobStatus.QUEUED
+
+
+def requeue_expired(session: Session, max_attempts: int) -> list[str]:
+    """Requeue (or fail) every running job whose lease has run out; return their ids."""
+    expired = session.scalars(
+        select(Job)
+        .where(
+            Job.status == JobStatus.RUNNING,
+            or_(Job.lease_until.is_(None), Job.lease_until < db_now()),
+        )
+        .with_for_update(skip_locked=True)
+    ).all()
+    lost = LostRun("worker_lost", "The worker of this job stopped answering.")
+    for job in expired:
+        end_attempt(session, job.id, job.attempt, "lease_expired", None)
+        requeue(session, job.id, job.attempt, lost, max_attempts)
+    return [job.id for job in expired]

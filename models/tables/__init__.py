@@ -1,0 +1,25 @@
+"""Typed rows; importing this package registers every table on ``Base.metadata``."""
+
+from models.tables.base import Base, new_id
+from models.tables.base_model import BaseModel
+from models.tables.file import File
+from models.tables.inference_server import InferenceServer
+from models.tables.job import Event, Job, JobAttempt
+from models.tables.result import Adapter, Checkpoint, Metric
+from models.tables.tenancy import ApiKey, Project
+
+__all__ = [
+    "Adapter",
+    "ApiKey",
+    "Base",
+    "BaseModel",
+    "Checkpoint",
+    "Event",
+    "File",
+    "InferenceServer",
+    "Job",
+    "JobAttempt",
+    "Metric",
+    "Project",
+    "new_id",
+]

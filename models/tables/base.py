@@ -1,0 +1,36 @@
+"""The declarative base: names of constraints, identifiers, times."""
+
+import secrets
+from typing import Any
+
+from sqlalchemy import JSON, Double, MetaData
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from models.db import db_now
+from models.domain.base import JsonObject
+
+_ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no 0/o, 1/l: ids are read aloud
+
+
+def new_id(prefix: str, length: int = 24) -> str:
+    """Return an unguessable identifier such as ``ftjob-…`` (5 bits a character)."""
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {JsonObject: JSON, list[str]: JSON, float: Double, dict[str, Any]: JSON}  # noqa: RUF012
+
+
+class Created:
+    """When a row came to be, in seconds since 1970 by the database's clock."""
+
+    created_at: Mapped[float] = mapped_column(default=db_now(), index=True)

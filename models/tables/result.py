@@ -1,0 +1,50 @@
+"""What a job produces: metrics, checkpoints, the adapter."""
+
+from sqlalchemy import BigInteger, ForeignKey, UniqueConstraint
+from sqlalchemy.orm import Mapped, mapped_column
+
+from models.domain.base import JsonObject
+from models.tables.base import Base, Created
+
+
+class Metric(Base):
+    """The metrics of one optimizer step; `attempt` tells which run of the step counts."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    attempt: Mapped[int]
+    values: Mapped[JsonObject]
+
+
+class Checkpoint(Created, Base):
+    """A complete object set ``jobs/{job}/checkpoints/{step}-a{attempt}``, and its adapter by digest."""
+
+    __tablename__ = "checkpoints"
+    __table_args__ = (UniqueConstraint("job_id", "step"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    step: Mapped[int]
+    name: Mapped[str] = mapped_column(unique=True)
+    object_prefix: Mapped[str]
+    adapter_digest: Mapped[str]
+    base_fingerprint: Mapped[str]
+    metrics: Mapped[JsonObject]
+
+
+class Adapter(Created, Base):
+    """A published adapter: the alias `name` for the immutable content `digest`."""
+
+    __tablename__ = "adapters"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    digest: Mapped[str] = mapped_column(index=True)
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    manifest: Mapped[JsonObject]
+    deleted_at: Mapped[float | None]
