@@ -1,0 +1,101 @@
+"""The published form of an adapter: which files it has, its digest, its manifest.
+
+An adapter in the object store is ``adapters/{digest}/`` with the files of `ADAPTER_FILES` (PEFT's
+LoRA layout) and ``manifest.json``. The trainer writes this form and the inference server reads it.
+"""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from models.domain.reports import AdapterManifest, ManifestFile
+from models.errors import UnprocessableError
+from models.storage import MANIFEST, ObjectStore, adapter_prefix, put_file, sha256_file
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+_DIGEST = re.compile(r"[0-9a-f]{40}")
+
+
+def is_digest(value: str) -> bool:
+    """Tell whether `value` has the form of an adapter digest: 40 lower-case hexadecimal digits."""
+    return _DIGEST.fullmatch(value) is not None
+
+
+def digest_of_files(files: Iterable[ManifestFile]) -> str:
+    """Return the adapter's identity: sha256 over the lines ``name:sha256`` in order of the names.
+
+    The first 40 hexadecimal digits are kept: 160 bits, the length of a git object name.
+    """
+    lines = "\n".join(f"{file.name}:{file.sha256}" for file in sorted(files, key=lambda f: f.name))
+    return hashlib.sha256(lines.encode()).hexdigest()[:40]
+
+
+def digest_of(directory: Path) -> tuple[str, list[ManifestFile]]:
+    """Return the digest of the adapter in `directory` and its files, in order of their names.
+
+    Raises:
+        UnprocessableError: one of `ADAPTER_FILES` is missing.
+    """
+    files = []
+    for name in sorted(ADAPTER_FILES):
+        path = directory / name
+        if not path.is_file():
+            raise invalid_adapter("missing_file", f"it has no file {name!r}")
+        files.append(
+            ManifestFile(name=name, bytes=path.stat().st_size, sha256=sha256_file(path)),
+        )
+    return digest_of_files(files), files
+
+
+def write_manifest(directory: Path, manifest: AdapterManifest) -> Path:
+    """Write `manifest` beside the adapter's files and return its path."""
+    path = directory / MANIFEST
+    path.write_text(manifest.model_dump_json(indent=2))
+    return path
+
+
+def read_manifest(directory: Path) -> AdapterManifest:
+    """Read the manifest in `directory`; raises ``FileNotFoundError`` or what `parse_manifest` raises."""
+    return parse_manifest((directory / MANIFEST).read_bytes())
+
+
+def parse_manifest(data: bytes) -> AdapterManifest:
+    """Return a manifest that is consistent in itself: its files are the two, its digest is theirs.
+
+    Raises:
+        UnprocessableError: it is not, or `data` is no manifest at all.
+    """
+    try:
+        manifest = AdapterManifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the document"
+        raise invalid_adapter("bad_manifest", f"{where} in its manifest: {first['msg']}") from error
+    names = sorted(file.name for file in manifest.files)
+    if names != sorted(ADAPTER_FILES):
+        raise invalid_adapter("bad_manifest", f"its manifest lists {names}, not {ADAPTER_FILES}")
+    if (digest := digest_of_files(manifest.files)) != manifest.digest:
+        raise invalid_adapter(
+            "digest_mismatch", f"its files have digest {digest}, its manifest says {manifest.digest}"
+        )
+    return manifest
+
+
+def put_adapter(store: ObjectStore, directory: Path, manifest: AdapterManifest) -> None:
+    """Store the adapter in `directory` under its digest: tensors first, the manifest last."""
+    prefix = adapter_prefix(manifest.digest)
+    for file in manifest.files:
+        put_file(store, f"{prefix}/{file.name}", directory / file.name)
+    store.put(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+
+
+def invalid_adapter(reason: str, detail: str) -> UnprocessableError:
+    """Return the error of an adapter that exists and cannot be served, with a stable reason code."""
+    return UnprocessableError(
+        f"The adapter cannot be loaded ({reason}): {detail}. Train or publish it again.",
+        param="model",
+        code="invalid_adapter",
+    )
