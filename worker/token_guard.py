@@ -1,0 +1,100 @@
+"""Special tokens typed into content: kept apart from the template's own, and encoded as text.
+
+A user who types ``<|im_end|>`` must not end a turn. Breaking the string up would change what the
+user wrote, and encoding the content piece by piece would change the tokens around it. Instead:
+
+1. in the content, each special token's name is replaced by a *mask*, a number nobody can guess;
+2. the template runs, and writes its own special tokens by their names;
+3. in its output, the names become *aliases* (numbers again) and the masks become names;
+4. a copy of the tokenizer, in which every special token is called by its alias, encodes it: what
+   the template wrote gets its id, and the names are ordinary text.
+
+Masks and aliases are digits only, so that no ``trim``, ``lower`` or ``tojson`` of a template
+changes them.
+"""
+
+import json
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerBase
+
+_Value = TypeVar("_Value")
+
+
+class TokenGuard:
+    """Finds, masks and encodes special tokens for one tokenizer.
+
+    Args:
+        tokenizer: Its special added tokens are guarded; added tokens that are not special (such as
+            ``<think>``) may be written in content and keep their ids.
+        secret: A string of digits that no content can contain, because nobody knows it.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", secret: str) -> None:
+        self._tokenizer = tokenizer
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        for token_id, token in tokenizer.added_tokens_decoder.items():
+            if token.special:
+                special[token.content] = token_id
+        self._ids = frozenset(special.values())
+        self._masks = {name: f"{secret}1{special[name]:09d}" for name in special}
+        self._aliases = {name: f"{secret}2{special[name]:09d}" for name in special}
+        longest_first = sorted(special, key=len, reverse=True)
+        self._names = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        swaps = {mask: name for name, mask in self._masks.items()} | self._aliases
+        self._swaps = swaps
+        self._swappable = re.compile("|".join([f"{secret}1[0-9]{{9}}", self._names.pattern]))
+
+    def found_in(self, value: object) -> bool:
+        """Return whether a string anywhere inside a JSON-like `value` names a special token."""
+        if isinstance(value, str):
+            return self._names.search(value) is not None
+        if isinstance(value, dict):
+            return any(self.found_in(key) or self.found_in(item) for key, item in value.items())
+        return isinstance(value, list) and any(map(self.found_in, value))
+
+    def mask(self, value: _Value) -> _Value:
+        """Return a copy of a JSON-like `value` with every special token's name masked."""
+        return self._mask(value)  # type: ignore[return-value]
+
+    def _mask(self, value: object) -> object:
+        if isinstance(value, str):
+            return self._names.sub(lambda match: self._masks[match[0]], value)
+        if isinstance(value, dict):
+            return {self._mask(key): self._mask(item) for key, item in value.items()}
+        return [self._mask(item) for item in value] if isinstance(value, list) else value
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a template's output over masked content."""
+        swapped = self._swappable.sub(lambda match: self._swaps[match[0]], text)
+        ids: list[int] = self._renamed.encode(swapped, add_special_tokens=False).ids
+        return ids
+
+    def last_special(self, ids: list[int], start: int) -> int | None:
+        """Return the index of the last special token of `ids` at or after `start`, if any."""
+        return next(
+            (index for index in range(len(ids) - 1, start - 1, -1) if ids[index] in self._ids),
+            None,
+        )
+
+    @cached_property
+    def _renamed(self) -> "Tokenizer":
+        """The tokenizer with its special tokens called by aliases; built at the first need."""
+        from tokenizers import Tokenizer
+
+        plan: dict[str, Any] = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        plan["post_processor"] = plan["truncation"] = plan["padding"] = None
+        for token in plan["added_tokens"]:
+            token["content"] = self._aliases.get(token["content"], token["content"])
+        model = plan["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {self._aliases.get(k, k): v for k, v in model["vocab"].items()}
+        else:
+            model["vocab"] = [[self._aliases.get(k, k), score] for k, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = self._aliases.get(model["unk_token"], model["unk_token"])
+        return Tokenizer.from_str(json.dumps(plan))
