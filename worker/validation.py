@@ -21,7 +21,7 @@ from worker.row_faults import Fault, row_fault, schema_fault
 MAX_DEPTH = 64
 """Nested arrays and objects of one row; orjson reads 1024 but writes only 254."""
 
-_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
+_STRING_OR_BRACKET = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
