@@ -58,7 +58,7 @@ def write_manifest(directory: Path, manifest: AdapterManifest) -> Path:
 
 
 def read_manifest(directory: Path) -> AdapterManifest:
-    """Read the manifest in `directory`; raises ``FileNotFoundError`` or what `parse_manifest` raises."""
+    """Read the manifest in `directory`; raises what `parse_manifest` does, or `FileNotFoundError`."""
     return parse_manifest((directory / MANIFEST).read_bytes())
 
 
@@ -79,7 +79,8 @@ def parse_manifest(data: bytes) -> AdapterManifest:
         raise invalid_adapter("bad_manifest", f"its manifest lists {names}, not {ADAPTER_FILES}")
     if (digest := digest_of_files(manifest.files)) != manifest.digest:
         raise invalid_adapter(
-            "digest_mismatch", f"its files have digest {digest}, its manifest says {manifest.digest}"
+            "digest_mismatch",
+            f"its files have digest {digest}, its manifest says {manifest.digest}",
         )
     return manifest
 
@@ -93,7 +94,7 @@ def put_adapter(store: ObjectStore, directory: Path, manifest: AdapterManifest) 
 
 
 def invalid_adapter(reason: str, detail: str) -> UnprocessableError:
-    """Return the error of an adapter that exists and cannot be served, with a stable reason code."""
+    """Return the error of an adapter that exists but cannot be served; `reason` is a stable code."""
     return UnprocessableError(
         f"The adapter cannot be loaded ({reason}): {detail}. Train or publish it again.",
         param="model",

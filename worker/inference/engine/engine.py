@@ -1,0 +1,266 @@
+"""The engine: the seam that the server talks to, and an implementation that steps in turn.
+
+`InterleavedEngine` gives every sequence a cache and a forward pass of its own. That is not the
+fastest way, but an answer is, to the bit, the answer that the same request gets alone.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Condition, Thread
+from typing import Protocol
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from worker.inference.engine.adapters import read_adapter
+from worker.inference.engine.errors import (
+    EngineClosedError,
+    EngineError,
+    EngineFullError,
+    GenerationError,
+)
+from worker.inference.engine.lora import ActiveAdapter, wrap_linears
+from worker.inference.engine.params import EngineStats, LinearShape, Sampling, TokenEvent
+from worker.inference.engine.pool import AdapterLease, AdapterPool
+from worker.inference.engine.sequence import Sequence
+from worker.inference.engine.stream import Decode, TextStream
+
+PREFILL_CHUNK = 512
+"""Prompt tokens of one step: a long prompt holds up the other streams no longer than that."""
+
+Emit = Callable[[int, TokenEvent | EngineError], None]
+"""Takes (choice, event) on the engine's thread; it must return at once and not raise."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A prompt (not empty) to continue `n` times; choice i draws with ``sampling.seed + i``."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    n: int = 1
+    lease: AdapterLease | None = None
+    """On the adapter to use; the engine takes leases of its own. None is the base model."""
+
+
+class Ticket(Protocol):
+    """A submitted request."""
+
+    def abort(self) -> None:
+        """Stop at the next step boundary without further events; harmless when it has ended."""
+
+
+class Engine(Protocol):
+    """One base model on one device, with adapters. Every method is safe from any thread."""
+
+    def acquire(self, digest: str) -> AdapterLease | None:
+        """Return a lease on an adapter in memory, or None where it has to be loaded first."""
+
+    def load(self, digest: str, directory: Path) -> AdapterLease:
+        """Check the adapter in `directory` and bring it into memory; blocks, so not on a loop.
+
+        Raises:
+            AdapterFormatError: the files break a rule.
+            AdapterPoolFullError: there is no room that could be made.
+        """
+
+    def submit(self, request: Request, emit: Emit) -> Ticket:
+        """Queue a request and return at once; its events go to `emit`, each choice's in order.
+
+        A choice ends with a `TokenEvent` that has a finish reason, or with an `EngineError`.
+
+        Raises:
+            EngineFullError: too many sequences wait already.
+            EngineClosedError: the engine is closed.
+        """
+
+    def stats(self) -> EngineStats:
+        """Return what the engine is doing right now."""
+
+    def close(self) -> None:
+        """End all sequences with `EngineClosedError` and stop; returns when the thread is gone."""
+
+
+class _Ticket:
+    def __init__(self, sequences: list[Sequence], changed: Condition) -> None:
+        self._sequences = sequences
+        self._changed = changed
+
+    def abort(self) -> None:
+        with self._changed:
+            for sequence in self._sequences:
+                sequence.aborted = True
+            self._changed.notify_all()
+
+
+class InterleavedEngine:
+    """Steps the running sequences in turn, each by itself: a prompt chunk or a token at a time.
+
+    Args:
+        model: A causal language model in evaluation mode; its linear layers get wrapped.
+        decode: Token ids to text.
+        stop_ids: Tokens that end an answer.
+        max_adapters: Adapters kept in memory.
+        max_running: Sequences stepped in turn; each holds a cache.
+        max_waiting: Sequences that may wait for a turn.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decode: Decode,
+        stop_ids: Iterable[int],
+        *,
+        max_adapters: int = 16,
+        max_running: int = 16,
+        max_waiting: int = 64,
+    ) -> None:
+        self._model = model
+        self._decode = decode
+        self._stop_ids = frozenset(stop_ids)
+        self._active = ActiveAdapter()
+        self._linears: Mapping[str, LinearShape] = wrap_linears(model, self._active)
+        self._pool = AdapterPool(max_adapters)
+        self._max_running = max_running
+        self._max_waiting = max_waiting
+        self._changed = Condition()
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._closing = False
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def acquire(self, digest: str) -> AdapterLease | None:
+        return self._pool.acquire(digest)
+
+    def load(self, digest: str, directory: Path) -> AdapterLease:
+        weights = read_adapter(directory, digest, self._linears)
+        return self._pool.admit(weights.to(self._model.device))
+
+    def submit(self, request: Request, emit: Emit) -> Ticket:
+        if not request.prompt:
+            raise ValueError("A prompt needs at least one token.")
+        with self._changed:
+            if self._closing or not self._thread.is_alive():
+                raise EngineClosedError("The engine is closed.")
+            free = self._max_running - len(self._running)
+            if len(self._waiting) + request.n > self._max_waiting + free:
+                raise EngineFullError(f"{len(self._waiting)} sequences are waiting already.")
+            sequences = [self._sequence(request, index, emit) for index in range(request.n)]
+            self._waiting.extend(sequences)
+            self._changed.notify_all()
+        return _Ticket(sequences, self._changed)
+
+    def _sequence(self, request: Request, index: int, emit: Emit) -> Sequence:
+        seed = request.sampling.seed
+        sampling = replace(request.sampling, seed=None if seed is None else seed + index)
+        lease = request.lease.share() if request.lease is not None else None
+        text = TextStream(self._decode, sampling.stop)
+        return Sequence(request.prompt, sampling, lease, text, partial(emit, index))
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            running, waiting = len(self._running), len(self._waiting)
+        return EngineStats(
+            alive=self._thread.is_alive() and not self._closing,
+            running=running,
+            waiting=waiting,
+            references=self._pool.references(),
+        )
+
+    def close(self) -> None:
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._admit():
+                for sequence in self._running:
+                    self._step(sequence)
+        finally:
+            with self._changed:
+                self._closing = True
+                left = [*self._running, *self._waiting]
+                self._running = []
+                self._waiting.clear()
+            for sequence in left:
+                if not sequence.ended:
+                    self._end(sequence, EngineClosedError("The engine was closed."))
+
+    def _admit(self) -> bool:
+        """Drop what ended or was aborted, let the next ones in, wait for work; False to stop."""
+        with self._changed:
+            while True:
+                for sequence in [*self._running, *self._waiting]:
+                    if sequence.aborted and not sequence.ended:
+                        sequence.end()
+                self._running = [sequence for sequence in self._running if not sequence.ended]
+                self._waiting = deque(s for s in self._waiting if not s.ended)
+                while self._waiting and len(self._running) < self._max_running:
+                    self._running.append(self._waiting.popleft())
+                if self._closing:
+                    return False
+                if self._running:
+                    return True
+                self._changed.wait()
+
+    def _step(self, sequence: Sequence) -> None:
+        if sequence.aborted:
+            return
+        try:
+            logits = self._forward(sequence)
+            if logits is None:
+                return
+            token = sequence.sampler.pick(logits)
+            event = sequence.push(token, self._stop_ids)
+        except GenerationError as error:
+            self._end(sequence, error)
+        except Exception as error:
+            # The edge of one sequence: whatever broke it, the others go on.
+            logger.exception("A sequence failed.")
+            self._end(sequence, GenerationError(f"{type(error).__name__} while generating."))
+        else:
+            if event.finish_reason is not None:
+                self._end(sequence, event)
+            elif event.text:
+                self._emit(sequence, event)
+
+    @torch.inference_mode()
+    def _forward(self, sequence: Sequence) -> torch.Tensor | None:
+        """Feed pending tokens; return the next token's logits [vocabulary] once all are fed."""
+        if sequence.cache is None:
+            sequence.cache = DynamicCache(config=self._model.config)
+        chunk = sequence.pending[:PREFILL_CHUNK]
+        sequence.pending = sequence.pending[PREFILL_CHUNK:]
+        self._active.modules = sequence.lease.weights.modules if sequence.lease is not None else {}
+        output = self._model(
+            input_ids=torch.tensor([chunk], device=self._model.device),
+            past_key_values=sequence.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        if sequence.pending:
+            return None
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def _end(self, sequence: Sequence, event: TokenEvent | EngineError) -> None:
+        # The adapter is free before anybody learns of the end.
+        sequence.end()
+        self._emit(sequence, event)
+
+    def _emit(self, sequence: Sequence, event: TokenEvent | EngineError) -> None:
+        try:
+            sequence.emit(event)
+        except Exception:
+            # Somebody else's code: it must not stop the engine.
+            logger.exception("The receiver of a sequence failed; the sequence ends.")
+            sequence.aborted = True

@@ -1,0 +1,66 @@
+"""One answer being generated: the tokens to feed, the cache, the text."""
+
+from collections.abc import Callable
+
+from transformers import Cache
+
+from worker.inference.engine.errors import EngineError
+from worker.inference.engine.params import FinishReason, Sampling, TokenEvent
+from worker.inference.engine.pool import AdapterLease
+from worker.inference.engine.sampler import Sampler
+from worker.inference.engine.stream import TextStream
+
+
+class Sequence:
+    """The state of one choice of one request; only the engine's thread steps it.
+
+    Args:
+        prompt: Token ids of the prompt.
+        sampling: How its tokens are drawn.
+        lease: Its own lease on its adapter, released by `end`; None for the base model.
+        text: What turns its tokens into text.
+        emit: Where its events go.
+    """
+
+    def __init__(
+        self,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        lease: AdapterLease | None,
+        text: TextStream,
+        emit: Callable[[TokenEvent | EngineError], None],
+    ) -> None:
+        self.pending = list(prompt)
+        self.sampler = Sampler(sampling)
+        self.lease = lease
+        self.emit = emit
+        self.cache: Cache | None = None
+        self.aborted = False
+        self.ended = False
+        self._max_tokens = sampling.max_tokens
+        self._text = text
+        self._n_tokens = 0
+
+    def push(self, token: int, stop_ids: frozenset[int]) -> TokenEvent:
+        """Take the token just drawn; the event tells what text is final and if this was the end."""
+        self._n_tokens += 1
+        self.pending = [token]
+        text, reason = "", self._reason(token, stop_ids)
+        if reason != "stop":
+            text, stopped = self._text.push(token)
+            reason = "stop" if stopped else reason
+        if reason is not None:
+            text += self._text.finish()
+        return TokenEvent(text, reason, self._n_tokens)
+
+    def _reason(self, token: int, stop_ids: frozenset[int]) -> FinishReason | None:
+        if token in stop_ids:
+            return "stop"
+        return "length" if self._n_tokens >= self._max_tokens else None
+
+    def end(self) -> None:
+        """Let go of the adapter and of the cache."""
+        self.ended = True
+        self.cache = None
+        if self.lease is not None:
+            self.lease.release()
