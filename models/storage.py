@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from models.settings import StorageSettings
 
 if TYPE_CHECKING:
-    from obstore.store import S3Store
+    from obstore.store import S3Config, S3Store
 
 CHUNK = 1024**2
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,199}){0,9}")
@@ -158,7 +158,9 @@ class LocalStore:
         for directory, _, names in os.walk(self._path(prefix)):
             for name in names:
                 path = Path(directory, name)
-                found.append(ObjectInfo(path.relative_to(self.root).as_posix(), path.stat().st_size))
+                found.append(
+                    ObjectInfo(path.relative_to(self.root).as_posix(), path.stat().st_size)
+                )
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, key: str) -> None:
@@ -185,7 +187,9 @@ class RemoteStore:
                 body = b"".join(_chunks(data))
                 obstore.put(self._store, checked_key(key), body, mode="create", use_multipart=False)
             else:
-                obstore.put(self._store, checked_key(key), data if isinstance(data, bytes) else iter(data))
+                obstore.put(
+                    self._store, checked_key(key), data if isinstance(data, bytes) else iter(data)
+                )
         except (AlreadyExistsError, PreconditionError):
             raise ObjectExistsError(key) from None
 
@@ -225,20 +229,25 @@ def _open_s3(settings: StorageSettings) -> "S3Store":
 
     url = urlsplit(settings.url)
     if not url.netloc:
-        raise ValueError(f"TUNERY_STORAGE__URL is {settings.url!r}; an S3 URL names a bucket: 's3://BUCKET[/PREFIX]'.")
+        raise ValueError(
+            f"TUNERY_STORAGE__URL is {settings.url!r}; an S3 URL names a bucket: 's3://BUCKET[/PREFIX]'."
+        )
     secret = settings.secret_access_key
     key_id = settings.access_key_id
-    options = {
-        "endpoint": settings.endpoint,
-        "access_key_id": key_id.get_secret_value() if key_id else None,
-        "secret_access_key": secret.get_secret_value() if secret else None,
-    }
+    config: S3Config = {"region": settings.region}
+    if settings.endpoint is not None:
+        config["endpoint"] = settings.endpoint
+    if key_id is not None:
+        config["access_key_id"] = key_id.get_secret_value()
+    if secret is not None:
+        config["secret_access_key"] = secret.get_secret_value()
     return S3Store(
         url.netloc,
         prefix=url.path.strip("/") or None,
-        region=settings.region,
-        client_options={"allow_http": bool(settings.endpoint and settings.endpoint.startswith("http://"))},
-        **{name: value for name, value in options.items() if value is not None},
+        config=config,
+        client_options={
+            "allow_http": bool(settings.endpoint and settings.endpoint.startswith("http://"))
+        },
     )
 
 

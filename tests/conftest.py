@@ -7,6 +7,9 @@ import pytest
 from models.settings import ModelSettings
 from worker.base_models import BaseModelInfo, materialise
 
+# The fixtures that run real servers: valkey_url, postgres_url, seaweedfs.
+pytest_plugins = ("tests.services",)
+
 SMOLLM2 = "smollm2-135m-instruct"
 
 
