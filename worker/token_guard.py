@@ -95,6 +95,13 @@ class TokenGuard:
             model["vocab"] = {self._aliases.get(k, k): v for k, v in model["vocab"].items()}
         else:
             model["vocab"] = [[self._aliases.get(k, k), score] for k, score in model["vocab"]]
+        if "merges" in model:
+            model["merges"] = [pair for pair in model["merges"] if not self._makes_special(pair)]
         if model.get("unk_token") is not None:
             model["unk_token"] = self._aliases.get(model["unk_token"], model["unk_token"])
         return Tokenizer.from_str(json.dumps(plan))
+
+    def _makes_special(self, pair: list[str] | str) -> bool:
+        """Return whether a BPE merge builds a special token's name, or goes on from one."""
+        left, right = pair.split(" ") if isinstance(pair, str) else pair
+        return not self._aliases.keys().isdisjoint((left, right, left + right))
