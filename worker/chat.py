@@ -208,7 +208,7 @@ class ChatRenderer:
                 "answer_merges_with_prompt",
                 "the answer's first characters merge with the end of the prompt into one token.",
                 path=f"messages[{index}].content",
-                hint="Remove the white space at its beginning; if there is none, the template is at fault.",
+                hint="Remove white space at its start; if there is none, the template is at fault.",
             )
         return RowError(
             "template_not_prefix_safe",
