@@ -243,7 +243,7 @@ class InterleavedEngine:
         self._active.modules = sequence.lease.weights.modules if sequence.lease is not None else {}
         output = self._model(
             input_ids=torch.tensor([chunk], device=self._model.device),
-            past_key_values=sequence.cache,
+            cache=sequence.cache,
             use_cache=True,
             logits_to_keep=1,
         )

@@ -32,7 +32,7 @@ class LoraLinear(nn.Module):
         self._active = active
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x` [..., in] to [..., out]; without an adapter this is the base layer's own tensor."""
+        """Map `x` [..., in] to [..., out]; without an adapter, the base layer's own tensor."""
         y: torch.Tensor = self.base(x)
         lora = self._active.modules.get(self._path)
         if lora is None:
@@ -43,7 +43,7 @@ class LoraLinear(nn.Module):
 
 def wrap_linears(model: PreTrainedModel, active: ActiveAdapter) -> dict[str, LinearShape]:
     """Wrap every linear layer of `model` in place and return their shapes by full path."""
-    output = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    output = model.get_output_embeddings()
     shapes = {}
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear):  # bitsandbytes' Linear4bit is one too

@@ -1,0 +1,229 @@
+"""The life of an inference server: load, listen, announce, serve, drain, withdraw."""
+
+import secrets
+import signal
+import socket
+import time
+from threading import Event, Thread
+from types import FrameType
+
+import structlog
+import uvicorn
+from sqlalchemy.exc import SQLAlchemyError
+
+from models.db import Database
+from models.errors import UnavailableError
+from models.registry import base_models, inference_servers
+from models.settings import InferenceSettings, Settings
+from models.storage import open_store
+from worker.base_models import (
+    BaseModelInfo,
+    dequantise_,
+    load_model,
+    load_tokenizer,
+    materialise,
+    pick_device,
+)
+from worker.chat import ChatRenderer
+from worker.inference.adapter_store import AdapterStore
+from worker.inference.engine.engine import InterleavedEngine
+from worker.inference.residency import Residency
+from worker.inference.server import create_app
+from worker.inference.service import InferenceService
+
+HEARTBEAT_SECONDS = 5.0
+TTL_SECONDS = 15.0
+DRAIN_SECONDS = 10.0
+_CLOSE_SECONDS = 5
+_WILDCARDS = {"", "0.0.0.0", "::"}
+
+logger = structlog.get_logger(__name__)
+
+
+class HttpThread(Thread):
+    """uvicorn on a thread of its own: the main thread keeps the signals and the heartbeat."""
+
+    def __init__(self, service: InferenceService, token: str, listener: socket.socket) -> None:
+        super().__init__(name="http", daemon=True)
+        config = uvicorn.Config(
+            create_app(service, token),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=_CLOSE_SECONDS,
+        )
+        self._server = uvicorn.Server(config)
+        self._listener = listener
+
+    def run(self) -> None:
+        self._server.run(sockets=[self._listener])
+
+    def start_and_wait(self) -> None:
+        """Return once connections are accepted; raises ``RuntimeError`` if that never happens."""
+        self.start()
+        while not self._server.started:
+            if not self.is_alive():
+                raise RuntimeError("The HTTP server did not start; the log tells why.")
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """Close the listener, let open streams end, and return."""
+        self._server.should_exit = True
+        self.join(2 * _CLOSE_SECONDS)
+
+
+def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
+    """Load the base model of the settings and put an engine and an adapter store around it."""
+    mine = settings.inference
+    store = open_store(settings.storage)
+    directory, info = materialise(mine.model, settings.models, store)
+    device = pick_device(mine.device)
+    model = load_model(directory, precision=mine.precision, device=device)
+    if device == "cpu" and mine.precision == "nf4":
+        dequantise_(model)
+    # Two tokenizers: the engine's thread decodes while another thread renders.
+    renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
+    engine = InterleavedEngine(
+        model,
+        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+        stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
+        max_adapters=mine.max_adapters,
+        max_waiting=mine.max_waiting,
+    )
+    residency = Residency(
+        engine, AdapterStore(store, mine.adapter_cache_dir, info), renderer.template_sha256
+    )
+    description = {"precision": mine.precision, "device": device}
+    return InferenceService(engine, renderer, residency, info, description), info
+
+
+def stop_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:
+    """Return the end tokens of a generation configuration, which may name one, several or none."""
+    if eos_token_id is None:
+        return frozenset()
+    return frozenset([eos_token_id] if isinstance(eos_token_id, int) else eos_token_id)
+
+
+def listen(settings: InferenceSettings) -> tuple[socket.socket, str]:
+    """Bind the port, without accepting yet, and return the socket and the URL to announce.
+
+    Raises:
+        UnavailableError: the port is taken, or the address has no name that others could use.
+    """
+    if settings.advertised_url is None and settings.host in _WILDCARDS:
+        raise UnavailableError(
+            f"The inference server listens on {settings.host!r}, no address to connect to. "
+            "Set TUNERY_INFERENCE__ADVERTISED_URL to the URL under which the API reaches it."
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        listener.close()
+        raise UnavailableError(
+            f"The inference server cannot listen on {settings.host}:{settings.port}: "
+            f"{error.strerror}. Change TUNERY_INFERENCE__HOST or TUNERY_INFERENCE__PORT."
+        ) from error
+    host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+    url = settings.advertised_url or f"http://{host}:{listener.getsockname()[1]}"
+    return listener, url
+
+
+class InferenceProcess:
+    """One inference server from start to end.
+
+    Args:
+        settings: Read once by the entry point.
+        stop: Set by a signal; ends `run`.
+    """
+
+    def __init__(self, settings: Settings, stop: Event) -> None:
+        self._settings = settings
+        self._stop = stop
+        self._database = Database(settings.database)
+        self._server_id = f"inference-{secrets.token_hex(8)}"
+
+    def run(self) -> int:
+        """Serve until `stop` is set; return the exit status, 0 after an orderly stop."""
+        token = self._settings.inference.token.get_secret_value()
+        if not token:
+            logger.error(
+                "inference_token_missing",
+                remedy="Set TUNERY_INFERENCE__TOKEN to the same secret as for the API.",
+            )
+            return 2
+        listener, url = listen(self._settings.inference)
+        service, info = build_service(self._settings)
+        http = HttpThread(service, token, listener)
+        http.start_and_wait()
+        with self._database.write() as session:
+            base_models.record_identity(session, info)
+        self._announce(info, url)
+        logger.info("inference_ready", url=url, model=info.name, fingerprint=info.fingerprint)
+        try:
+            return self._serve(service, http, info, url)
+        finally:
+            self._withdraw()
+            _drain(service)
+            http.stop()
+            self._database.close()
+            logger.info("inference_stopped", url=url)
+
+    def _serve(
+        self, service: InferenceService, http: HttpThread, info: BaseModelInfo, url: str
+    ) -> int:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            if not http.is_alive() or not service.engine.stats().alive:
+                logger.error("inference_broken", http=http.is_alive())
+                return 1
+            try:
+                self._announce(info, url)
+            except SQLAlchemyError:
+                # The lease outlives two missed heartbeats, and answering needs no database.
+                logger.warning("heartbeat_failed", exc_info=True)
+        return 0
+
+    def _announce(self, info: BaseModelInfo, url: str) -> None:
+        with self._database.write() as session:
+            inference_servers.announce(
+                session,
+                server_id=self._server_id,
+                base_model=info.name,
+                base_fingerprint=info.fingerprint,
+                url=url,
+                precision=self._settings.inference.precision,
+                ttl_seconds=TTL_SECONDS,
+            )
+
+    def _withdraw(self) -> None:
+        try:
+            with self._database.write() as session:
+                inference_servers.withdraw(session, self._server_id)
+        except SQLAlchemyError:
+            logger.warning("withdraw_failed", exc_info=True)  # the lease runs out by itself
+
+
+def _drain(service: InferenceService) -> None:
+    """Admit nothing more, let streams end for `DRAIN_SECONDS`, then end the rest with an error."""
+    service.draining = True
+    deadline = time.monotonic() + DRAIN_SECONDS
+    while time.monotonic() < deadline:
+        stats = service.engine.stats()
+        if not stats.alive or stats.running + stats.waiting == 0:
+            break
+        time.sleep(0.05)
+    service.close()
+
+
+def stop_on_signals() -> Event:
+    """Return an event that SIGTERM and SIGINT set."""
+    stop = Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, handle)
+    signal.signal(signal.SIGINT, handle)
+    return stop

@@ -1,0 +1,119 @@
+"""Getting an adapter into the engine's memory, once for everybody who waits for it."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+from models.domain.generation import AdapterRef
+from models.errors import CapacityError, ConflictError, UnavailableError
+from worker.adapter_format import invalid_adapter
+from worker.inference.adapter_store import AdapterStore
+from worker.inference.answer import shutting_down
+from worker.inference.engine.engine import Engine
+from worker.inference.engine.errors import AdapterFormatError, AdapterPoolFullError
+from worker.inference.engine.pool import AdapterLease
+
+LOAD_SECONDS = 30.0
+"""How long a request waits for its adapter; the load itself goes on and serves the next one."""
+
+_PARALLEL_LOADS = 8
+_ROUNDS = 3
+"""How often an adapter is loaded again when it was evicted before the request got its lease."""
+
+
+class Residency:
+    """Leases on adapters, loaded off the event loop; different adapters load side by side.
+
+    Args:
+        engine: Where the adapters go.
+        adapters: Where they come from.
+        template_sha256: The chat template that this server renders with.
+        load_seconds: How long a request waits for its adapter.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        adapters: AdapterStore,
+        template_sha256: str,
+        *,
+        load_seconds: float = LOAD_SECONDS,
+    ) -> None:
+        self._engine = engine
+        self._adapters = adapters
+        self._template_sha256 = template_sha256
+        self._load_seconds = load_seconds
+        self._executor = ThreadPoolExecutor(_PARALLEL_LOADS, thread_name_prefix="adapter-load")
+        self._loads: dict[str, asyncio.Future[None]] = {}
+        self._closed = False
+
+    async def acquire(self, ref: AdapterRef) -> AdapterLease:
+        """Return a lease on an adapter, loading it where it is not in memory.
+
+        Raises:
+            NotFoundError, ConflictError, UnprocessableError: it does not exist, belongs to another
+                base model or chat template, or cannot be used.
+            CapacityError: every adapter in memory is in use.
+            UnavailableError: it takes too long, or the store does not answer.
+        """
+        self._adapters.check_base(ref)
+        for _ in range(_ROUNDS):
+            lease = self._engine.acquire(ref.digest)
+            if lease is not None:
+                return lease
+            if self._closed:
+                raise shutting_down()
+            try:
+                async with asyncio.timeout(self._load_seconds):
+                    await asyncio.shield(self._loading(ref))
+            except TimeoutError:
+                raise UnavailableError(
+                    f"Adapter {ref.name!r} is still being loaded. Try again in a moment.",
+                    param="model",
+                    code="adapter_loading",
+                    retry_after=5,
+                ) from None
+        raise _no_room(ref)
+
+    def _loading(self, ref: AdapterRef) -> asyncio.Future[None]:
+        load = self._loads.get(ref.digest)
+        if load is None:
+            load = asyncio.get_running_loop().run_in_executor(self._executor, self._load, ref)
+            self._loads[ref.digest] = load
+            load.add_done_callback(lambda done: self._loaded(ref.digest, done))
+        return load
+
+    def _loaded(self, digest: str, load: asyncio.Future[None]) -> None:
+        del self._loads[digest]
+        if not load.cancelled():
+            load.exception()  # all who waited may be gone: then nobody else looks at it
+
+    def _load(self, ref: AdapterRef) -> None:
+        with self._adapters.open(ref) as (directory, manifest):
+            if manifest.template_sha256 != self._template_sha256:
+                raise ConflictError(
+                    f"Adapter {ref.name!r} was trained with chat template "
+                    f"{manifest.template_sha256}, but this server renders with "
+                    f"{self._template_sha256}. Train it again.",
+                    param="model",
+                    code="wrong_chat_template",
+                )
+            try:
+                self._engine.load(ref.digest, directory).release()
+            except AdapterFormatError as error:
+                raise invalid_adapter(error.reason, error.detail) from error
+            except AdapterPoolFullError:
+                raise _no_room(ref) from None
+
+    def close(self) -> None:
+        """Take no more loads; one in progress is left to end by itself."""
+        self._closed = True
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _no_room(ref: AdapterRef) -> CapacityError:
+    return CapacityError(
+        f"There is no room for adapter {ref.name!r}: all adapters in memory are in use.",
+        param="model",
+        code="adapter_capacity",
+        retry_after=2,
+    )

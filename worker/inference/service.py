@@ -1,0 +1,136 @@
+"""What an inference server does, without HTTP: admit a request and see it through."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext
+
+from models.domain.base import JsonObject
+from models.domain.generation import AdapterRef, GenerateRequest, SamplingParams
+from models.errors import CapacityError, ConflictError, InvalidRequestError
+from worker.base_models import BaseModelInfo
+from worker.chat import ChatRenderer
+from worker.inference.answer import Answer, shutting_down
+from worker.inference.engine.engine import Engine, Request
+from worker.inference.engine.errors import EngineClosedError, EngineFullError
+from worker.inference.engine.params import Sampling
+from worker.inference.residency import Residency
+
+
+class InferenceService:
+    """One base model, its engine and its adapters.
+
+    Args:
+        engine: What generates.
+        renderer: What turns messages into token ids.
+        residency: What brings adapters into the engine.
+        base: The base model that the engine holds.
+        description: What else `health` tells: ``precision`` and ``device``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        renderer: ChatRenderer,
+        residency: Residency,
+        base: BaseModelInfo,
+        description: dict[str, str],
+    ) -> None:
+        self.engine = engine
+        self.draining = False
+        self._renderer = renderer
+        self._rendering = asyncio.Lock()  # a tokenizer serves one thread at a time
+        self._residency = residency
+        self._base = base
+        self._description = description
+
+    @asynccontextmanager
+    async def answer(self, request: GenerateRequest) -> AsyncIterator[Answer]:
+        """Admit a request; leaving the block ends its sequences and gives its adapter back.
+
+        Raises:
+            TuneryError: it is refused (the class tells why).
+        """
+        if self.draining:
+            raise shutting_down()
+        if request.base_model != self._base.name:
+            raise ConflictError(
+                f"This server holds base model {self._base.name!r}, not {request.base_model!r}.",
+                param="model",
+                code="wrong_base_model",
+            )
+        async with self._rendering:
+            prompt = await asyncio.to_thread(
+                self._renderer.prompt_ids, request.messages, request.tools
+            )
+        sampling = self._sampling(request.sampling, len(prompt))
+        adapter = request.adapter
+        lease = None if adapter is None else await self._residency.acquire(adapter)
+        with lease or nullcontext():
+            answer = Answer(
+                n=request.sampling.n,
+                prompt_tokens=len(prompt),
+                system_fingerprint=self.system_fingerprint(adapter),
+            )
+            try:
+                ticket = self.engine.submit(
+                    Request(tuple(prompt), sampling, request.sampling.n, lease), answer.emit
+                )
+            except EngineFullError:
+                raise CapacityError(
+                    "The inference server is full. Send the request again in a moment.",
+                    retry_after=2,
+                ) from None
+            except EngineClosedError:
+                raise shutting_down() from None
+            try:
+                yield answer
+            finally:
+                ticket.abort()
+
+    def _sampling(self, params: SamplingParams, prompt_tokens: int) -> Sampling:
+        room = self._base.max_length - prompt_tokens
+        if room < 1:
+            raise InvalidRequestError(
+                f"The messages have {prompt_tokens} tokens, but {self._base.name!r} takes "
+                f"{self._base.max_length} with the answer. Shorten the messages.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        if "" in params.stop:
+            raise InvalidRequestError("A stop string must not be empty.", param="stop")
+        return Sampling(
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            seed=params.seed,
+            stop=params.stop,
+        )
+
+    def system_fingerprint(self, adapter: AdapterRef | None) -> str:
+        """Return ``fp_BASE`` or ``fp_BASE_ADAPTER``: 12 digits of fingerprint and digest each."""
+        base = f"fp_{self._base.fingerprint[:12]}"
+        return base if adapter is None else f"{base}_{adapter.digest[:12]}"
+
+    async def warm(self, adapter: AdapterRef) -> None:
+        """Bring an adapter into memory; raises what admitting a request for it would."""
+        if self.draining:
+            raise shutting_down()
+        (await self._residency.acquire(adapter)).release()
+
+    def health(self) -> JsonObject:
+        stats = self.engine.stats()
+        return {
+            "status": "ok" if stats.alive and not self.draining else "stopping",
+            "model": self._base.name,
+            "fingerprint": self._base.fingerprint,
+            **self._description,
+            "resident": sorted(stats.references),
+            "running": stats.running,
+            "waiting": stats.waiting,
+        }
+
+    def close(self) -> None:
+        """End what still runs, each stream with an error, and stop the engine."""
+        self.draining = True
+        self._residency.close()
+        self.engine.close()
