@@ -58,7 +58,7 @@ def write_manifest(directory: Path, manifest: AdapterManifest) -> Path:
 
 
 def read_manifest(directory: Path) -> AdapterManifest:
-    """Read the manifest in `directory`; raises what `parse_manifest` does, or `FileNotFoundError`."""
+    """Read the manifest in `directory`; raises as `parse_manifest`, or `FileNotFoundError`."""
     return parse_manifest((directory / MANIFEST).read_bytes())
 
 
@@ -94,7 +94,7 @@ def put_adapter(store: ObjectStore, directory: Path, manifest: AdapterManifest) 
 
 
 def invalid_adapter(reason: str, detail: str) -> UnprocessableError:
-    """Return the error of an adapter that exists but cannot be served; `reason` is a stable code."""
+    """Return the error of an adapter that cannot be served; `reason` is a stable code."""
     return UnprocessableError(
         f"The adapter cannot be loaded ({reason}): {detail}. Train or publish it again.",
         param="model",
