@@ -10,18 +10,27 @@ import hashlib
 import os
 import re
 import secrets
+import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import urlsplit
 
+from models.errors import UnavailableError
 from models.settings import StorageSettings
 
 if TYPE_CHECKING:
     from obstore.store import S3Config, S3Store
 
 CHUNK = 1024**2
+# A streamed write to S3 holds at most PART_BYTES * PARTS_AT_A_TIME in memory; 10,000 parts are
+# S3's limit, so an object may have 80 GB.
+PART_BYTES = 8 * 1024**2
+PARTS_AT_A_TIME = 3
+ABANDONED_SECONDS = 24 * 3600
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}(/[A-Za-z0-9_][A-Za-z0-9._-]{0,199}){0,9}")
 
 
@@ -47,6 +56,7 @@ class ObjectStore(Protocol):
 
         Raises:
             ObjectExistsError: `create_only` is set and the key is taken.
+            UnavailableError: a remote store does not answer, or refuses.
             ValueError: the key is malformed.
         """
 
@@ -64,7 +74,7 @@ class ObjectStore(Protocol):
 
 
 def open_store(settings: StorageSettings) -> ObjectStore:
-    """Open the store that `settings.url` names, or raise ``ValueError`` saying what a URL looks like."""
+    """Open the store that `settings.url` names; ``ValueError`` says what a URL looks like."""
     if settings.url.startswith("file:"):
         return LocalStore(Path(settings.url.removeprefix("file:").removeprefix("//")))
     if settings.url.startswith("s3://"):
@@ -94,12 +104,26 @@ def _chunks(data: bytes | Iterable[bytes]) -> Iterable[bytes]:
 
 
 class LocalStore:
-    """Objects as files below one directory: temporary file, fsync, atomic rename, fsync of the directory."""
+    """Objects as files below one directory.
+
+    A write goes to a temporary file, is fsynced, renamed into place, and its directory fsynced.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root.expanduser().resolve()
         self._incoming = self.root / ".incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
+        self._durable = {self.root}
+        fsync_directory(self.root.parent)
+        self._remove_abandoned()
+
+    def _remove_abandoned(self) -> None:
+        """Remove what writers left behind that were killed in the middle of a write."""
+        oldest = time.time() - ABANDONED_SECONDS
+        for path in self._incoming.iterdir():
+            with suppress(FileNotFoundError):  # its writer, or another opener, was faster
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def _path(self, key: str) -> Path:
         return self.root / checked_key(key)
@@ -126,13 +150,14 @@ class LocalStore:
             temporary.unlink(missing_ok=True)
 
     def _make_durable(self, directory: Path) -> None:
-        missing = []
-        while not directory.exists():
-            missing.append(directory)
-            directory = directory.parent
-        for new in reversed(missing):
-            new.mkdir(exist_ok=True)
-            fsync_directory(new.parent)
+        """Create `directory`, and fsync its name even where another writer has just created it."""
+        if directory in self._durable and directory.is_dir():
+            return
+        if directory != self.root:
+            self._make_durable(directory.parent)
+        directory.mkdir(exist_ok=True)
+        fsync_directory(directory.parent)
+        self._durable.add(directory)
 
     def get(self, key: str) -> bytes:
         try:
@@ -158,40 +183,46 @@ class LocalStore:
         for directory, _, names in os.walk(self._path(prefix)):
             for name in names:
                 path = Path(directory, name)
-                found.append(
-                    ObjectInfo(path.relative_to(self.root).as_posix(), path.stat().st_size)
-                )
+                with suppress(FileNotFoundError):  # deleted since its name was read
+                    found.append(
+                        ObjectInfo(path.relative_to(self.root).as_posix(), path.stat().st_size)
+                    )
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, key: str) -> None:
         path = self._path(key)
         try:
             path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
             return
         fsync_directory(path.parent)
 
 
 class RemoteStore:
-    """Objects in an S3-compatible store, through obstore."""
+    """Objects in an S3-compatible store, through obstore.
+
+    A store that does not answer, or refuses, raises `UnavailableError`.
+    """
 
     def __init__(self, settings: StorageSettings) -> None:
         self._store = _open_s3(settings)
 
     def put(self, key: str, data: bytes | Iterable[bytes], *, create_only: bool = False) -> None:
         import obstore
-        from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        try:
+        path = checked_key(key)
+        with _translated(key):
             if create_only:  # conditional writes are one request: a condition needs all the bytes
                 body = b"".join(_chunks(data))
-                obstore.put(self._store, checked_key(key), body, mode="create", use_multipart=False)
+                obstore.put(self._store, path, body, mode="create", use_multipart=False)
             else:
                 obstore.put(
-                    self._store, checked_key(key), data if isinstance(data, bytes) else iter(data)
+                    self._store,
+                    path,
+                    data if isinstance(data, bytes) else iter(data),
+                    chunk_size=PART_BYTES,
+                    max_concurrency=PARTS_AT_A_TIME,
                 )
-        except (AlreadyExistsError, PreconditionError):
-            raise ObjectExistsError(key) from None
 
     def get(self, key: str) -> bytes:
         return b"".join(self.stream(key))
@@ -199,29 +230,54 @@ class RemoteStore:
     def stream(self, key: str) -> Iterator[bytes]:
         import obstore
 
-        try:
-            result = obstore.get(self._store, checked_key(key))
-        except FileNotFoundError:
-            raise ObjectNotFoundError(key) from None
-        return (bytes(chunk) for chunk in result.stream(min_chunk_size=CHUNK))
+        path = checked_key(key)
+        with _translated(key):
+            result = obstore.get(self._store, path)
+
+        def read() -> Iterator[bytes]:
+            with _translated(key):
+                for chunk in result.stream(min_chunk_size=CHUNK):
+                    yield bytes(chunk)
+
+        return read()
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         import obstore
 
-        found = [
-            ObjectInfo(meta["path"], meta["size"])
-            for batch in obstore.list(self._store, prefix=checked_key(prefix) + "/")
-            for meta in batch
-        ]
+        folder = checked_key(prefix) + "/"
+        with _translated(prefix):
+            found = [
+                ObjectInfo(meta["path"], meta["size"])
+                for batch in obstore.list(self._store, prefix=folder)
+                for meta in batch
+            ]
         return sorted(found, key=lambda info: info.key)
 
     def delete(self, key: str) -> None:
         import obstore
 
-        try:
-            obstore.delete(self._store, checked_key(key))
-        except FileNotFoundError:
-            return
+        path = checked_key(key)
+        with suppress(ObjectNotFoundError), _translated(key):
+            obstore.delete(self._store, path)
+
+
+@contextmanager
+def _translated(key: str) -> Iterator[None]:
+    """Turn the errors of obstore into those of `ObjectStore`; errors of the caller pass through."""
+    from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise ObjectNotFoundError(key) from None
+    except (AlreadyExistsError, PreconditionError):
+        raise ObjectExistsError(key) from None
+    except BaseError as error:
+        raise UnavailableError(
+            "The object store did not do what it was asked; try again. If it stays so, check "
+            "TUNERY_STORAGE__ENDPOINT, the bucket and the keys.",
+            code="object_store_unavailable",
+        ) from error
 
 
 def _open_s3(settings: StorageSettings) -> "S3Store":
@@ -245,6 +301,7 @@ def _open_s3(settings: StorageSettings) -> "S3Store":
         url.netloc,
         prefix=url.path.strip("/") or None,
         config=config,
+        retry_config={"max_retries": 5, "retry_timeout": timedelta(seconds=30)},
         client_options={
             "allow_http": bool(settings.endpoint and settings.endpoint.startswith("http://"))
         },
@@ -263,7 +320,7 @@ def put_file(store: ObjectStore, key: str, path: Path) -> None:
 
 
 def fetch_file(store: ObjectStore, key: str, path: Path, *, sha256: str | None = None) -> None:
-    """Write an object to a local file; raise ``ValueError`` if its sha256 is not the expected one."""
+    """Write an object to a local file; ``ValueError`` if its sha256 is not the expected one."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
         for chunk in store.stream(key):
@@ -283,7 +340,7 @@ def adapter_prefix(digest: str) -> str:
 
 
 def checkpoint_prefix(job_id: str, step: int, attempt: int) -> str:
-    """Return the folder of one checkpoint; the attempt is part of it, so a stale worker writes apart."""
+    """Return the folder of one checkpoint; a stale worker's attempt writes to another folder."""
     return f"jobs/{job_id}/checkpoints/{step:08d}-a{attempt}"
 
 

