@@ -19,12 +19,20 @@ class Group(BaseModel):
 
 
 class DatabaseSettings(Group):
-    url: str = Field("sqlite:///tunery.db", description="SQLAlchemy URL: SQLite or PostgreSQL (`postgresql+psycopg://…`).")
-    pool_size: int = Field(20, ge=1, le=200, description="Connections a process keeps (PostgreSQL).")
+    url: str = Field(
+        "sqlite:///tunery.db",
+        description="SQLAlchemy URL: SQLite or PostgreSQL (`postgresql+psycopg://…`).",
+    )
+    pool_size: int = Field(
+        20, ge=1, le=200, description="Connections a process keeps (PostgreSQL)."
+    )
 
 
 class BrokerSettings(Group):
-    url: SecretStr = Field(SecretStr("redis://127.0.0.1:6379/0"), description="Redis or Valkey: `redis://…` or `redis+socket:///path`.")
+    url: SecretStr = Field(
+        SecretStr("redis://127.0.0.1:6379/0"),
+        description="Redis or Valkey: `redis://…` or `redis+socket:///path`.",
+    )
     key_prefix: str = Field("tunery:", description="Prefix of every key, for a shared Redis.")
 
 
@@ -32,40 +40,77 @@ class StorageSettings(Group):
     url: str = Field("file:objects", description="`file:DIRECTORY` or `s3://BUCKET[/PREFIX]`.")
     endpoint: str | None = Field(None, description="S3 endpoint URL; AWS when absent.")
     region: str = Field("us-east-1", description="S3 region.")
-    access_key_id: SecretStr | None = Field(None, description="S3 key; the environment's AWS credentials when absent.")
+    access_key_id: SecretStr | None = Field(
+        None, description="S3 key; the environment's AWS credentials when absent."
+    )
     secret_access_key: SecretStr | None = Field(None, description="S3 secret.")
 
 
 class ApiSettings(Group):
     host: str = Field("127.0.0.1", description="Address the API listens on.")
     port: int = Field(8470, ge=0, le=65535, description="Port the API listens on.")
-    max_upload_bytes: int = Field(512 * 1024**2, ge=1, description="Largest file that may be uploaded.")
+    max_upload_bytes: int = Field(
+        512 * 1024**2, ge=1, description="Largest file that may be uploaded."
+    )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
-    organization: str = Field("local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names.")
+    organization: str = Field(
+        "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
+    )
 
 
 class WorkerSettings(Group):
-    slots: int = Field(1, ge=1, le=64, description="Training jobs at a time in one worker: one per device.")
-    lease_seconds: float = Field(30, gt=0, description="A job whose worker is silent this long is taken over.")
-    heartbeat_seconds: float = Field(5, gt=0, description="How often a worker renews its lease; at most a third of it.")
-    sweep_seconds: float = Field(15, gt=0, description="How often a worker looks for work without being rung.")
-    max_attempts: int = Field(3, ge=1, description="Attempts in a row without a new checkpoint before a job fails.")
-    scratch_dir: Path = Field(Path("scratch"), description="Directory for running jobs; emptied by them.")
-    stop_seconds: float = Field(60, gt=0, description="Time a trainer gets to stop at a step before it is killed.")
-    warm_spare: bool = Field(True, description="Keep one trainer process waiting with torch imported.")
+    slots: int = Field(
+        1, ge=1, le=64, description="Training jobs at a time in one worker: one per device."
+    )
+    lease_seconds: float = Field(
+        30, gt=0, description="A job whose worker is silent this long is taken over."
+    )
+    heartbeat_seconds: float = Field(
+        5, gt=0, description="How often a worker renews its lease; at most a third of it."
+    )
+    sweep_seconds: float = Field(
+        15, gt=0, description="How often a worker looks for work without being rung."
+    )
+    max_attempts: int = Field(
+        3, ge=1, description="Attempts in a row without a new checkpoint before a job fails."
+    )
+    scratch_dir: Path = Field(
+        Path("scratch"), description="Directory for running jobs; emptied by them."
+    )
+    stop_seconds: float = Field(
+        60, gt=0, description="Time a trainer gets to stop at a step before it is killed."
+    )
+    warm_spare: bool = Field(
+        True, description="Keep one trainer process waiting with torch imported."
+    )
 
 
 class InferenceSettings(Group):
     host: str = Field("127.0.0.1", description="Address an inference server listens on.")
-    port: int = Field(0, ge=0, le=65535, description="Its port; 0 picks a free one (the API finds it by the database).")
-    advertised_url: str | None = Field(None, description="URL under which the API reaches it; host and port when absent.")
+    port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Its port; 0 picks a free one (the API finds it by the database).",
+    )
+    advertised_url: str | None = Field(
+        None, description="URL under which the API reaches it; host and port when absent."
+    )
     model: str = Field("smollm2-135m-instruct", description="Base model this server holds.")
-    precision: str = Field("nf4", pattern="^(nf4|bf16|fp32)$", description="How it holds the base: `nf4` is what QLoRA trains on.")
+    precision: str = Field(
+        "nf4",
+        pattern="^(nf4|bf16|fp32)$",
+        description="How it holds the base: `nf4` is what QLoRA trains on.",
+    )
     device: str = Field("auto", description="`auto`, `cpu` or `cuda:N`.")
-    adapter_cache_dir: Path = Field(Path("adapters"), description="Local copies of adapters, by digest.")
+    adapter_cache_dir: Path = Field(
+        Path("adapters"), description="Local copies of adapters, by digest."
+    )
     max_adapters: int = Field(16, ge=1, le=4096, description="Adapters held in memory.")
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more answer 429.")
-    token: SecretStr = Field(SecretStr(""), description="Shared secret between API and inference servers; required.")
+    token: SecretStr = Field(
+        SecretStr(""), description="Shared secret between API and inference servers; required."
+    )
 
 
 class ModelSettings(Group):
@@ -79,7 +124,9 @@ class ModelSettings(Group):
 class ClientSettings(Group):
     """What the `tunery` command needs to find a running service."""
 
-    url: str | None = Field(None, description="Service that the command line talks to, e.g. `http://127.0.0.1:8470`.")
+    url: str | None = Field(
+        None, description="Service that the command line talks to, e.g. `http://127.0.0.1:8470`."
+    )
     api_key: SecretStr | None = Field(None, description="Key that the command line sends.")
     home: Path = Field(Path("~/.tunery"), description="Directory of `tunery up`.")
 
@@ -97,7 +144,9 @@ class Settings(BaseSettings):
     inference: InferenceSettings = InferenceSettings()
     models: ModelSettings = ModelSettings()
     client: ClientSettings = ClientSettings()
-    log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
+    log_level: str = Field(
+        "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged."
+    )
 
 
 def load_settings() -> Settings:
@@ -105,7 +154,9 @@ def load_settings() -> Settings:
     return Settings()
 
 
-def child_environment(overrides: dict[str, str] | None = None, *, without: tuple[str, ...] = ()) -> dict[str, str]:
+def child_environment(
+    overrides: dict[str, str] | None = None, *, without: tuple[str, ...] = ()
+) -> dict[str, str]:
     """Return this process's environment for a child, with `overrides` and less the names in `without`."""
     environment = {name: value for name, value in os.environ.items() if name not in without}
     environment.update(overrides or {})

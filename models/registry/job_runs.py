@@ -49,7 +49,11 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     if not moved:
         return None
     session.add(JobAttempt(job_id=job.id, attempt=attempt, worker=worker, started_at=db_now()))
-    message = "Fine-tuning job started" if attempt == 1 else f"Fine-tuning job resumed (attempt {attempt})"
+    message = (
+        "Fine-tuning job started"
+        if attempt == 1
+        else f"Fine-tuning job resumed (attempt {attempt})"
+    )
     events.append(session, job.id, message)
     session.refresh(job)
     return job
@@ -169,7 +173,9 @@ def requeue(
     reached = _checkpoint_step(session, job_id)
     fruitless = 0 if reached > job.checkpoint_step_at_claim else job.fruitless_attempts + 1
     if fruitless >= max_attempts:
-        message = f"{lost.reason} The job failed after {fruitless} attempts without a new checkpoint."
+        message = (
+            f"{lost.reason} The job failed after {fruitless} attempts without a new checkpoint."
+        )
         end_as_failed(session, job_id, lost.code, message, None)
         return JobStatus.FAILED
     move(
