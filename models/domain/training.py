@@ -85,9 +85,9 @@ class TrainingSpec(Frozen):
         about 100 steps, between 3 and 10; the learning rate of `base_learning_rate`.
         """
         given = self.hyperparameters
-        batch_size = given.batch_size
-        if batch_size == "auto":
-            batch_size = min(8, max(1, n_rows // 8))
+        batch_size = min(8, max(1, n_rows // 8))
+        if given.batch_size != "auto":
+            batch_size = given.batch_size
         steps_per_epoch = -(-n_rows // batch_size)
         n_epochs = given.n_epochs
         if n_epochs == "auto":

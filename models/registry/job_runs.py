@@ -83,7 +83,7 @@ def fence(session: Session, job_id: str, attempt: int, **values: Any) -> None:
 
 def heartbeat(session: Session, job_id: str, attempt: int, lease_seconds: float) -> bool:
     """Renew the lease; return whether the owner has asked to cancel. Raises `LeaseLostError`."""
-    cancel_requested = session.scalar(
+    cancel_requested: bool | None = session.scalar(
         update(Job)
         .where(*_owned(job_id, attempt))
         .values(lease_until=db_now() + lease_seconds)

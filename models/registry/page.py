@@ -31,7 +31,7 @@ class Cursor:
 
 def page(
     session: Session,
-    query: Select[tuple[Row]],
+    query: Select[Row],
     table: type[Row],
     keys: tuple[InstrumentedAttribute[Any], ...],
     cursor: Cursor,
