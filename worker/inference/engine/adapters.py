@@ -76,6 +76,8 @@ def _read_header(file: Path) -> dict[str, list[int]]:
         ) from None
     except (ValueError, RecursionError) as error:
         raise AdapterFormatError("bad_tensors", f"its header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise AdapterFormatError("bad_tensors", "its header is no JSON object")
     header.pop("__metadata__", None)
     if len(header) > MAX_TENSORS:
         raise AdapterFormatError(

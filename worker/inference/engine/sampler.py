@@ -33,8 +33,8 @@ class Sampler:
             raise GenerationError("The model computed NaN for the next token.")
         if self._temperature == 0:
             return int(logits.argmax())
-        scores = logits.float().cpu()
-        # The maximum is taken off first: a tiny temperature must not overflow to Infinity.
+        # Doubles, and the maximum off first: no temperature above 0 divides to Infinity or NaN.
+        scores = logits.double().cpu()
         probabilities = torch.softmax((scores - scores.max()) / self._temperature, dim=-1)
         if self._top_p < 1:
             probabilities = _nucleus(probabilities, self._top_p)

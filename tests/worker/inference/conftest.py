@@ -1,0 +1,107 @@
+"""Fixtures of the inference tests: few threads, a base identity, an object store, servers."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+import transformers
+
+from models.storage import LocalStore
+from tests.worker.inference.tiny import tiny_llama
+from worker.base_models import BaseModelInfo, load_tokenizer
+from worker.chat import ChatRenderer
+from worker.inference.adapter_store import AdapterStore
+from worker.inference.engine.engine import InterleavedEngine
+from worker.inference.process import HttpThread
+from worker.inference.residency import Residency
+from worker.inference.service import InferenceService
+
+TOKEN = "secret-of-the-tests"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_threads() -> None:
+    torch.set_num_threads(2)
+    transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def base() -> BaseModelInfo:
+    """The identity of a base model that a test makes up."""
+    return BaseModelInfo(
+        name="tiny",
+        source="path:tiny",
+        fingerprint="0123456789abcdef0123456789abcdef",
+        config_sha256="c" * 64,
+        weights_sha256="d" * 64,
+        vocab_size=256,
+        n_parameters=1,
+        max_length=8192,
+    )
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "objects")
+
+
+@contextmanager
+def running(service: InferenceService) -> Iterator[httpx.Client]:
+    """The service behind HTTP on a real port, and a client that knows the token."""
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        http = HttpThread(service, TOKEN, listener)
+        http.start_and_wait()
+        stack.callback(http.stop)
+        stack.callback(service.close)
+        yield stack.enter_context(
+            httpx.Client(
+                base_url=f"http://127.0.0.1:{listener.getsockname()[1]}",
+                headers={"Authorization": f"Bearer {TOKEN}"},
+                timeout=60,
+            )
+        )
+
+
+class TinyServer:
+    """A server of a tiny random model that speaks through SmolLM2's tokenizer."""
+
+    def __init__(self, tokenizer_directory: Path, base: BaseModelInfo, root: Path) -> None:
+        tokenizer = load_tokenizer(tokenizer_directory)
+        self.renderer = ChatRenderer(load_tokenizer(tokenizer_directory))
+        self.base = base.model_copy(update={"vocab_size": len(tokenizer)})
+        self.store = LocalStore(root / "objects")
+        self.model = tiny_llama(len(tokenizer))
+        self.engine = InterleavedEngine(
+            self.model,
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            [],
+            max_adapters=2,
+            max_running=2,
+            max_waiting=2,
+        )
+        self.adapters = AdapterStore(self.store, root / "adapters", self.base)
+        residency = Residency(self.engine, self.adapters, self.renderer.template_sha256)
+        self.service = InferenceService(
+            self.engine, self.renderer, residency, self.base, {"precision": "fp32", "device": "cpu"}
+        )
+
+
+@pytest.fixture
+def tiny_server(
+    smollm2: tuple[Path, BaseModelInfo], base: BaseModelInfo, tmp_path: Path
+) -> TinyServer:
+    return TinyServer(smollm2[0], base, tmp_path)
+
+
+@pytest.fixture
+def client(tiny_server: TinyServer) -> Iterator[httpx.Client]:
+    with running(tiny_server.service) as client:
+        yield client
+
+

@@ -1,0 +1,219 @@
+"""The strict reader of adapter tensors: one test per rule."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.worker.inference.tiny import Files, shapes_of, tiny_llama
+from worker.inference.engine.adapters import read_adapter
+from worker.inference.engine.errors import AdapterFormatError
+from worker.inference.engine.params import AdapterWeights
+
+SHAPES = shapes_of(tiny_llama())
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture
+def files() -> Files:
+    return Files(SHAPES)
+
+
+def read(files: Files, tmp_path: Path) -> AdapterWeights:
+    return read_adapter(files.write(tmp_path), "d" * 40, SHAPES)
+
+
+def refusal(files: Files, tmp_path: Path) -> AdapterFormatError:
+    with pytest.raises(AdapterFormatError) as caught:
+        read(files, tmp_path)
+    return caught.value
+
+
+def test_a_sound_adapter_is_read_with_every_tensor_in_its_place(
+    files: Files, tmp_path: Path
+) -> None:
+    weights = read(files, tmp_path)
+    assert weights.digest == "d" * 40
+    assert sorted(weights.modules) == sorted(p for p in SHAPES if p.endswith(("q_proj", "v_proj")))
+    q0 = weights.modules["model.layers.0.self_attn.q_proj"]
+    assert torch.equal(q0.a, files.tensors[f"{Q0}.lora_A.weight"])
+    assert torch.equal(q0.b, files.tensors[f"{Q0}.lora_B.weight"])
+    assert q0.scale == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_into_float32_without_change(
+    files: Files, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    files.tensors = {key: tensor.to(dtype) for key, tensor in files.tensors.items()}
+    a = read(files, tmp_path).modules["model.layers.0.self_attn.q_proj"].a
+    assert a.dtype == torch.float32
+    assert torch.equal(a, files.tensors[f"{Q0}.lora_A.weight"].float())
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "base_model.model.lm_head.weight",
+        f"{Q0}.lora_magnitude_vector.weight",
+        f"{Q0}.lora_A.bias",
+        "base_model.model.model.embed_tokens.lora_embedding_A",
+        "model.layers.0.self_attn.q_proj.lora_A.weight",
+        f"{Q0}.lora_A.default.weight",
+    ],
+)
+def test_a_tensor_that_would_not_be_used_is_refused(
+    files: Files, tmp_path: Path, key: str
+) -> None:
+    files.tensors[key] = torch.ones(1)
+    error = refusal(files, tmp_path)
+    assert error.reason in {"unknown_tensor", "missing_tensor"}
+    assert key.split(".lora_")[0].removeprefix("base_model.model.") in error.detail
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_half_a_pair_is_refused(files: Files, tmp_path: Path, side: str) -> None:
+    del files.tensors[f"{Q0}.lora_{side}.weight"]
+    error = refusal(files, tmp_path)
+    assert error.reason == "missing_tensor"
+    assert f"lora_{side}" in error.detail
+
+
+def test_a_targeted_module_without_tensors_is_refused(files: Files, tmp_path: Path) -> None:
+    for side in "AB":
+        del files.tensors[f"{Q0}.lora_{side}.weight"]
+    error = refusal(files, tmp_path)
+    assert error.reason == "missing_tensor"
+    assert "layers.0.self_attn.q_proj" in error.detail
+
+
+def test_tensors_of_a_module_that_is_not_targeted_are_refused(
+    files: Files, tmp_path: Path
+) -> None:
+    files.config["target_modules"] = ["q_proj"]
+    error = refusal(files, tmp_path)
+    assert error.reason == "unknown_module"
+    assert "v_proj" in error.detail
+
+
+@pytest.mark.parametrize(
+    "path", ["language_model.model.layers.0.self_attn.q_proj", "layers.0.self_attn.q_proj"]
+)
+def test_a_path_that_only_ends_alike_is_refused(files: Files, tmp_path: Path, path: str) -> None:
+    for side in "AB":
+        files.tensors[f"base_model.model.{path}.lora_{side}.weight"] = files.tensors.pop(
+            f"{Q0}.lora_{side}.weight"
+        )
+    error = refusal(files, tmp_path)
+    assert error.reason == "unknown_module"
+    assert path in error.detail
+
+
+@pytest.mark.parametrize(
+    ("side", "change"),
+    [
+        ("A", lambda t: t[:, :-1]),
+        ("A", lambda t: t.T),
+        ("B", lambda t: t[:-1]),
+        ("B", lambda t: t[:, :-1]),
+        ("B", lambda t: t[None]),
+    ],
+)
+def test_another_shape_is_refused_with_both_shapes(
+    files: Files, tmp_path: Path, side: str, change: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    key = f"{Q0}.lora_{side}.weight"
+    expected = list(files.tensors[key].shape)
+    files.tensors[key] = change(files.tensors[key]).contiguous()
+    error = refusal(files, tmp_path)
+    assert error.reason == "shape_mismatch"
+    assert str(list(files.tensors[key].shape)) in error.detail
+    assert str(expected) in error.detail
+
+
+def test_another_rank_than_the_configuration_says_is_refused(
+    files: Files, tmp_path: Path
+) -> None:
+    files.config["rank_pattern"] = {"layers.0.self_attn.q_proj": 8}
+    assert refusal(files, tmp_path).reason == "shape_mismatch"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_is_refused(files: Files, tmp_path: Path, value: float) -> None:
+    files.tensors[f"{Q0}.lora_A.weight"][0, 0] = value
+    error = refusal(files, tmp_path)
+    assert error.reason == "not_finite"
+    assert Q0 in error.detail
+
+
+def test_an_adapter_without_tensors_is_refused(files: Files, tmp_path: Path) -> None:
+    files.tensors.clear()
+    assert refusal(files, tmp_path).reason == "no_effect"
+
+
+def test_an_adapter_whose_b_is_all_zero_is_refused(files: Files, tmp_path: Path) -> None:
+    for key, tensor in files.tensors.items():
+        if "lora_B" in key:
+            tensor.zero_()
+    assert refusal(files, tmp_path).reason == "no_effect"
+
+
+def test_integers_are_refused(files: Files, tmp_path: Path) -> None:
+    files.tensors[f"{Q0}.lora_A.weight"] = torch.ones(4, 64, dtype=torch.int8)
+    assert refusal(files, tmp_path).reason == "bad_dtype"
+
+
+def test_too_many_tensors_are_refused_by_the_header(files: Files, tmp_path: Path) -> None:
+    directory = files.write(tmp_path)
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    write_raw(directory, json.dumps({f"t{i}": entry for i in range(10_001)}).encode())
+    with pytest.raises(AdapterFormatError, match="10001 tensors"):
+        read_adapter(directory, "d" * 40, SHAPES)
+
+
+def write_raw(directory: Path, header: bytes, length: int | None = None) -> None:
+    prefix = struct.pack("<Q", len(header) if length is None else length)
+    (directory / "adapter_model.safetensors").write_bytes(prefix + header)
+
+
+@pytest.mark.parametrize(
+    ("header", "length"),
+    [
+        (b"", 2**60),
+        (b"{}", 2**20 + 1),
+        (b"", 0),
+        (b"not json", None),
+        (b'{"a": 1, "a": 2}', None),
+        (b'{"a": 1}', None),
+        (b'{"a": {"dtype": "F32"}}', None),
+        (b"[]", None),
+        (b"\xff\xff", None),
+    ],
+)
+def test_a_damaged_header_is_refused(
+    files: Files, tmp_path: Path, header: bytes, length: int | None
+) -> None:
+    directory = files.write(tmp_path)
+    write_raw(directory, header, length)
+    with pytest.raises(AdapterFormatError) as caught:
+        read_adapter(directory, "d" * 40, SHAPES)
+    assert caught.value.reason == "bad_tensors"
+
+
+def test_a_truncated_file_is_refused(files: Files, tmp_path: Path) -> None:
+    file = files.write(tmp_path) / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(AdapterFormatError) as caught:
+        read_adapter(tmp_path, "d" * 40, SHAPES)
+    assert caught.value.reason == "bad_tensors"
+
+
+def test_pickled_weights_are_not_looked_at(files: Files, tmp_path: Path) -> None:
+    directory = files.write(tmp_path)
+    (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
+    with pytest.raises(AdapterFormatError, match="pickled") as caught:
+        read_adapter(directory, "d" * 40, SHAPES)
+    assert caught.value.reason == "missing_file"

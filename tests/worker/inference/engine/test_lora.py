@@ -1,0 +1,108 @@
+"""Wrapped linear layers: the same numbers as PEFT, and the base untouched."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from tests.worker.inference.tiny import tiny_llama
+from worker.inference.engine.adapters import read_adapter
+from worker.inference.engine.lora import ActiveAdapter, wrap_linears
+
+# peft 0.21.2 reads an attribute that transformers 5.24 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+IDS = torch.tensor([[5, 9, 200, 31, 77, 4, 250, 18]])
+
+
+def tiny_gpt2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+    ).eval()
+
+
+def randomise(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.2
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=IDS).logits
+
+
+CONFIGS = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "all linear": {"target_modules": "all-linear"},
+    "the head": {"target_modules": ["lm_head", "gate_proj"]},
+    "rank-stabilised": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "o_proj", "up_proj"],
+        "rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 8, "^model.layers.1.mlp.up_proj": 3},
+        "alpha_pattern": {"k_proj": 5, "layers.1.self_attn.o_proj": 40},
+    },
+    "patterns, rank-stabilised": {
+        "target_modules": ["q_proj", "k_proj"],
+        "rank_pattern": {"q_proj": 9},
+        "alpha_pattern": {"k_proj": 5},
+        "use_rslora": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
+def test_logits_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
+    peft_model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=12, **options)).eval()
+    randomise(peft_model)
+    peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    expected = logits(peft_model)
+
+    model, active = tiny_llama(), ActiveAdapter()
+    base = logits(model)
+    linears = wrap_linears(model, active)
+    active.modules = read_adapter(tmp_path, "d" * 40, linears).modules
+    error = (logits(model) - expected).norm() / expected.norm()
+    assert error < 1e-5
+    assert (base - expected).norm() / expected.norm() > 0.05
+
+
+def test_conv1d_layers_of_gpt2_are_served_like_peft(tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
+    peft_model = get_peft_model(tiny_gpt2(), config).eval()
+    randomise(peft_model)
+    peft_model.save_pretrained(tmp_path)
+    expected = logits(peft_model)
+
+    model, active = tiny_gpt2(), ActiveAdapter()
+    active.modules = read_adapter(tmp_path, "d" * 40, wrap_linears(model, active)).modules
+    assert (logits(model) - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_an_adapter_the_wrapped_model_is_the_base_to_the_bit(dtype: torch.dtype) -> None:
+    model = tiny_llama().to(dtype)
+    expected = logits(model)
+    wrap_linears(model, ActiveAdapter())
+    assert torch.equal(logits(model), expected)
+
+
+def test_every_linear_layer_is_wrapped_once_and_the_head_is_known() -> None:
+    model = tiny_llama()
+    shapes = wrap_linears(model, ActiveAdapter())
+    assert len(shapes) == 2 * 7 + 1
+    assert [path for path, shape in shapes.items() if shape.is_output] == ["lm_head"]
+    gate = shapes["model.layers.1.mlp.gate_proj"]
+    assert (gate.in_features, gate.out_features) == (64, 96)
+
+
+def test_a_model_that_goes_past_the_wrapper_fails_instead_of_losing_the_adapter() -> None:
+    model = tiny_llama()
+    wrap_linears(model, ActiveAdapter())
+    with pytest.raises(AttributeError, match="weight"):
+        _ = model.lm_head.weight
