@@ -1,0 +1,123 @@
+"""The rules of the tree that no linter checks."""
+
+import ast
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import api
+import models
+import worker
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ["api", "worker", "models"]
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 80
+TENSOR_LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate"]
+# Modules without a test file of their own: what they declare is tested where it is used.
+TESTED_ELSEWHERE = {
+    "models/tables": "the registry's tests and the migrations'",
+    "models/domain/base.py": "every model that derives from it",
+}
+
+
+def python_files(*folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [path for path in found if "node_modules" not in path.parts]
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def has_logic(path: Path) -> bool:
+    """Whether a module defines a function or a method that does more than declare."""
+    tree = ast.parse(path.read_text())
+    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("module", ["api.app", "worker.app"])
+def test_the_api_and_the_celery_parent_never_load_tensor_libraries(module: str) -> None:
+    for library in TENSOR_LIBRARIES:
+        assert find_spec(library), f"{library} is not installed, so this test would prove nothing"
+    code = f"import sys, {module}; print(*({set(TENSOR_LIBRARIES)} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("package", [api, models, worker])
+def test_the_generic_package_names_are_ours(package: object) -> None:
+    """A dependency that ships a package called `models` would shadow ours, or be shadowed."""
+    file = getattr(package, "__file__", None)
+    assert file is not None, f"{package} is a namespace package: its __init__.py is missing"
+    assert Path(file).is_relative_to(ROOT)
+
+
+@pytest.mark.parametrize("top", [*PACKAGES, "tests"])
+def test_every_folder_with_code_is_a_package(top: str) -> None:
+    """Without `__init__.py` tests of the same name collide, and mistakes in imports hide."""
+    folders = {path.parent for path in python_files(top)}
+    folders |= {parent for folder in folders for parent in folder.parents if ROOT in parent.parents}
+    missing = [name_of(folder) for folder in folders if not (folder / "__init__.py").is_file()]
+    assert sorted(missing) == []
+
+
+def test_no_module_at_the_top_of_a_package_is_named_like_a_library() -> None:
+    """Run as a script, `worker/celery.py` imports itself, and `models/types.py` breaks `enum`."""
+    names = {path.stem for top in PACKAGES for path in (ROOT / top).glob("*.py")}
+    libraries = sys.stdlib_module_names | {"celery", "fastapi", "redis", *TENSOR_LIBRARIES}
+    assert sorted((names - {"__init__", "__main__"}) & libraries) == []
+
+
+def test_modules_stay_short() -> None:
+    lengths = {
+        name_of(path): len(path.read_text().splitlines())
+        for path in python_files(*PACKAGES, "tests", "bench", "migrations")
+    }
+    assert {name: n for name, n in lengths.items() if n > MAX_MODULE_LINES} == {}
+
+
+def test_functions_stay_short() -> None:
+    long = {}
+    for path in python_files(*PACKAGES, "tests", "bench"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MAX_FUNCTION_LINES:
+                    long[f"{name_of(path)}:{node.name}"] = length
+    assert long == {}
+
+
+def test_every_module_with_logic_has_its_test() -> None:
+    missing = []
+    for path in python_files(*PACKAGES):
+        name = name_of(path)
+        exempt = any(name == entry or name.startswith(f"{entry}/") for entry in TESTED_ELSEWHERE)
+        if path.name in {"__init__.py", "__main__.py"} or exempt or not has_logic(path):
+            continue
+        test = ROOT / "tests" / path.relative_to(ROOT).with_name(f"test_{path.name}")
+        if not test.is_file():
+            missing.append(name)
+    assert missing == []
+
+
+def test_every_test_file_has_its_module() -> None:
+    """A renamed module must take its tests along."""
+    orphans = []
+    for top in PACKAGES:
+        for path in (ROOT / "tests" / top).rglob("test_*.py"):
+            source = ROOT / path.relative_to(ROOT / "tests")
+            module = source.with_name(source.name.removeprefix("test_"))
+            if not module.is_file() and not module.with_suffix("").is_dir():
+                orphans.append(name_of(path))
+    assert sorted(orphans) == []
+
+
+def test_exemptions_name_what_exists() -> None:
+    assert [name for name in TESTED_ELSEWHERE if not (ROOT / name).exists()] == []
