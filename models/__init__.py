@@ -1,1 +1,1 @@
-"""What the API and the workers agree on: settings, errors, domain types, tables, registry, storage, broker."""
+"""What API and workers agree on: settings, errors, types, tables, registry, store, broker."""

@@ -26,7 +26,7 @@ def after_commit(session: Session, name: str, action: Callable[[], None]) -> Non
     session.info.setdefault(_AFTER_COMMIT, {})[name] = action
 
 
-class db_now(FunctionElement[float]):  # noqa: N801 (an SQL function, named like one)
+class db_now(FunctionElement[float]):
     """The database's clock, in seconds since 1970: leases must not depend on a worker's clock."""
 
     type = Double()
@@ -46,8 +46,8 @@ def _postgresql_now(element: db_now, compiler: Any, **_: Any) -> str:
 class Database:
     """An engine and the two kinds of transactions.
 
-    SQLite begins a writing transaction with ``BEGIN IMMEDIATE``: a deferred one that reads first and
-    writes later fails with "database is locked" as soon as two of them meet.
+    SQLite begins a writing transaction with ``BEGIN IMMEDIATE``: a deferred one that reads first
+    and writes later fails with "database is locked" as soon as two of them meet.
     """
 
     def __init__(self, settings: DatabaseSettings) -> None:

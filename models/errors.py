@@ -154,7 +154,7 @@ _BY_STATUS: dict[int, type[TuneryError]] = {
 
 
 def error_from_dict(data: dict[str, Any]) -> TuneryError:
-    """Rebuild an error from `TuneryError.to_dict`; an unknown status gives a plain `TuneryError`."""
+    """Rebuild an error from `to_dict`; an unknown status gives a plain `TuneryError`."""
     cls = _BY_STATUS.get(int(data.get("status", 500)), TuneryError)
     return cls(
         str(data.get("message", "Unknown error.")),

@@ -157,7 +157,7 @@ def load_settings() -> Settings:
 def child_environment(
     overrides: dict[str, str] | None = None, *, without: tuple[str, ...] = ()
 ) -> dict[str, str]:
-    """Return this process's environment for a child, with `overrides` and less the names in `without`."""
+    """Return the environment for a child: this one's, with `overrides`, less `without`."""
     environment = {name: value for name, value in os.environ.items() if name not in without}
     environment.update(overrides or {})
     return environment

@@ -1,8 +1,10 @@
 """The strict base of every domain type, and the one string type that is safe to store."""
 
+from difflib import get_close_matches
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
 
 JsonObject = dict[str, Any]
 
@@ -24,4 +26,28 @@ def _storable(value: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_storable)]
-"""Text that every database takes: PostgreSQL refuses NUL, and a lone surrogate cannot be encoded."""
+"""Text that every database takes: no NUL (PostgreSQL), no lone surrogate (not encodable)."""
+
+
+class Parameters(Frozen):
+    """A form filled in by hand: an unknown field is answered with the nearest known one."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_fields_only(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name in value:
+                if name not in cls.model_fields:
+                    raise unknown_field(str(name), list(cls.model_fields))
+        return value
+
+
+def unknown_field(name: str, known: list[str]) -> PydanticCustomError:
+    """Return the error for a field that does not exist, suggesting the nearest of `known`."""
+    near = get_close_matches(name, known, n=1, cutoff=0.6)
+    remedy = f"Did you mean '{near[0]}'?" if near else f"Known fields: {', '.join(known)}."
+    return PydanticCustomError(
+        "unknown_field",
+        "Unknown field '{field}'. {remedy}",
+        {"field": name[:100], "remedy": remedy},
+    )

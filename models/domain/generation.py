@@ -12,7 +12,7 @@ from models.domain.rows import ChatMessage
 
 
 class AdapterRef(Frozen):
-    """An adapter after its name was resolved; the digest is the identity, the name is for messages."""
+    """An adapter whose name was resolved; the digest is its identity, the name is for messages."""
 
     name: str
     digest: str
@@ -54,7 +54,7 @@ class Started(Frozen):
 
 
 class Chunk(Frozen):
-    """Text of choice `index`; the last chunk of a choice has a `finish_reason` (text may be empty)."""
+    """Text of choice `index`, maybe empty; its last chunk has a `finish_reason`."""
 
     type: Literal["chunk"] = "chunk"
     index: int = 0

@@ -4,21 +4,21 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StrictBool, StrictInt
 
-from models.domain.base import Frozen, JsonObject, Text
+from models.domain.base import Frozen, JsonObject, Parameters, Text
 
 Auto = Literal["auto"]
 PositiveRate = Annotated[float, Field(gt=0, le=1, strict=True)]
 
 
-class Hyperparameters(Frozen):
-    """OpenAI's three numbers; ``"auto"`` is replaced by a recorded number before training starts."""
+class Hyperparameters(Parameters):
+    """OpenAI's three numbers; ``"auto"`` becomes a recorded number before training starts."""
 
     n_epochs: Auto | Annotated[StrictInt, Field(ge=1, le=50)] = "auto"
     batch_size: Auto | Annotated[StrictInt, Field(ge=1, le=256)] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000, strict=True)] = "auto"
 
 
-class Precision(Frozen):
+class Precision(Parameters):
     """How the frozen base model is held in memory.
 
     ``nf4`` is bitsandbytes' 4-bit NormalFloat in blocks of 64 (QLoRA, arXiv 2305.14314, section 3);
@@ -29,7 +29,7 @@ class Precision(Frozen):
     double_quant: StrictBool = True
 
 
-class Optimizer(Frozen):
+class Optimizer(Parameters):
     """AdamW with linear warm-up and a schedule; `learning_rate` "auto" goes by model size."""
 
     type: Literal["adamw"] = "adamw"
@@ -42,7 +42,7 @@ class Optimizer(Frozen):
     schedule: Literal["linear", "cosine", "constant"] = "linear"
 
 
-class EarlyStopping(Frozen):
+class EarlyStopping(Parameters):
     """Stop after `patience` evaluations without an improvement of at least `min_delta`."""
 
     patience: Annotated[StrictInt, Field(ge=1, le=1000)] = 3
@@ -52,8 +52,8 @@ class EarlyStopping(Frozen):
 class TrainingSpec(Frozen):
     """Everything that determines a run; stored as JSON in the job row and re-parsed by the worker.
 
-    `objective` and `peft` hold the dumped ``Params`` of one file in ``worker/training/objectives`` or
-    ``worker/training/methods``; only those registries know their fields.
+    `objective` and `peft` hold the dumped ``Params`` of one file in ``worker/training/objectives``
+    or ``worker/training/methods``; only those registries know their fields.
     """
 
     model: Text

@@ -24,7 +24,7 @@ class ResolvedModel:
 
 
 def new_name(base_model: str, organization: str, suffix: str) -> str:
-    """Return ``ft:{base}:{organization}:{suffix}:{8 characters}`` (an empty suffix leaves ``::``)."""
+    """Return ``ft:{base}:{organization}:{suffix}:{id}``; an empty suffix leaves ``::``."""
     return f"ft:{base_model}:{organization}:{suffix}:{new_id('', 8)}"
 
 

@@ -23,7 +23,7 @@ class Identity(Protocol):
 
 
 def sync_catalog(session: Session, catalog: Mapping[str, str]) -> None:
-    """Make the rows equal the catalog: new names appear, missing ones are retired, never deleted."""
+    """Make the rows equal the catalog; names that left it are retired, never deleted."""
     rows = {row.name: row for row in session.scalars(select(BaseModel).with_for_update())}
     for name, source in catalog.items():
         row = rows.get(name)

@@ -1,4 +1,4 @@
-"""Files: created when their bytes are stored, validated by a worker, deleted when nothing uses them."""
+"""Files: created once their bytes are stored, linted by a worker, deleted when unused."""
 
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import or_, select, update
@@ -85,7 +85,7 @@ def claim_unvalidated(session: Session, lease_seconds: float) -> File | None:
 
 
 def record_report(session: Session, file_id: str, report: DatasetReport) -> None:
-    """Store the result of a lint; the first one wins, since linting is a pure function of the bytes."""
+    """Store the result of a lint; the first wins, as a lint depends on the bytes alone."""
     status = FileStatus.ERROR if report.n_findings else FileStatus.PROCESSED
     details = report.findings[0].sentence() if report.findings else None
     if report.n_findings > 1:

@@ -119,7 +119,7 @@ def end_attempt(
 
 
 def release(session: Session, job_id: str, attempt: int, reason: str) -> None:
-    """Give a running job back to the queue, e.g. when its worker shuts down. Raises `LeaseLostError`."""
+    """Give a running job back to the queue, as a stopping worker does; raises `LeaseLostError`."""
     fence(session, job_id, attempt)
     move(session, job_id, JobStatus.QUEUED, lease_owner=None, lease_until=None)
     events.append(session, job_id, reason)
@@ -136,7 +136,7 @@ def succeed(session: Session, job_id: str, attempt: int, **values: Any) -> None:
 def fail(
     session: Session, job_id: str, attempt: int, code: str, message: str, param: str | None = None
 ) -> None:
-    """End a job badly, for a reason that another attempt would meet again. Raises `LeaseLostError`."""
+    """End a job for a reason that another attempt would meet again; raises `LeaseLostError`."""
     fence(session, job_id, attempt)
     end_as_failed(session, job_id, code, message, param)
 

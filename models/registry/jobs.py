@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CursorResult, ColumnElement, select, update
+from sqlalchemy import ColumnElement, CursorResult, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
@@ -135,7 +135,7 @@ class _FileProblem:
 
 
 def advance_validated(session: Session) -> int:
-    """Move every job whose files are linted to ``queued``, or to ``failed``; return how many moved."""
+    """Move every job whose files are linted to ``queued`` or ``failed``; return how many."""
     waiting = session.scalars(
         select(Job)
         .where(Job.status == JobStatus.VALIDATING_FILES)

@@ -43,7 +43,7 @@ def create_key(session: Session, project_id: str, name: str) -> tuple[ApiKey, st
 
 
 def authenticate(session: Session, secret: str) -> ApiKey:
-    """Return the key of a bearer secret, or raise `AuthenticationError` (the same for every cause)."""
+    """Return the key of a bearer secret; `AuthenticationError` is the same for every cause."""
     digest = _hash(secret)
     key = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == digest))
     if (

@@ -7,7 +7,7 @@ from models.tables.base import Base, Created
 
 
 class BaseModel(Created, Base):
-    """A name of the operator's catalog; the identity is known once a process has materialised it."""
+    """A name of the operator's catalog; a process that materialises it fills in the identity."""
 
     __tablename__ = "base_models"
 

@@ -19,7 +19,7 @@ class Metric(Base):
 
 
 class Checkpoint(Created, Base):
-    """A complete object set ``jobs/{job}/checkpoints/{step}-a{attempt}``, and its adapter by digest."""
+    """A complete object set under `object_prefix`, and its adapter by digest."""
 
     __tablename__ = "checkpoints"
     __table_args__ = (UniqueConstraint("job_id", "step"),)

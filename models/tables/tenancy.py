@@ -14,7 +14,7 @@ class Project(Created, Base):
 
 
 class ApiKey(Created, Base):
-    """A bearer key. Only its sha256 is stored; the prefix is shown so that people can tell keys apart."""
+    """A bearer key: only its sha256 is stored; the prefix lets people tell keys apart."""
 
     __tablename__ = "api_keys"
 

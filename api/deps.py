@@ -1,0 +1,67 @@
+"""Dependencies of routes: the services, the caller, and the one transaction of a request."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Query, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.orm import Session
+
+from api.services import Services
+from models.errors import AuthenticationError
+from models.registry import tenancy
+
+
+def get_services(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services
+
+
+ServicesDep = Annotated[Services, Depends(get_services)]
+
+
+def _write_session(services: ServicesDep) -> Iterator[Session]:
+    with services.database.write() as session:
+        yield session
+
+
+def _read_session(services: ServicesDep) -> Iterator[Session]:
+    with services.database.read() as session:
+        yield session
+
+
+# scope="function": the commit happens before the response is sent, so that a client never holds
+# a success for a row that then failed to commit.
+WriteSession = Annotated[Session, Depends(_write_session, scope="function")]
+ReadSession = Annotated[Session, Depends(_read_session, scope="function")]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is calling, from the API key."""
+
+    project_id: str
+    key_id: str
+
+
+_bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
+
+
+def get_caller(
+    services: ServicesDep,
+    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+) -> Caller:
+    if credentials is None:
+        raise AuthenticationError(
+            "You didn't provide an API key. Send it in the header: 'Authorization: Bearer KEY'."
+        )
+    with services.database.read() as session:
+        key = tenancy.authenticate(session, credentials.credentials)
+        return Caller(project_id=key.project_id, key_id=key.id)
+
+
+CallerDep = Annotated[Caller, Depends(get_caller)]
+
+After = Annotated[str | None, Query(description="Id of the last item of the previous page.")]

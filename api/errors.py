@@ -1,0 +1,124 @@
+"""Errors as responses: every non-2xx body is OpenAI's error object."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+
+from models.errors import (
+    InvalidRequestError,
+    NotFoundError,
+    PayloadTooLargeError,
+    TuneryError,
+    UnavailableError,
+)
+
+log = structlog.get_logger(__name__)
+
+_IN_BODY = {"body", "query", "path", "header", "cookie"}
+
+
+def error_body(error: TuneryError) -> dict[str, Any]:
+    """Return OpenAI's error object; all four keys are always there."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: TuneryError) -> JSONResponse:
+    headers = {}
+    if error.retry_after is not None:
+        headers["retry-after"] = str(error.retry_after)
+    if error.status_code == 409:
+        headers["x-should-retry"] = "false"  # the SDK retries every 409 unless told not to
+    if error.status_code == 401:
+        headers["www-authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), error.status_code, headers)
+
+
+def from_validation(errors: Sequence[Any]) -> InvalidRequestError:
+    """Turn pydantic's findings into one error: the first names `param`, all are in the message."""
+    sentences = []
+    param = None
+    code = None
+    for finding in errors[:10]:
+        where = ".".join(str(part) for part in finding["loc"] if part not in _IN_BODY)
+        kind = finding["type"]
+        if kind == "unknown_field":
+            field = finding["ctx"]["field"]
+            where = f"{where}.{field}" if where else field
+        if param is None:
+            param = where or None
+            code = _CODES.get(kind, "invalid_value")
+        reason = str(finding["msg"]).removeprefix("Value error, ").removesuffix(".")
+        sentences.append(f"{where}: {reason}." if where else f"{reason}.")
+    if len(errors) > 10:
+        sentences.append(f"({len(errors) - 10} more.)")
+    return InvalidRequestError(" ".join(sentences), param=param, code=code)
+
+
+_CODES = {
+    "missing": "missing_required_parameter",
+    "unknown_field": "unknown_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "json_invalid": "invalid_json",
+}
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(TuneryError)
+    async def on_tunery_error(_: Request, error: TuneryError) -> JSONResponse:
+        if error.status_code >= 500:
+            log.warning("request_failed", code=error.code, error=error.message)
+        return error_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(from_validation(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
+        return error_response(_from_http(request, error))
+
+    @app.exception_handler(RecursionError)
+    async def on_recursion(_: Request, __: RecursionError) -> JSONResponse:
+        return error_response(InvalidRequestError("The body is nested too deep.", code="too_deep"))
+
+    @app.exception_handler(OperationalError)
+    async def on_database_error(_: Request, error: OperationalError) -> JSONResponse:
+        log.error("database_unavailable", error=str(error.orig))
+        return error_response(
+            UnavailableError("The database does not answer right now.", retry_after=5)
+        )
+
+    @app.exception_handler(Exception)
+    async def on_unexpected(_: Request, error: Exception) -> JSONResponse:
+        log.error("unexpected_error", exc_info=error)
+        return error_response(
+            TuneryError("The service made an error; its log has the details under this request id.")
+        )
+
+
+def _from_http(request: Request, error: HTTPException) -> TuneryError:
+    where = f"{request.method} {request.url.path[:200]}"
+    match error.status_code:
+        case 404:
+            return NotFoundError(f"Invalid URL ({where}).", code="unknown_url")
+        case 405:
+            refused = InvalidRequestError(f"Not allowed to {where}.", code="method_not_allowed")
+            refused.status_code = 405  # type: ignore[misc]
+            return refused
+        case 413:
+            return PayloadTooLargeError("The body is larger than this service accepts.")
+        case _:
+            return InvalidRequestError(str(error.detail), code="invalid_request")

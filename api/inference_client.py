@@ -1,0 +1,81 @@
+"""The API's side of the contract in ``models.domain.generation``."""
+
+from collections.abc import AsyncGenerator
+
+import httpx
+import orjson
+from pydantic import ValidationError
+
+from models.domain.generation import (
+    Failed,
+    Finished,
+    GenerateEvent,
+    GenerateRequest,
+    generate_event,
+)
+from models.errors import TuneryError, UnavailableError, error_from_dict
+
+CONNECT_SECONDS = 5.0
+READ_SECONDS = 300.0
+
+
+class InferenceClient:
+    """Talks to inference servers; connections are reused.
+
+    Args:
+        token: The secret that API and inference servers share.
+    """
+
+    def __init__(self, token: str) -> None:
+        self._client = httpx.AsyncClient(
+            headers={"authorization": f"Bearer {token}"},
+            timeout=httpx.Timeout(READ_SECONDS, connect=CONNECT_SECONDS),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+            trust_env=False,
+        )
+
+    async def generate(
+        self, url: str, request: GenerateRequest
+    ) -> AsyncGenerator[GenerateEvent, None]:
+        """Yield the events of one request; closing the generator aborts it on the server.
+
+        Raises:
+            TuneryError: what the server answered, at the first event or in mid-stream.
+            UnavailableError: the server cannot be reached, or the stream broke off.
+        """
+        try:
+            async with self._client.stream(
+                "POST", f"{url}/generate", json=request.model_dump(mode="json")
+            ) as response:
+                if response.status_code != 200:
+                    raise _refusal(response.status_code, await response.aread())
+                async for line in response.aiter_lines():
+                    if not line:
+                        continue
+                    event = generate_event.validate_json(line)
+                    if isinstance(event, Failed):
+                        raise error_from_dict(event.error)
+                    yield event
+                    if isinstance(event, Finished):
+                        return
+        except (httpx.HTTPError, ValidationError) as error:
+            raise _lost(type(error).__name__) from error
+        raise _lost("the stream ended early")
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def _refusal(status: int, body: bytes) -> TuneryError:
+    try:
+        return error_from_dict(orjson.loads(body)["error"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return _lost(f"it answered {status}")
+
+
+def _lost(reason: str) -> UnavailableError:
+    return UnavailableError(
+        f"The connection to the inference server was lost ({reason}). Send the request again.",
+        code="inference_server_lost",
+        retry_after=2,
+    )

@@ -1,0 +1,1 @@
+"""The OpenAI contract: files, fine-tuning jobs, models, chat completions."""

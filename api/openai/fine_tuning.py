@@ -1,0 +1,107 @@
+"""``/v1/fine_tuning/jobs``."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from api import actions
+from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
+from api.openai import translate
+from api.openai.schemas import JobCreate
+from models.domain.base import JsonObject
+from models.errors import InvalidRequestError
+from models.registry import checkpoints, events, jobs
+from models.registry.page import Cursor
+
+router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+
+
+@router.post("")
+def create_job(
+    body: JobCreate, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    """Submit a job; it starts as soon as its files are linted and a device is free."""
+    job = actions.submit_job(
+        session, services, caller, translate.training_spec(body), body.metadata
+    )
+    return translate.job_body(job, services.settings.api.organization)
+
+
+@router.get("")
+def list_jobs(
+    request: Request,
+    session: ReadSession,
+    services: ServicesDep,
+    caller: CallerDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> JsonObject:
+    """List jobs, newest first, optionally by ``metadata[key]=value`` or ``metadata=null``."""
+    metadata, without_metadata = _metadata_filter(request)
+    page = jobs.list_page(
+        session,
+        caller.project_id,
+        Cursor(after, limit),
+        metadata=metadata,
+        without_metadata=without_metadata,
+    )
+    organization = services.settings.api.organization
+    return translate.list_body(page, lambda job: translate.job_body(job, organization))
+
+
+def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
+    pairs: dict[str, str] = {}
+    without_metadata = False
+    for name, value in request.query_params.multi_items():
+        if name == "metadata" and value == "null":
+            without_metadata = True
+        elif name == "metadata":
+            raise InvalidRequestError("Use 'metadata[key]=value' or 'metadata=null'.", param=name)
+        elif name.startswith("metadata[") and name.endswith("]"):
+            pairs[name.removeprefix("metadata[").removesuffix("]")] = value
+    return pairs, without_metadata
+
+
+@router.get("/{job_id}")
+def retrieve_job(
+    job_id: str, session: ReadSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    job = jobs.get(session, caller.project_id, job_id)
+    return translate.job_body(job, services.settings.api.organization)
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(
+    job_id: str, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    """Cancel a waiting job at once, a running one at its next step."""
+    job = jobs.cancel(session, caller.project_id, job_id)
+    return translate.job_body(job, services.settings.api.organization)
+
+
+@router.get("/{job_id}/events")
+def list_events(
+    job_id: str,
+    session: ReadSession,
+    caller: CallerDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 20,
+) -> JsonObject:
+    """List what happened to a job, newest first."""
+    jobs.get(session, caller.project_id, job_id)
+    page = events.list_page(session, job_id, Cursor(after, limit))
+    return translate.list_body(page, translate.event_body)
+
+
+@router.get("/{job_id}/checkpoints")
+def list_checkpoints(
+    job_id: str,
+    session: ReadSession,
+    caller: CallerDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 10,
+) -> JsonObject:
+    """List the checkpoints of a job, newest first; each can be called by its name."""
+    jobs.get(session, caller.project_id, job_id)
+    page = checkpoints.list_page(session, job_id, Cursor(after, limit))
+    return translate.list_body(page, translate.checkpoint_body)

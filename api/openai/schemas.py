@@ -1,0 +1,186 @@
+"""OpenAI's wire types for what clients send; nothing outside ``api.openai`` imports them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, field_validator, model_validator
+
+from models.domain.base import JsonObject, Parameters, Text
+from models.domain.rows import ChatMessage
+from models.domain.training import (
+    Auto,
+    EarlyStopping,
+    Hyperparameters,
+    Optimizer,
+    Precision,
+)
+
+Strict = Annotated[float, Field(strict=True)]
+
+PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
+
+
+class MethodBody(Parameters):
+    """OpenAI's ``method``; only ``supervised`` can be trained here so far."""
+
+    class Supervised(Parameters):
+        hyperparameters: Hyperparameters | None = None
+
+    type: Literal["supervised"]
+    supervised: Supervised | None = None
+
+
+def _check_metadata(pairs: dict[str, str]) -> dict[str, str]:
+    if len(pairs) > 16:
+        raise ValueError(f"has {len(pairs)} pairs; at most 16 are allowed")
+    for key, value in pairs.items():
+        if len(key) > 64 or len(value) > 512:
+            raise ValueError("has a key longer than 64 or a value longer than 512 characters")
+    return pairs
+
+
+Metadata = Annotated[dict[Text, Text], AfterValidator(_check_metadata)]
+
+
+class JobCreate(Parameters):
+    """The body of ``POST /fine_tuning/jobs``: OpenAI's fields, then Tunery's (all optional).
+
+    Tunery's fields come through the SDK's ``extra_body``. A plain OpenAI body trains QLoRA.
+    """
+
+    model: Text
+    training_file: Text
+    validation_file: Text | None = None
+    suffix: Annotated[Text, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)] | None = None
+    metadata: Metadata | None = None
+    method: MethodBody | None = None
+    hyperparameters: Hyperparameters | None = None
+    integrations: Annotated[list[JsonObject], Field(max_length=0)] | None = None
+
+    objective: JsonObject | None = None
+    peft: JsonObject | None = None
+    precision: Precision | None = None
+    optimizer: Optimizer | None = None
+    max_seq_length: Annotated[StrictInt, Field(ge=16, le=131072)] | None = None
+    on_error: Literal["fail", "skip"] | None = None
+    on_overlong: Literal["error", "drop", "truncate"] | None = None
+    early_stopping: EarlyStopping | None = None
+    checkpoint_steps: Auto | Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
+    priority: Annotated[StrictInt, Field(ge=-100, le=100)] | None = None
+    num_devices: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+
+    @field_validator("suffix", mode="before")
+    @classmethod
+    def _empty_suffix_is_none(cls, value: Any) -> Any:
+        return None if value == "" else value
+
+    @model_validator(mode="after")
+    def _one_set_of_hyperparameters(self) -> "JobCreate":
+        nested = self.method and self.method.supervised and self.method.supervised.hyperparameters
+        if nested and self.hyperparameters and nested != self.hyperparameters:
+            raise ValueError(
+                "'hyperparameters' and 'method.supervised.hyperparameters' differ; "
+                "send only the latter"
+            )
+        return self
+
+    @property
+    def resolved_hyperparameters(self) -> Hyperparameters:
+        if self.method and self.method.supervised and self.method.supervised.hyperparameters:
+            return self.method.supervised.hyperparameters
+        return self.hyperparameters or Hyperparameters()
+
+
+class StreamOptions(Parameters):
+    include_usage: StrictBool | None = None
+    include_obfuscation: StrictBool | None = None
+
+
+_IGNORED_IN_MESSAGES = {"refusal", "annotations", "audio", "reasoning_content", "function_call"}
+
+
+def _plain_message(value: Any) -> Any:
+    """Drop what an assistant message of an earlier answer carries along and no model reads."""
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: item
+        for key, item in value.items()
+        if item is not None
+        and key not in _IGNORED_IN_MESSAGES
+        and (key, item) != ("tool_calls", [])
+    }
+
+
+class ChatRequest(Parameters):
+    """The body of ``POST /chat/completions``.
+
+    Fields that change nothing here are accepted and ignored, as OpenAI documents them as hints.
+    Fields that would change the answer and are not supported are refused by `check_supported`.
+    """
+
+    model: Text
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
+    temperature: Annotated[Strict, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Strict, Field(gt=0, le=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=8)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: (
+        Annotated[Text, Field(min_length=1)]
+        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
+        | None
+    ) = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+
+    frequency_penalty: Strict | None = None
+    presence_penalty: Strict | None = None
+    logit_bias: JsonObject | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+    response_format: JsonObject | None = None
+    tools: list[JsonObject] | None = None
+    tool_choice: Any = None
+    functions: list[JsonObject] | None = None
+    function_call: Any = None
+    modalities: list[Text] | None = None
+    audio: Any = None
+
+    parallel_tool_calls: Any = None
+    reasoning_effort: Any = None
+    verbosity: Any = None
+    prediction: Any = None
+    web_search_options: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_retention: Any = None
+    safety_identifier: Any = None
+    service_tier: Any = None
+    store: Any = None
+    metadata: Any = None
+    moderation: Any = None
+    user: Any = None
+
+    @field_validator("messages", mode="before")
+    @classmethod
+    def _plain_messages(cls, value: Any) -> Any:
+        return [_plain_message(item) for item in value] if isinstance(value, list) else value
+
+    def unsupported(self) -> str | None:
+        """Return the name of a field that would change the answer in a way not supported here."""
+        without_effect = {
+            "frequency_penalty": self.frequency_penalty in (None, 0),
+            "presence_penalty": self.presence_penalty in (None, 0),
+            "logit_bias": not self.logit_bias,
+            "logprobs": not self.logprobs,
+            "top_logprobs": not self.top_logprobs,
+            "response_format": self.response_format in (None, {"type": "text"}),
+            "tools": not self.tools,
+            "tool_choice": self.tool_choice in (None, "none", "auto"),
+            "functions": not self.functions,
+            "function_call": self.function_call in (None, "none", "auto"),
+            "modalities": self.modalities in (None, ["text"]),
+            "audio": self.audio is None,
+        }
+        return next((name for name, fine in without_effect.items() if not fine), None)
