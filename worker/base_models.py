@@ -198,7 +198,9 @@ def _identify(name: str, source: str, directory: Path) -> BaseModelInfo:
         for key, value in config.to_dict().items()
         if key not in {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
     }
-    config_sha256 = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+    config_sha256 = hashlib.sha256(
+        json.dumps(described, sort_keys=True, default=str).encode()
+    ).hexdigest()
     weights_sha256 = hashlib.sha256(
         "\n".join(f"{file.name}:{sha256_file(file)}" for file in weights).encode()
     ).hexdigest()
@@ -226,7 +228,9 @@ def _identify(name: str, source: str, directory: Path) -> BaseModelInfo:
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        directory, trust_remote_code=False
+    )
     return tokenizer
 
 
@@ -273,10 +277,14 @@ def dequantise_(model: "PreTrainedModel") -> None:
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
         weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-        plain = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        plain = torch.nn.Linear(
+            module.in_features, module.out_features, bias=module.bias is not None, device="meta"
+        )
         plain.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
         if module.bias is not None:
-            plain.bias = torch.nn.Parameter(module.bias.data.to(torch.bfloat16), requires_grad=False)
+            plain.bias = torch.nn.Parameter(
+                module.bias.data.to(torch.bfloat16), requires_grad=False
+            )
         model.set_submodule(path, plain)
 
 

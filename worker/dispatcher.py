@@ -1,0 +1,147 @@
+"""The threads of a worker: one housekeeper, and one slot for each device.
+
+Each looks in the database when it is rung and every few seconds anyway, so a lost bell costs a
+short delay and never a job.
+"""
+
+import random
+import secrets
+import socket
+import threading
+from abc import ABC, abstractmethod
+
+import structlog
+
+from models.db import Database
+from models.registry import job_runs
+from models.settings import Settings, WorkerSettings
+from models.storage import ObjectStore, open_store
+from worker import tasks
+from worker.launch import TrainerProcess
+
+log = structlog.get_logger(__name__)
+
+
+class _Looker(threading.Thread, ABC):
+    """A thread that looks for work when rung, and every `sweep_seconds` without a bell."""
+
+    def __init__(self, name: str, sweep_seconds: float) -> None:
+        super().__init__(name=name, daemon=True)
+        self._sweep_seconds = sweep_seconds
+        self._rung = threading.Event()
+        self._stopping = threading.Event()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._rung.set()
+
+    def run(self) -> None:
+        self.ring()
+        while not self._stopping.is_set():
+            # Jitter keeps many workers from asking the database in step.
+            self._rung.wait(self._sweep_seconds * random.uniform(0.8, 1.2))
+            self._rung.clear()
+            try:
+                while not self._stopping.is_set() and self.look():
+                    pass
+            except Exception:
+                log.exception("look_failed", thread=self.name)
+        self.close()
+
+    @abstractmethod
+    def look(self) -> bool:
+        """Do what there is to do; return whether to look again at once."""
+
+    def close(self) -> None:
+        """Release what the thread holds; called by the thread at its end."""
+
+
+class _Housekeeper(_Looker):
+    def __init__(
+        self, database: Database, store: ObjectStore, settings: WorkerSettings, slots: list["_Slot"]
+    ) -> None:
+        super().__init__("housekeeper", settings.sweep_seconds)
+        self._database = database
+        self._store = store
+        self._settings = settings
+        self._slots = slots
+
+    def look(self) -> bool:
+        n_queued = tasks.requeue_lost_jobs(self._database, self._settings)
+        tasks.validate_files(self._database, self._store)
+        n_queued += tasks.advance_jobs(self._database)
+        if n_queued:
+            for slot in self._slots:
+                slot.ring()
+        return False
+
+
+class _Slot(_Looker):
+    """Trains one job at a time, and keeps one warm trainer for the next."""
+
+    def __init__(self, database: Database, settings: WorkerSettings, worker: str) -> None:
+        super().__init__(f"slot-{worker}", settings.sweep_seconds)
+        self._database = database
+        self._settings = settings
+        self._worker = worker
+        self._spare: TrainerProcess | None = None
+
+    def look(self) -> bool:
+        if self._settings.warm_spare:
+            self._spare = self._warm()
+        with self._database.write() as session:
+            job = job_runs.claim(session, self._worker, self._settings.lease_seconds)
+        if job is None:
+            return False
+        trainer = self._warm()
+        self._spare = None
+        run = tasks.TrainingRun(self._database, self._settings, job, trainer, self._stopping.is_set)
+        run.watch()
+        return True
+
+    def _warm(self) -> TrainerProcess:
+        return self._spare if self._spare and self._spare.is_alive else TrainerProcess()
+
+    def close(self) -> None:
+        if self._spare is not None:
+            self._spare.kill()
+
+
+class Dispatcher:
+    """All threads of one worker process."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings.worker
+        self._database = Database(settings.database)
+        store = open_store(settings.storage)
+        worker = f"{socket.gethostname()}:{secrets.token_hex(4)}"
+        self._slots = [
+            _Slot(self._database, settings.worker, f"{worker}:{index}")
+            for index in range(settings.worker.slots)
+        ]
+        self._threads: list[_Looker] = [
+            _Housekeeper(self._database, store, settings.worker, self._slots),
+            *self._slots,
+        ]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def ring(self) -> None:
+        for thread in self._threads:
+            thread.ring()
+
+    def stop(self) -> None:
+        """Ask every thread to end; running trainers save a checkpoint first."""
+        for thread in self._threads:
+            thread.stop()
+
+    def join(self) -> None:
+        """Wait until all threads have ended, at most as long as a trainer may take to stop."""
+        for thread in self._threads:
+            thread.join(self._settings.stop_seconds + 10)
+        self._database.close()

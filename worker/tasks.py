@@ -1,0 +1,190 @@
+"""What a worker does when it looks: lint uploads, advance jobs, take over lost ones, train."""
+
+import time
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from models.db import Database
+from models.domain.reports import DatasetReport, RowFinding
+from models.domain.status import JobStatus
+from models.errors import LeaseLostError
+from models.registry import files, job_runs, jobs
+from models.settings import WorkerSettings
+from models.storage import ObjectNotFoundError, ObjectStore, upload_key
+from models.tables import File, Job
+from worker import validation
+from worker.launch import TrainerProcess
+from worker.training import exit_codes
+
+log = structlog.get_logger(__name__)
+
+LINT_LEASE_SECONDS = 600
+POLL_SECONDS = 0.5
+
+
+def requeue_lost_jobs(database: Database, settings: WorkerSettings) -> int:
+    """Put jobs whose worker is silent back into the queue; return how many."""
+    with database.write() as session:
+        lost = job_runs.requeue_expired(session, settings.max_attempts)
+    for job_id in lost:
+        log.warning("job_taken_from_lost_worker", job_id=job_id)
+    return len(lost)
+
+
+def validate_files(database: Database, store: ObjectStore) -> None:
+    """Lint every uploaded training file that nobody has linted yet."""
+    while True:
+        with database.write() as session:
+            file = files.claim_unvalidated(session, LINT_LEASE_SECONDS)
+        if file is None:
+            return
+        report = _lint(file, store)
+        with database.write() as session:
+            files.record_report(session, file.id, report)
+        log.info("file_validated", file_id=file.id, rows=report.n_rows, errors=report.n_findings)
+
+
+def _lint(file: File, store: ObjectStore) -> DatasetReport:
+    try:
+        return validation.lint(store.stream(upload_key(file.id)))
+    except ObjectNotFoundError:
+        missing = RowFinding(
+            line=1,
+            code="content_missing",
+            message="The content of the file is gone from the object store.",
+            hint="Upload it again.",
+        )
+        return DatasetReport(n_rows=0, n_valid_rows=0, n_findings=1, findings=[missing])
+
+
+def advance_jobs(database: Database) -> int:
+    """Queue (or fail) the jobs whose files are linted by now; return how many moved."""
+    with database.write() as session:
+        return jobs.advance_validated(session)
+
+
+class TrainingRun:
+    """One attempt at one job: a lease kept alive, a trainer watched, an outcome recorded.
+
+    Args:
+        job: The row as `job_runs.claim` returned it.
+        trainer: A warm process that has no job yet.
+        is_stopping: Says whether this worker is shutting down.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        settings: WorkerSettings,
+        job: Job,
+        trainer: TrainerProcess,
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._database = database
+        self._settings = settings
+        self._job = job
+        self._trainer = trainer
+        self._is_stopping = is_stopping
+        self._cancelling = False
+        self._draining = False
+        self._kill_at: float | None = None
+        self._log = log.bind(job_id=job.id, attempt=job.attempt)
+
+    def watch(self) -> None:
+        """Run the trainer to its end and record how the attempt ended."""
+        self._log.info("training_started", pid=self._trainer.pid)
+        with self._database.write() as session:
+            job_runs.record_trainer(session, self._job.id, self._job.attempt, self._trainer.pid)
+        try:
+            self._trainer.assign(self._job.id, self._job.attempt)
+            exit_code = self._wait()
+        except LeaseLostError:
+            self._trainer.kill()
+            self._end("lease_lost", None)
+            return
+        except OSError:
+            exit_code = self._trainer.kill()
+        outcome = self._conclude(exit_code)
+        self._end(outcome, exit_code)
+
+    def _wait(self) -> int:
+        renewed = time.monotonic()
+        while (exit_code := self._trainer.wait(POLL_SECONDS)) is None:
+            now = time.monotonic()
+            if now - renewed >= self._settings.heartbeat_seconds and self._renew(now - renewed):
+                renewed = now
+            if self._is_stopping() and not self._draining:
+                self._draining = True
+                self._trainer.drain()
+                self._set_deadline()
+            if self._kill_at is not None and now > self._kill_at:
+                self._log.warning("trainer_did_not_stop")
+                return self._trainer.kill()
+        return exit_code
+
+    def _renew(self, silent_seconds: float) -> bool:
+        """Renew the lease and obey a cancellation; say whether the database answered.
+
+        Past two thirds of the lease without an answer the run ends itself, since soon another
+        worker may own the job.
+        """
+        try:
+            with self._database.write() as session:
+                cancel_requested = job_runs.heartbeat(
+                    session, self._job.id, self._job.attempt, self._settings.lease_seconds
+                )
+        except SQLAlchemyError as error:
+            self._log.warning("heartbeat_failed", error=str(error))
+            if silent_seconds > self._settings.lease_seconds * 2 / 3:
+                raise LeaseLostError("The database was silent for too long.") from error
+            return False
+        if cancel_requested and not self._cancelling:
+            self._cancelling = True
+            self._trainer.cancel()
+            self._set_deadline()
+        return True
+
+    def _set_deadline(self) -> None:
+        self._kill_at = time.monotonic() + self._settings.stop_seconds
+
+    def _conclude(self, exit_code: int) -> str:
+        """Move the job according to how the trainer ended; return the name of the outcome."""
+        job_id, attempt = self._job.id, self._job.attempt
+        try:
+            with self._database.write() as session:
+                if self._cancelling and exit_code not in (exit_codes.DONE, exit_codes.FAILED):
+                    job_runs.finish_cancel(session, job_id, attempt)
+                    return "cancelled"
+                if exit_code == exit_codes.RELEASED or self._draining:
+                    reason = "The worker is shutting down; the job goes back to the queue"
+                    job_runs.release(session, job_id, attempt, reason)
+                    return "released"
+                lost = _reason(exit_code)
+                status = job_runs.requeue(
+                    session, job_id, attempt, lost, self._settings.max_attempts
+                )
+                return "requeued" if status == JobStatus.QUEUED else str(status)
+        except LeaseLostError:
+            # The trainer has ended the job itself, or another worker owns it: nothing to move.
+            return {exit_codes.DONE: "succeeded", exit_codes.FAILED: "failed"}.get(
+                exit_code, "lease_lost"
+            )
+
+    def _end(self, outcome: str, exit_code: int | None) -> None:
+        self._log.info("training_ended", outcome=outcome, exit_code=exit_code)
+        with self._database.write() as session:
+            job_runs.end_attempt(session, self._job.id, self._job.attempt, outcome, exit_code)
+
+
+def _reason(exit_code: int) -> job_runs.LostRun:
+    if exit_code == -9:
+        return job_runs.LostRun(
+            "trainer_killed", "The trainer was killed, most often for lack of memory."
+        )
+    if exit_code < 0:
+        return job_runs.LostRun("trainer_crashed", f"The trainer crashed (signal {-exit_code}).")
+    return job_runs.LostRun(
+        "trainer_error", f"The trainer stopped with an error (exit status {exit_code})."
+    )
