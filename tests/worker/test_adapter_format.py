@@ -1,6 +1,7 @@
 """The published form of an adapter."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -82,17 +83,18 @@ def test_manifest_survives_writing_and_reading(adapter: Path) -> None:
 
 
 def test_manifest_is_stored_after_the_files_it_names(adapter: Path, tmp_path: Path) -> None:
+    keys: list[str] = []
+
     class Recorder(LocalStore):
-        keys: list[str] = []
+        def put(
+            self, key: str, data: bytes | Iterable[bytes], *, create_only: bool = False
+        ) -> None:
+            keys.append(key)
 
-        def put(self, key: str, data: object, **options: object) -> None:
-            self.keys.append(key)
-
-    recorder = Recorder(tmp_path / "objects")
     manifest = manifest_of(adapter)
-    put_adapter(recorder, adapter, manifest)
+    put_adapter(Recorder(tmp_path / "objects"), adapter, manifest)
     prefix = f"adapters/{manifest.digest}"
-    assert recorder.keys == [
+    assert keys == [
         f"{prefix}/adapter_config.json",
         f"{prefix}/adapter_model.safetensors",
         f"{prefix}/manifest.json",

@@ -9,6 +9,7 @@ import httpx
 import pytest
 import torch
 import transformers
+from transformers import PreTrainedTokenizerBase
 
 from models.storage import LocalStore
 from tests.worker.inference.tiny import tiny_llama
@@ -71,9 +72,8 @@ def running(service: InferenceService) -> Iterator[httpx.Client]:
 class TinyServer:
     """A server of a tiny random model that speaks through SmolLM2's tokenizer."""
 
-    def __init__(self, tokenizer_directory: Path, base: BaseModelInfo, root: Path) -> None:
-        tokenizer = load_tokenizer(tokenizer_directory)
-        self.renderer = ChatRenderer(load_tokenizer(tokenizer_directory))
+    def __init__(self, tokenizers: "Tokenizers", base: BaseModelInfo, root: Path) -> None:
+        tokenizer, self.renderer = tokenizers
         self.base = base.model_copy(update={"vocab_size": len(tokenizer)})
         self.store = LocalStore(root / "objects")
         self.model = tiny_llama(len(tokenizer))
@@ -92,16 +92,22 @@ class TinyServer:
         )
 
 
+Tokenizers = tuple[PreTrainedTokenizerBase, ChatRenderer]
+
+
+@pytest.fixture(scope="session")
+def tokenizers(smollm2: tuple[Path, BaseModelInfo]) -> Tokenizers:
+    """SmolLM2's tokenizer for decoding, and a renderer with a tokenizer of its own."""
+    directory = smollm2[0]
+    return load_tokenizer(directory), ChatRenderer(load_tokenizer(directory))
+
+
 @pytest.fixture
-def tiny_server(
-    smollm2: tuple[Path, BaseModelInfo], base: BaseModelInfo, tmp_path: Path
-) -> TinyServer:
-    return TinyServer(smollm2[0], base, tmp_path)
+def tiny_server(tokenizers: Tokenizers, base: BaseModelInfo, tmp_path: Path) -> TinyServer:
+    return TinyServer(tokenizers, base, tmp_path)
 
 
 @pytest.fixture
 def client(tiny_server: TinyServer) -> Iterator[httpx.Client]:
     with running(tiny_server.service) as client:
         yield client
-
-

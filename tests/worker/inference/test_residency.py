@@ -100,7 +100,7 @@ def test_an_adapter_that_breaks_a_rule_is_refused_with_the_reason(parts: Parts) 
     files.config["use_dora"] = True
     directory = files.write(parts.root / "dora")
     ref = publish(parts.store, directory, parts.base, template_sha256=TEMPLATE)
-    with pytest.raises(UnprocessableError, match="unsupported_feature.*use_dora") as caught:
+    with pytest.raises(UnprocessableError, match=r"unsupported_feature.*use_dora") as caught:
         asyncio.run(parts.residency.acquire(ref))
     assert caught.value.code == "invalid_adapter"
 

@@ -65,9 +65,7 @@ def test_half_precision_is_read_into_float32_without_change(
         f"{Q0}.lora_A.default.weight",
     ],
 )
-def test_a_tensor_that_would_not_be_used_is_refused(
-    files: Files, tmp_path: Path, key: str
-) -> None:
+def test_a_tensor_that_would_not_be_used_is_refused(files: Files, tmp_path: Path, key: str) -> None:
     files.tensors[key] = torch.ones(1)
     error = refusal(files, tmp_path)
     assert error.reason in {"unknown_tensor", "missing_tensor"}
@@ -90,9 +88,7 @@ def test_a_targeted_module_without_tensors_is_refused(files: Files, tmp_path: Pa
     assert "layers.0.self_attn.q_proj" in error.detail
 
 
-def test_tensors_of_a_module_that_is_not_targeted_are_refused(
-    files: Files, tmp_path: Path
-) -> None:
+def test_tensors_of_a_module_that_is_not_targeted_are_refused(files: Files, tmp_path: Path) -> None:
     files.config["target_modules"] = ["q_proj"]
     error = refusal(files, tmp_path)
     assert error.reason == "unknown_module"
@@ -134,9 +130,7 @@ def test_another_shape_is_refused_with_both_shapes(
     assert str(expected) in error.detail
 
 
-def test_another_rank_than_the_configuration_says_is_refused(
-    files: Files, tmp_path: Path
-) -> None:
+def test_another_rank_than_the_configuration_says_is_refused(files: Files, tmp_path: Path) -> None:
     files.config["rank_pattern"] = {"layers.0.self_attn.q_proj": 8}
     assert refusal(files, tmp_path).reason == "shape_mismatch"
 

@@ -70,9 +70,13 @@ class Slow:
 
 
 def test_greedy_text_is_that_of_the_librarys_own_generate(engine: InterleavedEngine) -> None:
-    reference = tiny_llama().generate(
-        torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, pad_token_id=END
-    )[0, len(PROMPT) :].tolist()
+    reference = (
+        tiny_llama()
+        .generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, pad_token_id=END)[
+            0, len(PROMPT) :
+        ]
+        .tolist()
+    )
     expected = decode_bytes([token for token in reference if token != END]).rstrip("\ufffd")
     text, last = generate(engine, Request(PROMPT, GREEDY))
     assert text == expected
@@ -112,9 +116,13 @@ def test_streams_proceed_together(engine: InterleavedEngine) -> None:
 
 def test_a_prompt_longer_than_a_chunk_gives_the_same_text() -> None:
     prompt = tuple(1 + index * 7 % 255 for index in range(PREFILL_CHUNK + 100))
-    reference = tiny_llama().generate(
-        torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=END
-    )[0, len(prompt) :].tolist()
+    reference = (
+        tiny_llama()
+        .generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=END)[
+            0, len(prompt) :
+        ]
+        .tolist()
+    )
     engine = byte_engine()
     text, _ = generate(engine, Request(prompt, Sampling(8, temperature=0)))
     engine.close()

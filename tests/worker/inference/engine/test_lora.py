@@ -44,7 +44,11 @@ CONFIGS = {
     "rank-stabilised": {"target_modules": ["q_proj", "down_proj"], "use_rslora": True},
     "patterns": {
         "target_modules": ["q_proj", "k_proj", "o_proj", "up_proj"],
-        "rank_pattern": {"layers.0.self_attn.q_proj": 2, "q_proj": 8, "^model.layers.1.mlp.up_proj": 3},
+        "rank_pattern": {
+            "layers.0.self_attn.q_proj": 2,
+            "q_proj": 8,
+            "^model.layers.1.mlp.up_proj": 3,
+        },
         "alpha_pattern": {"k_proj": 5, "layers.1.self_attn.o_proj": 40},
     },
     "patterns, rank-stabilised": {
@@ -53,7 +57,7 @@ CONFIGS = {
         "alpha_pattern": {"k_proj": 5},
         "use_rslora": True,
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
