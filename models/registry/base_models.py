@@ -13,13 +13,26 @@ from models.tables import BaseModel
 class Identity(Protocol):
     """The part of ``worker.base_models.BaseModelInfo`` that a row keeps."""
 
-    name: str
-    fingerprint: str
-    config_sha256: str
-    weights_sha256: str
-    vocab_size: int
-    n_parameters: int
-    max_length: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def config_sha256(self) -> str: ...
+
+    @property
+    def weights_sha256(self) -> str: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def n_parameters(self) -> int: ...
+
+    @property
+    def max_length(self) -> int: ...
 
 
 def sync_catalog(session: Session, catalog: Mapping[str, str]) -> None:
