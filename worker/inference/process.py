@@ -134,19 +134,18 @@ def listen(settings: InferenceSettings) -> tuple[socket.socket, str]:
 class InferenceProcess:
     """One inference server from start to end.
 
-    Args:
-        settings: Read once by the entry point.
-        stop: Set by a signal; ends `run`.
+    A signal ends it at once as long as it only loads, and in order when it serves.
     """
 
-    def __init__(self, settings: Settings, stop: Event) -> None:
+    def __init__(self, settings: Settings) -> None:
+        self.stop = Event()
+        self.serving = False
         self._settings = settings
-        self._stop = stop
         self._database = Database(settings.database)
         self._server_id = f"inference-{secrets.token_hex(8)}"
 
     def run(self) -> int:
-        """Serve until `stop` is set; return the exit status, 0 after an orderly stop."""
+        """Serve until SIGTERM or SIGINT; return the exit status, 0 after an orderly stop."""
         token = self._settings.inference.token.get_secret_value()
         if not token:
             logger.error(
@@ -154,10 +153,13 @@ class InferenceProcess:
                 remedy="Set TUNERY_INFERENCE__TOKEN to the same secret as for the API.",
             )
             return 2
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.on_signal)
         listener, url = listen(self._settings.inference)
         service, info = build_service(self._settings)
         http = HttpThread(service, token, listener)
         http.start_and_wait()
+        self.serving = True
         with self._database.write() as session:
             base_models.record_identity(session, info)
         self._announce(info, url)
@@ -171,10 +173,16 @@ class InferenceProcess:
             self._database.close()
             logger.info("inference_stopped", url=url)
 
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Take SIGTERM or SIGINT on the main thread."""
+        self.stop.set()
+        if not self.serving:
+            raise SystemExit(0)  # nobody knows of this process yet: nothing is to be put in order
+
     def _serve(
         self, service: InferenceService, http: HttpThread, info: BaseModelInfo, url: str
     ) -> int:
-        while not self._stop.wait(HEARTBEAT_SECONDS):
+        while not self.stop.wait(HEARTBEAT_SECONDS):
             if not http.is_alive() or not service.engine.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
@@ -215,15 +223,3 @@ def _drain(service: InferenceService) -> None:
             break
         time.sleep(0.05)
     service.close()
-
-
-def stop_on_signals() -> Event:
-    """Return an event that SIGTERM and SIGINT set."""
-    stop = Event()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
-
-    signal.signal(signal.SIGTERM, handle)
-    signal.signal(signal.SIGINT, handle)
-    return stop

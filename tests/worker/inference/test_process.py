@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from sqlalchemy import select
 
 from models.db import Database
@@ -33,10 +34,10 @@ from models.tables.base import Base
 from tests.worker.inference.conftest import TOKEN, TinyServer, running
 from tests.worker.inference.test_server import body, slow_down
 from tests.worker.inference.tiny import Files, publish, tiny_llama
-from worker.base_models import BaseModelInfo, load_model, load_tokenizer
+from worker.base_models import BaseModelInfo, dequantise_, load_model, load_tokenizer
 from worker.inference import process
 from worker.inference.engine.engine import InterleavedEngine
-from worker.inference.process import build_service, listen, stop_ids
+from worker.inference.process import InferenceProcess, build_service, listen, stop_ids
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -118,18 +119,14 @@ def test_eight_threads_get_the_answers_that_each_model_gives_alone(
 def test_the_wrapped_nf4_base_answers_to_the_bit_like_the_plain_one(
     smollm2: tuple[Path, BaseModelInfo], real: tuple[httpx.Client, list[AdapterRef | None]]
 ) -> None:
-    import torch
-
-    from worker.base_models import dequantise_
-
     directory, _ = smollm2
-    model = load_model(directory, precision="nf4")
+    model: Any = load_model(directory, precision="nf4")
     dequantise_(model)
     tokenizer = load_tokenizer(directory)
     messages = [{"role": "user", "content": "Say something in Japanese."}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     output = model.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False)
-    expected = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+    expected = str(tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True))
     answer = ask_real(real[0], None, "Say something in Japanese.")
     assert answer == expected.rstrip("\ufffd")
 
@@ -236,6 +233,17 @@ def test_draining_waits_for_open_streams_and_then_ends_them(
         assert '"finished"' in short.result().text.splitlines()[-1]
         last = list(response.iter_lines())[-1]
         assert json.loads(last)["error"]["code"] == "server_shutting_down"
+
+
+def test_a_signal_ends_a_loading_process_at_once_and_a_serving_one_in_order(tmp_path: Path) -> None:
+    loading = InferenceProcess(settings_in(tmp_path, tmp_path))
+    with pytest.raises(SystemExit) as caught:
+        loading.on_signal(signal.SIGTERM, None)
+    assert caught.value.code == 0
+    serving = InferenceProcess(settings_in(tmp_path, tmp_path))
+    serving.serving = True
+    serving.on_signal(signal.SIGTERM, None)
+    assert serving.stop.is_set()
 
 
 def test_a_taken_port_is_a_clear_error_before_anything_is_loaded() -> None:

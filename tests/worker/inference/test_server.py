@@ -35,7 +35,7 @@ def body(adapter: AdapterRef | None = None, **sampling: Any) -> dict[str, Any]:
     }
 
 
-ENDLESS = {"max_tokens": 100_000, "temperature": 1.0, "seed": 1}
+ENDLESS: dict[str, Any] = {"max_tokens": 100_000, "temperature": 1.0, "seed": 1}
 
 
 def events_of(lines: Iterator[str]) -> list[GenerateEvent]:

@@ -22,7 +22,9 @@ def read(tmp_path: Path, **changes: Any) -> LoraConfig:
 
 
 def test_everything_that_peft_writes_by_default_is_accepted(tmp_path: Path) -> None:
-    PeftLoraConfig(r=4, target_modules=["k_proj"], task_type="CAUSAL_LM").save_pretrained(tmp_path)
+    PeftLoraConfig(r=4, target_modules=["k_proj"], task_type="CAUSAL_LM").save_pretrained(
+        str(tmp_path)
+    )
     config = read_config(tmp_path / "adapter_config.json")
     assert (config.r, config.alpha, config.target_modules) == (4, 8.0, ("k_proj",))
 

@@ -148,11 +148,14 @@ def test_an_adapter_without_tensors_is_refused(files: Files, tmp_path: Path) -> 
     assert refusal(files, tmp_path).reason == "no_effect"
 
 
-def test_an_adapter_whose_b_is_all_zero_is_refused(files: Files, tmp_path: Path) -> None:
+def test_an_adapter_whose_b_is_all_zero_is_served_with_a_warning(
+    files: Files, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for key, tensor in files.tensors.items():
         if "lora_B" in key:
             tensor.zero_()
-    assert refusal(files, tmp_path).reason == "no_effect"
+    assert len(read(files, tmp_path).modules) == 4
+    assert "changes nothing" in caplog.text
 
 
 def test_integers_are_refused(files: Files, tmp_path: Path) -> None:

@@ -86,16 +86,18 @@ def test_greedy_text_is_that_of_the_librarys_own_generate(engine: InterleavedEng
 def test_answers_side_by_side_are_the_answers_alone(
     engine: InterleavedEngine, tmp_path: Path
 ) -> None:
-    leases = [None, *(engine.load(str(seed), adapter(tmp_path, seed)) for seed in (1, 2))]
+    leases = [engine.load(str(seed), adapter(tmp_path, seed)) for seed in (1, 2)]
     requests = [
-        Request((*PROMPT, extra), GREEDY, lease=lease) for lease in leases for extra in (1, 2)
+        Request((*PROMPT, extra), GREEDY, lease=lease)
+        for lease in (None, *leases)
+        for extra in (1, 2)
     ]
     alone = [generate(engine, request) for request in requests]
     assert len({text for text, _ in alone}) == len(requests)
     for _ in range(3):
         streams = [submit(engine, request) for request in requests]
         assert [collect(stream) for stream in streams] == alone
-    for lease in leases[1:]:
+    for lease in leases:
         lease.release()
     wait_for(lambda: is_idle(engine))
 

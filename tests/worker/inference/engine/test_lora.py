@@ -64,7 +64,7 @@ CONFIGS = {
 def test_logits_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
     peft_model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=12, **options)).eval()
     randomise(peft_model)
-    peft_model.save_pretrained(tmp_path, save_embedding_layers=False)
+    peft_model.save_pretrained(str(tmp_path), save_embedding_layers=False)
     expected = logits(peft_model)
 
     model, active = tiny_llama(), ActiveAdapter()
@@ -80,7 +80,7 @@ def test_conv1d_layers_of_gpt2_are_served_like_peft(tmp_path: Path) -> None:
     config = LoraConfig(r=4, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)
     peft_model = get_peft_model(tiny_gpt2(), config).eval()
     randomise(peft_model)
-    peft_model.save_pretrained(tmp_path)
+    peft_model.save_pretrained(str(tmp_path))
     expected = logits(peft_model)
 
     model, active = tiny_gpt2(), ActiveAdapter()
@@ -90,7 +90,8 @@ def test_conv1d_layers_of_gpt2_are_served_like_peft(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_without_an_adapter_the_wrapped_model_is_the_base_to_the_bit(dtype: torch.dtype) -> None:
-    model = tiny_llama().to(dtype)
+    model = tiny_llama()
+    torch.nn.Module.to(model, dtype)
     expected = logits(model)
     wrap_linears(model, ActiveAdapter())
     assert torch.equal(logits(model), expected)
