@@ -1,0 +1,33 @@
+"""Methods: what becomes trainable on a frozen base. One file each; a new file is a new method."""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from worker.training.methods.base import Method, MethodParams
+from worker.training.plugins import Registry
+
+_registry: Registry[Method] = Registry(__name__, field="peft", default="lora")
+M = TypeVar("M", bound=type[Method])
+
+
+def register(method: M) -> M:
+    """Class decorator that makes a method known; ``ValueError`` if its name is taken."""
+    _registry.add(method())
+    return method
+
+
+def get_method(name: str) -> Method:
+    """Return a method, or raise `InvalidRequestError` (param ``peft.type``)."""
+    return _registry.get(name)
+
+
+def all_methods() -> Mapping[str, Method]:
+    """Return every method by name."""
+    return _registry.all()
+
+
+def parse_params(given: Mapping[str, Any]) -> MethodParams:
+    """Return the checked ``peft`` object of a job, or raise `InvalidRequestError` (``peft.…``)."""
+    params = _registry.parse(given)
+    assert isinstance(params, MethodParams)
+    return params

@@ -1,0 +1,37 @@
+"""What a method has to offer. Imported by the API: tensor libraries only inside functions."""
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from models.domain.base import JsonObject, Parameters
+from worker.training.plugins import Plugin
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class MethodParams(Parameters):
+    """Base of every method's parameters; each adds ``type: Literal[its name]``."""
+
+
+class Method(Plugin, ABC):
+    """One way to make a frozen model trainable."""
+
+    Params: ClassVar[type[MethodParams]]
+
+    @abstractmethod
+    def attach(self, model: "PreTrainedModel", params: Any, seed: int) -> "PeftModel":
+        """Add trainable float32 weights to `model`, in place, drawn from `seed`.
+
+        Raises:
+            InvalidRequestError: `params` do not fit this model.
+        """
+
+    @abstractmethod
+    def adapter_config(self, model: "PeftModel", params: Any, base_model: str) -> JsonObject:
+        """Return ``adapter_config.json`` in PEFT's form; `base_model` is a name, never a path."""
+
+    @abstractmethod
+    def learns_first(self, parameter: str) -> bool:
+        """Tell whether a trainable parameter must have a gradient in the very first step."""

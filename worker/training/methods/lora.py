@@ -1,0 +1,163 @@
+"""LoRA (arXiv 2106.09685): ``y = W x + scale · B A dropout(x)``, only A and B are trained.
+
+On an ``nf4`` base this is QLoRA (arXiv 2305.14314).
+"""
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
+
+from models.domain.base import JsonObject
+from models.errors import InvalidRequestError
+from worker.training.methods import register
+from worker.training.methods.base import Method, MethodParams
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+_MODULE_NAME = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$"
+
+
+def _plain(name: str) -> str:
+    if not re.fullmatch(_MODULE_NAME, name):
+        raise ValueError(f"{name[:60]!r} is no module name: letters, digits, '_' and '.' only")
+    return name
+
+
+ModuleName = Annotated[
+    StrictStr,
+    Field(max_length=200, json_schema_extra={"pattern": _MODULE_NAME}),
+    AfterValidator(_plain),
+]
+"""A plain module path or its end; PEFT would take other characters for a regular expression."""
+
+
+def _distinct(names: list[str]) -> list[str]:
+    if len(set(names)) != len(names):
+        raise ValueError("must not name a module twice")
+    return names
+
+
+class LoraParams(MethodParams):
+    """Low-rank matrices beside the linear layers."""
+
+    type: Literal["lora"] = "lora"
+    r: Annotated[StrictInt, Field(ge=1, le=256)] = Field(
+        16, description="Rank: columns of B and rows of A. More learns more and costs more memory."
+    )
+    alpha: Annotated[float, Field(gt=0, le=10_000, strict=True)] = Field(
+        32.0, description="Strength: the change is scaled by alpha / r (alpha / √r with rsLoRA)."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = Field(
+        0.05, description="Share of the inputs of A that are dropped in training."
+    )
+    target_modules: (
+        Literal["all-linear"]
+        | Annotated[
+            list[ModuleName], Field(min_length=1, max_length=256), AfterValidator(_distinct)
+        ]
+    ) = Field(
+        "all-linear",
+        description="Linear layers that get matrices: all but the head, or names such as `q_proj`.",
+    )
+    use_rslora: StrictBool = Field(
+        False, description="Rank-stabilised scaling alpha / √r (arXiv 2312.03732)."
+    )
+    init: Literal["default", "gaussian"] = Field(
+        "default", description="How A starts: Kaiming-uniform, or Gaussian. B starts at 0."
+    )
+
+
+@register
+class Lora(Method):
+    """Through peft, with float32 weights whatever the base is held in."""
+
+    name: ClassVar[str] = "lora"
+    Params: ClassVar[type[MethodParams]] = LoraParams
+
+    def attach(self, model: "PreTrainedModel", params: Any, seed: int) -> "PeftModel":
+        """Add A ~ U(−1/√d_in, 1/√d_in) (or Gaussian) and B = 0 to the targeted linear layers."""
+        import torch
+        from peft import LoraConfig, PeftModel, get_peft_model
+
+        names = _target_names(model, params)
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=params.r,
+            lora_alpha=params.alpha,
+            lora_dropout=params.dropout,
+            target_modules=names,
+            use_rslora=params.use_rslora,
+            init_lora_weights="gaussian" if params.init == "gaussian" else True,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            adapted = get_peft_model(model, config)
+        assert isinstance(adapted, PeftModel)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return adapted
+
+    def adapter_config(self, model: "PeftModel", params: Any, base_model: str) -> JsonObject:
+        """Return PEFT's configuration with the targets as a list, as every server takes it."""
+        from peft import LoraConfig
+
+        config = model.peft_config["default"]
+        assert isinstance(config, LoraConfig)
+        return {
+            "base_model_name_or_path": base_model,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "inference_mode": True,
+            "init_lora_weights": "gaussian" if params.init == "gaussian" else True,
+            "lora_alpha": params.alpha,
+            "lora_dropout": params.dropout,
+            "peft_type": "LORA",
+            "r": params.r,
+            "target_modules": sorted(config.target_modules or ()),
+            "task_type": "CAUSAL_LM",
+            "use_rslora": params.use_rslora,
+        }
+
+    def learns_first(self, parameter: str) -> bool:
+        return ".lora_B." in parameter  # with B = 0, A's first gradient is exactly 0
+
+
+def _target_names(model: "PreTrainedModel", params: LoraParams) -> list[str]:
+    """Return names that PEFT's suffix match turns into exactly the layers that are meant.
+
+    Raises:
+        InvalidRequestError: a name matches no linear layer, or there is none to adapt.
+    """
+    linears = _linear_layers(model)
+    last_parts = sorted({path.rpartition(".")[2] for path in linears})
+    if not linears:
+        raise InvalidRequestError(
+            "This base model has no linear layer that LoRA could adapt.", param="model"
+        )
+    if params.target_modules == "all-linear":
+        return last_parts
+    for name in params.target_modules:
+        if not any(path == name or path.endswith(f".{name}") for path in linears):
+            raise InvalidRequestError(
+                f"peft.target_modules: no linear layer is called {name!r}. This base model has: "
+                f"{', '.join(last_parts)}.",
+                param="peft.target_modules",
+            )
+    return list(params.target_modules)
+
+
+def _linear_layers(model: "PreTrainedModel") -> list[str]:
+    """Return the paths of all linear layers but the language-model head."""
+    from torch import nn
+
+    head: torch.nn.Module | None = model.get_output_embeddings()
+    return [
+        path
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    ]

@@ -1,0 +1,72 @@
+"""What an objective has to offer. Imported by the API: tensor libraries only inside functions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from models.domain.base import Parameters
+from worker.training.plugins import Plugin
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from peft import PeftModel
+
+
+class ObjectiveParams(Parameters):
+    """Base of every objective's parameters; each adds ``type: Literal[its name]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row, ready to train on.
+
+    `input_ids` is int32 [T]; `trained` is bool [T] and says which ids are targets of the loss
+    (never the first, which nothing predicts). `line` is the row's line in its file, from 1.
+    """
+
+    line: int
+    input_ids: "np.ndarray"
+    trained: "np.ndarray"
+    n_trained: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Examples side by side, right-padded: int64 [B, T] each.
+
+    `targets` holds, at each position, the id that it has to predict, or −100 where nothing is
+    learnt.
+    """
+
+    input_ids: "torch.Tensor"
+    attention_mask: "torch.Tensor"
+    targets: "torch.Tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class LossSum:
+    """Sums over the trained tokens of a batch, so that several batches can make up one step.
+
+    `loss` is a scalar float32 with a graph behind it, in nats; `n_correct` a scalar int64 of
+    arg-max hits.
+    """
+
+    loss: "torch.Tensor"
+    n_correct: "torch.Tensor"
+
+
+class Objective(Plugin, ABC):
+    """One loss over one kind of rows."""
+
+    Params: ClassVar[type[ObjectiveParams]]
+    row_type: ClassVar[type]
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], pad_id: int, device: str) -> Batch:
+        """Pad examples to the longest of them and put them on `device`."""
+
+    @abstractmethod
+    def loss(self, model: "PeftModel", batch: Batch, params: Any) -> LossSum:
+        """Return sums over the batch's trained tokens; the loop divides by the step's."""
