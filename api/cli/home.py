@@ -64,7 +64,7 @@ class Home:
 
     @contextmanager
     def socket_directory(self) -> Iterator[Path]:
-        """A directory (0700) for the broker's socket: here, or a short one where this is too long."""
+        """A directory (0700) for the broker's socket; a short one if this path is too long."""
         if len(str(self.path / "valkey" / "valkey.sock")) <= MAX_SOCKET_PATH:
             (self.path / "valkey").chmod(0o700)
             yield self.path / "valkey"

