@@ -17,10 +17,9 @@ from models.errors import (
     TuneryError,
     UnavailableError,
 )
+from models.explain import explain
 
 log = structlog.get_logger(__name__)
-
-_IN_BODY = {"body", "query", "path", "header", "cookie"}
 
 
 def error_body(error: TuneryError) -> dict[str, Any]:
@@ -46,35 +45,6 @@ def error_response(error: TuneryError) -> JSONResponse:
     return JSONResponse(error_body(error), error.status_code, headers)
 
 
-def from_validation(errors: Sequence[Any]) -> InvalidRequestError:
-    """Turn pydantic's findings into one error: the first names `param`, all are in the message."""
-    sentences = []
-    param = None
-    code = None
-    for finding in errors[:10]:
-        where = ".".join(str(part) for part in finding["loc"] if part not in _IN_BODY)
-        kind = finding["type"]
-        if kind == "unknown_field":
-            field = finding["ctx"]["field"]
-            where = f"{where}.{field}" if where else field
-        if param is None:
-            param = where or None
-            code = _CODES.get(kind, "invalid_value")
-        reason = str(finding["msg"]).removeprefix("Value error, ").removesuffix(".")
-        sentences.append(f"{where}: {reason}." if where else f"{reason}.")
-    if len(errors) > 10:
-        sentences.append(f"({len(errors) - 10} more.)")
-    return InvalidRequestError(" ".join(sentences), param=param, code=code)
-
-
-_CODES = {
-    "missing": "missing_required_parameter",
-    "unknown_field": "unknown_parameter",
-    "extra_forbidden": "unknown_parameter",
-    "json_invalid": "invalid_json",
-}
-
-
 def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(TuneryError)
     async def on_tunery_error(_: Request, error: TuneryError) -> JSONResponse:
@@ -84,7 +54,7 @@ def install_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
-        return error_response(from_validation(error.errors()))
+        return error_response(explain(_without_place(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def on_http_exception(request: Request, error: HTTPException) -> JSONResponse:
@@ -107,6 +77,11 @@ def install_error_handlers(app: FastAPI) -> None:
         return error_response(
             TuneryError("The service made an error; its log has the details under this request id.")
         )
+
+
+def _without_place(findings: Sequence[Any]) -> list[Any]:
+    """Drop FastAPI's first part of a location: ``body``, ``query``, …"""
+    return [finding | {"loc": finding["loc"][1:]} for finding in findings]
 
 
 def _from_http(request: Request, error: HTTPException) -> TuneryError:

@@ -118,7 +118,7 @@ def connect(settings: ClientSettings, home: Path | None) -> Client:
             raise UnavailableError(
                 f"No service is up in {place.path}. Start one with "
                 f"'tunery up --home {place.path}', or set "
-                " TUNERY_CLIENT__URL and TUNERY_CLIENT__API_KEY."
+                "TUNERY_CLIENT__URL and TUNERY_CLIENT__API_KEY."
             )
         url = running.url
     given = settings.api_key.get_secret_value() if settings.api_key and home is None else None

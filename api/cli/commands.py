@@ -65,9 +65,7 @@ def _reported() -> Iterator[Settings]:
 
 
 def _give_up(message: str) -> NoReturn:
-    errors.print(
-        f"[red]Error:[/red] {message}".replace("\\[", "["), highlight=False, soft_wrap=True
-    )
+    errors.print(Text("Error: ", style="red").append(message, style="default"), soft_wrap=True)
     raise typer.Exit(1)
 
 
@@ -148,9 +146,8 @@ def _watch(client: Client, job_id: str) -> None:
     if job["status"] != JobStatus.SUCCEEDED:
         _give_up((job["error"] or {}).get("message") or f"The job ended as {job['status']}.")
     name = job["fine_tuned_model"]
-    console.print(
-        f"\n[bold]{name}[/bold] is ready. Try: tunery chat --model {name}", highlight=False
-    )
+    console.print(f"\n[bold]{name}[/bold] is ready.", highlight=False, soft_wrap=True)
+    console.print(f"Try: tunery chat --model {name}", highlight=False, soft_wrap=True)
 
 
 @jobs_app.callback(invoke_without_command=True)

@@ -4,7 +4,7 @@ The API reads parameter classes through this module, so it imports nothing of th
 """
 
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, ClassVar, Generic, TypeVar
@@ -13,8 +13,7 @@ from pydantic import ValidationError
 
 from models.domain.base import Parameters
 from models.errors import InvalidRequestError
-
-_CODES = {"missing": "missing_required_parameter", "unknown_field": "unknown_parameter"}
+from models.explain import explain
 
 
 class Plugin:
@@ -86,20 +85,4 @@ class Registry(Generic[P]):
         try:
             return plugin.Params.model_validate(dict(given))
         except ValidationError as error:
-            raise self._explained(error.errors(include_url=False)) from error
-
-    def _explained(self, findings: Sequence[Any]) -> InvalidRequestError:
-        reasons: dict[str, list[str]] = {}
-        for finding in findings:
-            # The branches of a union appear as parts such as "literal['all-linear']".
-            path = [str(part) for part in finding["loc"] if str(part).isidentifier()]
-            if finding["type"] == "unknown_field":
-                path.append(finding["ctx"]["field"])
-            reason = str(finding["msg"]).removeprefix("Value error, ").removesuffix(".")
-            reasons.setdefault(".".join([self._field, *path]), []).append(reason)
-        sentences = [f"{where}: {', or '.join(these)}" for where, these in reasons.items()]
-        return InvalidRequestError(
-            " ".join(text if text.endswith("?") else f"{text}." for text in sentences),
-            param=next(iter(reasons)),
-            code=_CODES.get(findings[0]["type"]),
-        )
+            raise explain(error.errors(include_url=False), self._field) from error
