@@ -37,10 +37,10 @@ class TuneryError(Exception):
         self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (error_from_dict, (self.to_dict(),))
+        return (_rebuilt, (type(self), self.to_dict()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-ready form that `error_from_dict` turns back into the same class."""
+        """Return a JSON-ready form; `error_from_dict` turns it into the class of its status."""
         return {
             "status": self.status_code,
             "message": self.message,
@@ -155,7 +155,10 @@ _BY_STATUS: dict[int, type[TuneryError]] = {
 
 def error_from_dict(data: dict[str, Any]) -> TuneryError:
     """Rebuild an error from `to_dict`; an unknown status gives a plain `TuneryError`."""
-    cls = _BY_STATUS.get(int(data.get("status", 500)), TuneryError)
+    return _rebuilt(_BY_STATUS.get(int(data.get("status", 500)), TuneryError), data)
+
+
+def _rebuilt(cls: type[TuneryError], data: dict[str, Any]) -> TuneryError:
     return cls(
         str(data.get("message", "Unknown error.")),
         param=data.get("param"),
