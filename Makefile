@@ -27,11 +27,12 @@ up: $(STAMP) ## Run the whole service on 127.0.0.1
 test: $(STAMP) ## Run all tests; they start the servers that they need
 	$(BIN)/python -m pytest
 
+# The cache of lint-imports does not notice that a module that was missing has come.
 check: $(STAMP) ## Check style, format, types and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-cache
 
 migrate: $(STAMP) ## Bring the database of TUNERY_DATABASE__URL to the newest revision
 	$(BIN)/tunery migrate
@@ -40,5 +41,5 @@ bench: $(STAMP) ## List the benchmarks and how each is run
 	$(BIN)/python -m bench
 
 clean: ## Remove .venv and what the tools cached
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -170,7 +170,7 @@ def _from_hub(target: Path, location: str) -> None:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UnavailableError(
             f"Base model {location!r} cannot be fetched from the hub ({type(error).__name__}). "
-            "Without a network, put its files in a directory and use path:DIRECTORY in the catalog.",
+            "Without a network, put its files in a directory, and path:DIRECTORY in the catalog.",
             param="model",
         ) from error
 
@@ -248,6 +248,7 @@ def load_model(
     Raises:
         ValueError: `precision` is not one of `PRECISIONS`.
     """
+    import bitsandbytes as bnb
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
@@ -265,7 +266,7 @@ def load_model(
         directory, device_map={"": device}, trust_remote_code=False, use_safetensors=True, **options
     )
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
     return model.eval()
@@ -283,7 +284,8 @@ def dequantise_(model: "PreTrainedModel") -> None:
     for path, module in list(model.named_modules()):
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
-        weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        packed: Any = module.weight
+        weight = bnb.functional.dequantize_4bit(packed.data, packed.quant_state)
         plain = torch.nn.Linear(
             module.in_features, module.out_features, bias=module.bias is not None, device="meta"
         )
@@ -316,8 +318,9 @@ def nf4_bits_per_parameter(model: "torch.nn.Module") -> float:
     for module in model.modules():
         if not isinstance(module, bnb.nn.Linear4bit):
             continue
-        state = module.weight.quant_state
-        tensors = [module.weight.data, state.absmax]
+        packed: Any = module.weight
+        state = packed.quant_state
+        tensors = [packed.data, state.absmax]
         if state.nested:
             tensors += [state.state2.absmax, state.offset]
         n_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
