@@ -94,6 +94,13 @@ def test_functions_stay_short() -> None:
     assert long == {}
 
 
+def tests_for(path: Path) -> list[Path]:
+    """Where a module's tests may be: a file of its own, or one for a whole folder above it."""
+    module = path.relative_to(ROOT)
+    subjects = [module.with_suffix(""), *module.parents[:-2]]
+    return [ROOT / "tests" / subject.parent / f"test_{subject.name}.py" for subject in subjects]
+
+
 def test_every_module_with_logic_has_its_test() -> None:
     missing = []
     for path in python_files(*PACKAGES):
@@ -101,8 +108,7 @@ def test_every_module_with_logic_has_its_test() -> None:
         exempt = any(name == entry or name.startswith(f"{entry}/") for entry in TESTED_ELSEWHERE)
         if path.name in {"__init__.py", "__main__.py"} or exempt or not has_logic(path):
             continue
-        test = ROOT / "tests" / path.relative_to(ROOT).with_name(f"test_{path.name}")
-        if not test.is_file():
+        if not any(test.is_file() for test in tests_for(path)):
             missing.append(name)
     assert missing == []
 
