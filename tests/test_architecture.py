@@ -94,7 +94,7 @@ def test_functions_stay_short() -> None:
     assert long == {}
 
 
-def tests_for(path: Path) -> list[Path]:
+def places_of_tests(path: Path) -> list[Path]:
     """Where a module's tests may be: a file of its own, or one for a whole folder above it."""
     module = path.relative_to(ROOT)
     subjects = [module.with_suffix(""), *module.parents[:-2]]
@@ -108,7 +108,7 @@ def test_every_module_with_logic_has_its_test() -> None:
         exempt = any(name == entry or name.startswith(f"{entry}/") for entry in TESTED_ELSEWHERE)
         if path.name in {"__init__.py", "__main__.py"} or exempt or not has_logic(path):
             continue
-        if not any(test.is_file() for test in tests_for(path)):
+        if not any(test.is_file() for test in places_of_tests(path)):
             missing.append(name)
     assert missing == []
 
