@@ -1,1 +1,1 @@
-"""What computes: the Celery worker, the trainer, the inference server. Must stay free of imports."""
+"""What computes: the Celery worker, the trainer, the inference server. Stays free of imports."""

@@ -11,7 +11,7 @@ from worker.dispatcher import Dispatcher
 
 
 def create_worker_app(settings: Settings) -> Celery:
-    """Return the Celery application with its one task and the dispatcher on the worker's signals."""
+    """Return the Celery application: one task, and the dispatcher on the worker's signals."""
     app = make_celery(settings.broker)
     dispatcher = Dispatcher(settings)
 
