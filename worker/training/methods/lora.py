@@ -4,6 +4,7 @@ On an ``nf4`` base this is QLoRA (arXiv 2305.14314).
 """
 
 import re
+import warnings
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
@@ -93,7 +94,9 @@ class Lora(Method):
             use_rslora=params.use_rslora,
             init_lora_weights="gaussian" if params.init == "gaussian" else True,
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.24 for an attribute under its old name.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             torch.manual_seed(seed)
             adapted = get_peft_model(model, config)
         assert isinstance(adapted, PeftModel)

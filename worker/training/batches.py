@@ -1,0 +1,213 @@
+"""From the rows of a data set to batches: rendering, policies for bad rows, order, micro-batches.
+
+Everything here is a function of its arguments: the batches of an epoch follow from the examples,
+the seed and the epoch, so that a resumed run sees what an uninterrupted one would have seen.
+"""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+from models.domain.reports import MAX_FINDINGS, RowFinding
+from models.domain.rows import ChatRow
+from models.errors import TrainingFailedError
+from worker.chat import Rendered, RowError
+from worker.training.objectives.base import Example
+
+POOL_BATCHES = 50
+"""At most so many batches are sorted by length together; more would make every epoch alike."""
+
+
+class Renderer(Protocol):
+    """The part of ``worker.chat.ChatRenderer`` that is needed here."""
+
+    def render(self, row: ChatRow) -> Rendered: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RowPolicy:
+    """What happens to rows that cannot be used as they are; `max_length` in tokens."""
+
+    on_error: Literal["fail", "skip"]
+    on_overlong: Literal["error", "drop", "truncate"]
+    max_length: int
+
+
+@dataclass(slots=True)
+class Dataset:
+    """Examples in the order of the file, and how many rows were left out or cut."""
+
+    examples: list[Example] = field(default_factory=list)
+    n_skipped: int = 0
+    n_dropped: int = 0
+    n_truncated: int = 0
+
+    def warning(self, what: str) -> str | None:
+        """Return a sentence about the rows that are not trained in full, or None."""
+        parts = [
+            f"{count} {'row was' if count == 1 else 'rows were'} {done}"
+            for count, done in (
+                (self.n_skipped, "skipped because of errors"),
+                (self.n_dropped, "dropped because of their length"),
+                (self.n_truncated, "truncated"),
+            )
+            if count
+        ]
+        if not parts:
+            return None
+        n_rows = len(self.examples) + self.n_skipped + self.n_dropped
+        return f"Of {n_rows} rows of the {what}, {', '.join(parts)}."
+
+
+def build_dataset(
+    rows: Iterable[tuple[int, ChatRow | RowFinding]],
+    renderer: Renderer,
+    policy: RowPolicy,
+    param: Literal["training_file", "validation_file"],
+) -> Dataset:
+    """Render every row, in one pass that finds all faults.
+
+    Args:
+        rows: Line numbers, and rows or what is wrong with them (``worker.validation.read_rows``).
+        param: Request field that names the file, for errors.
+
+    Raises:
+        TrainingFailedError: a row is at fault and the policy is to fail, or no row is left (code
+            ``invalid_file_format``; the message has the first `MAX_FINDINGS` faults).
+    """
+    builder = _Builder(renderer, policy)
+    for line, row in rows:
+        builder.add(line, row)
+    what = param.replace("_", " ")
+    if builder.n_faults:
+        sentences = " ".join(finding.sentence() for finding in builder.faults)
+        if builder.n_faults > 1:
+            sentences += f" ({builder.n_faults} errors in all.)"
+        raise _format_error(what, param, sentences)
+    if not builder.dataset.examples:
+        reason = builder.dataset.warning(what) or "It has no rows."
+        raise _format_error(what, param, f"No row is left to train on. {reason}")
+    return builder.dataset
+
+
+def _format_error(what: str, param: str, reason: str) -> TrainingFailedError:
+    return TrainingFailedError(
+        f"The job failed due to a file format error in the {what}. {reason}",
+        param=param,
+        code="invalid_file_format",
+    )
+
+
+class _Builder:
+    """Sorts rows into examples, rows left out, and faults."""
+
+    def __init__(self, renderer: Renderer, policy: RowPolicy) -> None:
+        self.dataset = Dataset()
+        self.faults: list[RowFinding] = []
+        self.n_faults = 0
+        self._renderer = renderer
+        self._policy = policy
+
+    def add(self, line: int, row: ChatRow | RowFinding) -> None:
+        if isinstance(row, RowFinding):
+            self._refuse(row)
+            return
+        try:
+            rendered = self._renderer.render(row)
+        except RowError as error:
+            self._refuse(error.finding(line))
+            return
+        limit = self._policy.max_length
+        n_ids = len(rendered.input_ids)
+        if n_ids > limit and self._policy.on_overlong == "drop":
+            self.dataset.n_dropped += 1
+        elif n_ids > limit and self._policy.on_overlong == "error":
+            # Its own policy decides, so that "skip" never leaves out what "drop" was not asked to.
+            self._fail(_overlong(line, n_ids, limit))
+        else:
+            self._keep(line, rendered)
+
+    def _keep(self, line: int, rendered: Rendered) -> None:
+        limit = self._policy.max_length
+        input_ids = np.array(rendered.input_ids[:limit], dtype=np.int32)
+        trained = np.array(rendered.trained[:limit], dtype=np.bool_)
+        trained[:1] = False  # nothing predicts the first id
+        n_trained = int(trained.sum())
+        if n_trained == 0:
+            self._refuse(_nothing_to_learn(line, len(rendered.input_ids), limit))
+            return
+        self.dataset.n_truncated += len(rendered.input_ids) > limit
+        self.dataset.examples.append(Example(line, input_ids, trained, n_trained))
+
+    def _refuse(self, finding: RowFinding) -> None:
+        if self._policy.on_error == "skip":
+            self.dataset.n_skipped += 1
+        else:
+            self._fail(finding)
+
+    def _fail(self, finding: RowFinding) -> None:
+        self.n_faults += 1
+        if len(self.faults) < MAX_FINDINGS:
+            self.faults.append(finding)
+
+
+def _overlong(line: int, n_ids: int, limit: int) -> RowFinding:
+    return RowFinding(
+        line=line,
+        code="overlong_row",
+        message=f"the row has {n_ids:,} tokens; {limit:,} are allowed.",
+        hint='Shorten it, raise "max_seq_length" as far as the model allows, or set '
+        '"on_overlong" to "drop" or "truncate".',
+    )
+
+
+def _nothing_to_learn(line: int, n_ids: int, limit: int) -> RowFinding:
+    if n_ids <= limit:
+        return RowFinding(line=line, code="nothing_to_learn", message="no token of it is trained.")
+    return RowFinding(
+        line=line,
+        code="nothing_to_learn",
+        message=f"cut from {n_ids:,} to {limit:,} tokens, no trained token is left.",
+        hint='Shorten the messages before the answer, or set "on_overlong" to "drop".',
+    )
+
+
+def epoch_batches(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int
+) -> list[list[int]]:
+    """Return the batches of one epoch as indices; every index appears once.
+
+    Indices are shuffled, cut into pools of several batches, each pool is sorted by length (so that
+    little is padding: specs, training, section 2) and the batches are shuffled again.
+    """
+    # A string as the seed goes through sha512: neighbouring seeds and epochs share nothing.
+    generator = random.Random(f"{seed}:{epoch}")
+    order = list(range(len(lengths)))
+    generator.shuffle(order)
+    n_batches = -(-len(order) // batch_size)
+    pool = batch_size * min(POOL_BATCHES, max(1, n_batches // 4))
+    batches = []
+    for start in range(0, len(order), pool):
+        members = sorted(order[start : start + pool], key=lambda index: -lengths[index])
+        batches += [members[at : at + batch_size] for at in range(0, len(members), batch_size)]
+    generator.shuffle(batches)
+    return batches
+
+
+def micro_batches(examples: Sequence[Example], token_budget: int) -> Iterator[list[Example]]:
+    """Split the examples of one step, longest first, so that none holds more than `token_budget`.
+
+    The budget counts padded tokens; an example that alone exceeds it makes a batch of its own.
+    """
+    group: list[Example] = []
+    for example in sorted(examples, key=lambda example: -len(example.input_ids)):
+        longest = len(group[0].input_ids) if group else 0
+        if group and longest * (len(group) + 1) > token_budget:
+            yield group
+            group = []
+        group.append(example)
+    if group:
+        yield group

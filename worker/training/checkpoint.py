@@ -1,0 +1,199 @@
+"""The state of a run after a step, as files: everything that an exact resume needs, and no pickle.
+
+A directory written by `save` holds ``adapter/`` (PEFT's two files, servable as they are) and
+``state/`` with `STATE_FILES`. On a CPU a run that is restored from it goes on bit for bit like one
+that was never interrupted.
+"""
+
+import json
+import random
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from models.domain.base import Frozen, JsonObject
+from models.errors import TrainingFailedError
+from worker.training.loop import Progress, Trainer
+
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+OPTIMIZER, RNG, TRAINER = "optimizer.safetensors", "rng.safetensors", "trainer.json"
+STATE_FILES = (OPTIMIZER, RNG, TRAINER)
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for each parameter: a float32 scalar and two tensors of its shape."""
+
+SMALL_FILES_BYTES = 1024**2
+
+
+class StateError(ValueError):
+    """Files that are no state of this run."""
+
+
+class _TrainerState(Frozen):
+    """``trainer.json``. `epoch` and `batch` are the cursor; they follow from the step."""
+
+    step: int
+    epoch: int
+    batch: int
+    n_tokens: int
+    best_valid_loss: float | None
+    n_without_improvement: int
+    stopped_early: bool
+    python_rng: tuple[int, list[int], float | None]
+    numpy_rng: tuple[str, list[int], int, int, float]
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of what a run's numbers depend on."""
+    return {
+        name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes", "numpy")
+    }
+
+
+def save(trainer: Trainer, directory: Path, base_model: str) -> None:
+    """Write the state of `trainer` to an empty or missing `directory`.
+
+    Args:
+        trainer: Between two steps.
+        directory: Where the files go.
+        base_model: The base's name, which the adapter's configuration carries (never a path).
+
+    Raises:
+        TrainingFailedError: the disk has less than twice the room that is needed
+            (``storage_full``).
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    _require_room(trainer, directory)
+    task = trainer.task
+    adapter, state = directory / "adapter", directory / "state"
+    adapter.mkdir()
+    state.mkdir()
+    config = task.method.adapter_config(task.model, task.method_params, base_model)
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    save_file(adapter_tensors(trainer), adapter / ADAPTER_TENSORS, metadata={"format": "pt"})
+    save_file(_optimizer_tensors(trainer), state / OPTIMIZER)
+    save_file(_rng_tensors(), state / RNG)
+    (state / TRAINER).write_text(_trainer_state(trainer).model_dump_json())
+
+
+def restore(trainer: Trainer, directory: Path) -> None:
+    """Put a fresh `trainer` (same specification, same data) into the state in `directory`.
+
+    Raises:
+        StateError: the files do not fit this trainer, which is left as it was.
+    """
+    state = directory / "state"
+    try:
+        weights = load_file(directory / "adapter" / ADAPTER_TENSORS)
+        moments = load_file(state / OPTIMIZER)
+        rng = load_file(state / RNG)
+        kept = _TrainerState.model_validate_json((state / TRAINER).read_bytes())
+    except (OSError, SafetensorError, ValidationError) as error:
+        raise StateError(f"{type(error).__name__}: {error}") from error
+    if kept.step > trainer.total_steps:
+        raise StateError(f"step {kept.step} is beyond the last of this run")
+    _require_fit(trainer, weights, moments)
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(weights[name])
+    state_dict: JsonObject = trainer.optimizer.state_dict()
+    state_dict["state"] = {
+        index: {moment: moments[f"{name}:{moment}"] for moment in MOMENTS}
+        for index, name in enumerate(trainer.parameters)
+    }
+    trainer.optimizer.load_state_dict(state_dict)
+    trainer.progress = Progress(
+        step=kept.step,
+        n_tokens=kept.n_tokens,
+        best_valid_loss=kept.best_valid_loss,
+        n_without_improvement=kept.n_without_improvement,
+        stopped_early=kept.stopped_early,
+    )
+    python_version, words, gauss = kept.python_rng
+    random.setstate((python_version, tuple(words), gauss))
+    name, key, position, has_gauss, cached = kept.numpy_rng
+    np.random.set_state((name, np.array(key, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(rng["cpu"])
+    for index in range(torch.cuda.device_count()):
+        if f"cuda.{index}" in rng:
+            torch.cuda.set_rng_state(rng[f"cuda.{index}"], index)
+
+
+def seed_everything(seed: int) -> None:
+    """Start every source of random numbers; for a run that begins at step 0."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def adapter_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return copies of the trained weights, float32 on the CPU, by PEFT's names."""
+    return {
+        name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+        for name, parameter in trainer.parameters.items()
+    }
+
+
+def _require_room(trainer: Trainer, directory: Path) -> None:
+    n_weights = sum(parameter.numel() for parameter in trainer.parameters.values())
+    needed = 2 * (3 * 4 * n_weights + SMALL_FILES_BYTES)
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise TrainingFailedError(
+            f"The worker's scratch disk has {free:,} bytes free; a checkpoint needs {needed:,}. "
+            "Free some space and start the job again.",
+            code="storage_full",
+        )
+
+
+def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in trainer.parameters.items():
+        for moment, value in trainer.optimizer.state[parameter].items():
+            tensors[f"{name}:{moment}"] = value.detach().to("cpu", copy=True).contiguous()
+    return tensors
+
+
+def _rng_tensors() -> dict[str, torch.Tensor]:
+    tensors = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        for index, state in enumerate(torch.cuda.get_rng_state_all()):
+            tensors[f"cuda.{index}"] = state
+    return tensors
+
+
+def _trainer_state(trainer: Trainer) -> _TrainerState:
+    progress = trainer.progress
+    epoch, batch = divmod(progress.step, trainer.steps_per_epoch)
+    python_version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    name, key, position, has_gauss, cached = numpy_state
+    return _TrainerState(
+        step=progress.step,
+        epoch=epoch,
+        batch=batch,
+        n_tokens=progress.n_tokens,
+        best_valid_loss=progress.best_valid_loss,
+        n_without_improvement=progress.n_without_improvement,
+        stopped_early=progress.stopped_early,
+        python_rng=(python_version, list(words), gauss),
+        numpy_rng=(name, key.tolist(), int(position), int(has_gauss), float(cached)),
+    )
+
+
+def _require_fit(
+    trainer: Trainer, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]
+) -> None:
+    expected = {f"{name}:{moment}" for name in trainer.parameters for moment in MOMENTS}
+    if weights.keys() != trainer.parameters.keys() or moments.keys() != expected:
+        raise StateError("it belongs to other parameters than this run trains")
+    for name, parameter in trainer.parameters.items():
+        for tensor in (weights[name], moments[f"{name}:exp_avg"], moments[f"{name}:exp_avg_sq"]):
+            if tensor.shape != parameter.shape:
+                raise StateError(f"{name} has shape {tuple(tensor.shape)}")

@@ -1,0 +1,250 @@
+"""One job from its row to its adapter: what `run` does between its start and its exit code."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import structlog
+from pydantic import ValidationError
+
+from models.db import Database
+from models.domain.reports import CheckpointManifest, StepMetrics
+from models.domain.status import JobStatus
+from models.domain.training import TrainingSpec
+from models.errors import LeaseLostError, TrainingFailedError, UnprocessableError
+from models.registry import base_models, checkpoints, job_runs
+from models.settings import Settings
+from models.storage import (
+    MANIFEST,
+    ObjectNotFoundError,
+    ObjectStore,
+    adapter_prefix,
+    fetch_file,
+    upload_key,
+)
+from models.tables import Checkpoint, File, Job
+from worker.adapter_format import parse_manifest
+from worker.base_models import BaseModelInfo, load_tokenizer, materialise, pick_device
+from worker.chat import ChatRenderer
+from worker.training import checkpoint, methods, objectives
+from worker.training.batches import Dataset, RowPolicy, build_dataset
+from worker.training.loop import Outcome, Stop, Task, Trainer
+from worker.training.model import build_model
+from worker.training.publish import Publisher, RunIdentity
+from worker.training.report import DatabaseReporter
+from worker.validation import read_rows
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a job is trained with; `scratch` is a directory of its own."""
+
+    settings: Settings
+    database: Database
+    store: ObjectStore
+    scratch: Path
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """The job's row and files as they were when the attempt began."""
+
+    project_id: str
+    spec: TrainingSpec
+    data_sha256: str
+
+
+class JobRun:
+    """One attempt at one job.
+
+    Args:
+        around: Settings, database, store, scratch directory.
+        job_id: The job.
+        attempt: The fencing token.
+    """
+
+    def __init__(self, around: Surroundings, job_id: str, attempt: int) -> None:
+        self._around = around
+        self._job_id = job_id
+        self._attempt = attempt
+        self._reporter = DatabaseReporter(around.database, job_id, attempt)
+        self._current: Path | None = None
+        """The directory of the newest state on the local disk."""
+
+    def execute(self, asked: Callable[[], Stop | None]) -> Outcome:
+        """Train, resuming from the newest good checkpoint, and publish.
+
+        Args:
+            asked: Whether somebody wants the run to stop; asked before every step.
+
+        Raises:
+            LeaseLostError: another attempt owns the job.
+            TuneryError: the job cannot end well.
+        """
+        around, settings = self._around, self._around.settings
+        source = self._load_source()
+        directory, base = materialise(source.spec.model, settings.models, around.store)
+        with around.database.write() as session:
+            base_models.record_identity(session, base)
+        tokenizer = load_tokenizer(directory)
+        renderer = ChatRenderer(tokenizer)
+        train, valid = self._load_rows(source.spec, base, renderer)
+        spec = self._resolve(source.spec, len(train.examples), base.n_parameters)
+        trainer = Trainer(
+            _task(directory, spec, train, valid, pad_id=int(tokenizer.pad_token_id or 0))
+        )
+        run = RunIdentity(
+            job_id=self._job_id,
+            attempt=self._attempt,
+            project_id=source.project_id,
+            organization=settings.api.organization,
+            spec=spec,
+            data_sha256=source.data_sha256,
+            base=base,
+            template_sha256=renderer.template_sha256,
+        )
+        publisher = Publisher(around.database, around.store, run)
+        self._start_or_resume(trainer, run)
+        outcome = trainer.run(self._reporter, self._saver(publisher, base.name), asked)
+        self._reporter.flush()
+        if outcome is Outcome.FINISHED:
+            assert self._current is not None
+            publisher.adapter(trainer, self._current, around.scratch / "verify")
+        return outcome
+
+    def _load_source(self) -> _Source:
+        with self._around.database.read() as session:
+            job = session.get(Job, self._job_id)
+            if job is None or job.attempt != self._attempt or job.status != JobStatus.RUNNING:
+                raise LeaseLostError(f"Attempt {self._attempt} does not own job {self._job_id}.")
+            file = session.get(File, job.training_file)
+            if file is None:
+                raise _file_gone(job.training_file, "training_file")
+            return _Source(job.project_id, TrainingSpec.model_validate(job.spec), file.sha256)
+
+    def _load_rows(
+        self, spec: TrainingSpec, base: BaseModelInfo, renderer: ChatRenderer
+    ) -> tuple[Dataset, Dataset]:
+        policy = RowPolicy(
+            spec.on_error, spec.on_overlong, min(spec.max_seq_length, base.max_length)
+        )
+
+        def load(file_id: str, param: Literal["training_file", "validation_file"]) -> Dataset:
+            try:
+                chunks = self._around.store.stream(upload_key(file_id))
+            except ObjectNotFoundError as error:
+                raise _file_gone(file_id, param) from error
+            dataset = build_dataset(read_rows(chunks), renderer, policy, param)
+            warning = dataset.warning(param.replace("_", " "))
+            if warning is not None:
+                self._reporter.warn(warning)
+            return dataset
+
+        train = load(spec.training_file, "training_file")
+        if spec.validation_file is None:
+            return train, Dataset()
+        return train, load(spec.validation_file, "validation_file")
+
+    def _resolve(self, spec: TrainingSpec, n_rows: int, n_parameters: int) -> TrainingSpec:
+        if spec.is_resolved:
+            return spec
+        resolved = spec.resolved(n_rows, n_parameters)
+        with self._around.database.write() as session:
+            job_runs.record_spec(session, self._job_id, self._attempt, resolved)
+        return resolved
+
+    def _saver(
+        self, publisher: Publisher, base_name: str
+    ) -> Callable[[Trainer, StepMetrics], None]:
+        """Return what the loop calls when a checkpoint is due."""
+
+        def save(trainer: Trainer, point: StepMetrics) -> None:
+            directory = self._around.scratch / f"step-{point.step}"
+            checkpoint.save(trainer, directory, base_name)
+            self._reporter.flush()  # a step that is not repeated must have its metrics
+            publisher.checkpoint(directory, point)
+            if self._current is not None:
+                shutil.rmtree(self._current)
+            self._current = directory
+
+        return save
+
+    def _start_or_resume(self, trainer: Trainer, run: RunIdentity) -> None:
+        """Restore the newest checkpoint that is complete and of this run; else start at step 0."""
+        with self._around.database.read() as session:
+            rows = checkpoints.newest_first(session, self._job_id)
+        for row in rows:
+            directory = self._around.scratch / f"resumed-{row.step}"
+            try:
+                self._fetch(row, run, directory)
+                checkpoint.restore(trainer, directory)
+            except (ObjectNotFoundError, UnprocessableError, ValueError) as error:
+                log.warning("checkpoint_unusable", step=row.step, error=str(error))
+                self._reporter.warn(
+                    f"The checkpoint of step {row.step} cannot be used ({error}); "
+                    "an older one is tried."
+                )
+                continue
+            self._current = directory
+            return
+        checkpoint.seed_everything(run.spec.seed)
+
+    def _fetch(self, row: Checkpoint, run: RunIdentity, directory: Path) -> None:
+        """Fetch all files of a checkpoint; every sha256 is compared.
+
+        Raises:
+            ObjectNotFoundError: an object is missing.
+            UnprocessableError: the adapter's manifest is inconsistent.
+            ValueError: anything else does not fit.
+        """
+        store = self._around.store
+        try:
+            manifest = CheckpointManifest.model_validate_json(
+                store.get(f"{row.object_prefix}/{MANIFEST}")
+            )
+        except ValidationError as error:
+            raise ValueError("its manifest is damaged") from error
+        found = (manifest.job_id, manifest.step, manifest.spec_sha256, manifest.adapter_digest)
+        if found != (self._job_id, row.step, run.spec_sha256, row.adapter_digest):
+            raise ValueError("its manifest is of another run")
+        prefix = adapter_prefix(row.adapter_digest)
+        adapter = parse_manifest(store.get(f"{prefix}/{MANIFEST}"))
+        if adapter.digest != row.adapter_digest:
+            raise ValueError("its adapter is another one")
+        for folder, where, listed in (
+            ("adapter", prefix, adapter.files),
+            ("state", row.object_prefix, manifest.files),
+        ):
+            (directory / folder).mkdir(parents=True, exist_ok=True)
+            for file in listed:
+                path = directory / folder / Path(file.name).name
+                fetch_file(store, f"{where}/{file.name}", path, sha256=file.sha256)
+
+
+def _task(
+    directory: Path, spec: TrainingSpec, train: Dataset, valid: Dataset, *, pad_id: int
+) -> Task:
+    params = methods.parse_params(spec.peft)
+    method = methods.get_method(spec.peft["type"])
+    device = pick_device("auto")
+    model = build_model(directory, spec.precision, method, params, seed=spec.seed, device=device)
+    return Task(
+        model=model,
+        method=method,
+        method_params=params,
+        objective=objectives.get_objective(spec.objective["type"]),
+        objective_params=objectives.parse_params(spec.objective),
+        spec=spec,
+        train=train.examples,
+        valid=valid.examples,
+        pad_id=pad_id,
+        device=device,
+    )
+
+
+def _file_gone(file_id: str, param: str) -> TrainingFailedError:
+    return TrainingFailedError(f"File {file_id} was deleted.", param=param, code="file_not_found")

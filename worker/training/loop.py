@@ -1,0 +1,320 @@
+"""The training loop: optimizer steps, validation, early stopping, checkpoints.
+
+It knows no database and no store. What it finds goes to a `Reporter`; when a checkpoint is due it
+calls back; whether to go on it asks. One step is one optimizer update, whose loss is the mean over
+the trained tokens of *all* its rows, however many micro-batches it takes.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Literal, Protocol
+
+import torch
+from peft import PeftModel
+
+from models.domain.reports import StepMetrics
+from models.domain.training import TrainingSpec
+from models.errors import InvalidRequestError, TrainingFailedError
+from worker.training.batches import epoch_batches, micro_batches
+from worker.training.methods.base import Method, MethodParams
+from worker.training.model import autocast, trainable_parameters
+from worker.training.objectives.base import Example, Objective, ObjectiveParams
+from worker.training.schedule import rate_factor
+
+TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 16384}
+VALIDATIONS_PER_EPOCH = 10
+
+
+class Stop(StrEnum):
+    """What somebody outside asks of the loop; it is obeyed between two steps."""
+
+    DRAIN = "drain"
+    CANCEL = "cancel"
+
+
+class Outcome(StrEnum):
+    FINISHED = "finished"
+    DRAINED = "drained"
+    CANCELLED = "cancelled"
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a run has done so far; part of every checkpoint.
+
+    `step` is also the cursor into the data, since the batches of an epoch follow from the seed.
+    `n_tokens` counts the tokens of all rows so far, padding excluded. `best_valid_loss` and
+    `n_without_improvement` belong to early stopping.
+    """
+
+    step: int = 0
+    n_tokens: int = 0
+    best_valid_loss: float | None = None
+    n_without_improvement: int = 0
+    stopped_early: bool = False
+
+
+class Reporter(Protocol):
+    """Where the loop tells of its steps; an implementation may raise to end the run."""
+
+    def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained on what. `spec` is resolved; `valid` is empty without a validation file."""
+
+    model: PeftModel
+    method: Method
+    method_params: MethodParams
+    objective: Objective
+    objective_params: ObjectiveParams
+    spec: TrainingSpec
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    pad_id: int
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Sums over trained tokens."""
+
+    loss: float
+    n_correct: int
+    n_trained: int
+
+    @property
+    def mean_loss(self) -> float:
+        return self.loss / self.n_trained
+
+    @property
+    def accuracy(self) -> float:
+        return self.n_correct / self.n_trained
+
+
+class Trainer:
+    """One run: model, optimizer and progress; ``worker.training.checkpoint`` saves and restores it.
+
+    Args:
+        task: What is trained.
+        token_budget: Most padded tokens in one forward pass; by device when omitted.
+
+    Raises:
+        InvalidRequestError: early stopping without a validation file.
+    """
+
+    def __init__(self, task: Task, token_budget: int | None = None) -> None:
+        spec = task.spec
+        numbers = spec.hyperparameters
+        assert spec.is_resolved
+        assert isinstance(numbers.batch_size, int)
+        assert isinstance(numbers.n_epochs, int)
+        assert isinstance(spec.checkpoint_steps, int)
+        assert isinstance(spec.optimizer.learning_rate, float)
+        if spec.early_stopping is not None and not task.valid:
+            raise InvalidRequestError(
+                "early_stopping needs a validation_file to judge by.", param="early_stopping"
+            )
+        self.task = task
+        self.progress = Progress()
+        self.batch_size = numbers.batch_size
+        self.checkpoint_steps = spec.checkpoint_steps
+        self.steps_per_epoch = -(-len(task.train) // self.batch_size)
+        self.total_steps = self.steps_per_epoch * numbers.n_epochs
+        self.parameters = trainable_parameters(task.model)
+        self.learning_rate = spec.optimizer.learning_rate
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()),
+            lr=self.learning_rate,
+            betas=(spec.optimizer.beta1, spec.optimizer.beta2),
+            weight_decay=spec.optimizer.weight_decay,
+            fused=True,
+        )
+        self._token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
+            torch.device(task.device).type, TOKENS_PER_MICRO_BATCH["cpu"]
+        )
+        self._valid_interval = max(1, self.steps_per_epoch // VALIDATIONS_PER_EPOCH)
+        lengths = [len(example.input_ids) for example in task.train]
+        self._batches = lru_cache(maxsize=1)(
+            lambda epoch: epoch_batches(lengths, self.batch_size, spec.seed, epoch)
+        )
+
+    def run(
+        self,
+        reporter: Reporter,
+        save: Callable[["Trainer", StepMetrics], None],
+        asked: Callable[[], Stop | None],
+    ) -> Outcome:
+        """Train from where `progress` stands to the end, or until asked to stop.
+
+        Args:
+            reporter: Is told of every step.
+            save: Called when a checkpoint is due: every ``checkpoint_steps`` steps, after the last
+                step, and before the loop drains.
+            asked: Whether somebody wants the loop to stop; asked before every step.
+
+        Raises:
+            TrainingFailedError: the loss or a gradient is not finite (``non_finite_loss``), or
+                part of the adapter gets no gradient (``no_gradient``).
+        """
+        saved = self.progress.step
+        metrics: StepMetrics | None = None
+        while self.progress.step < self.total_steps and not self.progress.stopped_early:
+            match asked():
+                case Stop.CANCEL:
+                    return Outcome.CANCELLED
+                case Stop.DRAIN:
+                    if metrics is not None and saved != self.progress.step:
+                        save(self, metrics)
+                    return Outcome.DRAINED
+            metrics = self._step()
+            metrics = metrics.model_copy(update=self._validate(metrics.step))
+            self._judge(metrics)
+            reporter.step(metrics, self.progress, self.total_steps)
+            if (
+                metrics.step % self.checkpoint_steps == 0
+                or metrics.step == self.total_steps
+                or self.progress.stopped_early
+            ):
+                save(self, metrics)
+                saved = metrics.step
+        return Outcome.CANCELLED if asked() is Stop.CANCEL else Outcome.FINISHED
+
+    def _step(self) -> StepMetrics:
+        """Make one optimizer update and return what it measured."""
+        started = time.perf_counter()
+        index = self.progress.step
+        epoch, at = divmod(index, self.steps_per_epoch)
+        examples = [self.task.train[row] for row in self._batches(epoch)[at]]
+        optimizer = self.task.spec.optimizer
+        self.task.model.train()
+        scores = self._sums(examples, backward=True)
+        self._require_finite(scores.mean_loss, "loss", examples)
+        if index == 0:
+            self._require_gradients()
+        norm = float(
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), optimizer.max_grad_norm)
+        )
+        self._require_finite(norm, "gradient norm", examples)
+        rate = self.learning_rate * rate_factor(
+            optimizer.schedule, index, self.total_steps, optimizer.warmup_ratio
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        n_tokens = sum(len(example.input_ids) for example in examples)
+        self.progress.step = index + 1
+        self.progress.n_tokens += n_tokens
+        return StepMetrics(
+            step=index + 1,
+            epoch=(index + 1) / self.steps_per_epoch,
+            train_loss=scores.mean_loss,
+            train_mean_token_accuracy=scores.accuracy,
+            learning_rate=rate,
+            grad_norm=norm,
+            tokens=n_tokens,
+            trained_tokens=scores.n_trained,
+            tokens_per_second=n_tokens / max(time.perf_counter() - started, 1e-9),
+        )
+
+    def _sums(self, examples: Sequence[Example], *, backward: bool) -> Scores:
+        """Run `examples` through the model; `backward` adds the gradient of their mean loss."""
+        task = self.task
+        n_trained = sum(example.n_trained for example in examples)
+        # Sums stay on the device, so that a GPU is waited for once a step.
+        loss = torch.zeros((), dtype=torch.float64, device=task.device)
+        n_correct = torch.zeros((), dtype=torch.int64, device=task.device)
+        for group in micro_batches(examples, self._token_budget):
+            batch = task.objective.collate(group, task.pad_id, task.device)
+            with autocast(task.spec.precision, task.device):
+                sums = task.objective.loss(task.model, batch, task.objective_params)
+            if backward:
+                (sums.loss / n_trained).backward()
+            loss += sums.loss.detach()
+            n_correct += sums.n_correct
+        return Scores(float(loss), int(n_correct), n_trained)
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Return the validation metrics that are due after `step`."""
+        if not self.task.valid:
+            return {}
+        found: dict[str, float] = {}
+        ends_epoch = step % self.steps_per_epoch == 0
+        if ends_epoch or step % self._valid_interval == 0:
+            n_rows = len(self.task.valid)
+            start = (step // self._valid_interval) * self.batch_size
+            rows = [(start + at) % n_rows for at in range(min(self.batch_size, n_rows))]
+            small = self.evaluate([self.task.valid[row] for row in rows])
+            found |= {
+                "valid_loss": self._finite_validation(small),
+                "valid_mean_token_accuracy": small.accuracy,
+            }
+        if ends_epoch:
+            full = self.evaluate(self.task.valid)
+            found |= {
+                "full_valid_loss": self._finite_validation(full),
+                "full_valid_mean_token_accuracy": full.accuracy,
+            }
+        return found
+
+    def _finite_validation(self, scores: Scores) -> float:
+        if not math.isfinite(scores.mean_loss):
+            raise TrainingFailedError(
+                f"The validation loss after step {self.progress.step} is {scores.mean_loss}. Lower "
+                "the learning rate.",
+                param="validation_file",
+                code="non_finite_loss",
+            )
+        return scores.mean_loss
+
+    def evaluate(self, examples: Sequence[Example]) -> Scores:
+        """Return loss and hits of `examples` without dropout and without training."""
+        self.task.model.eval()
+        with torch.no_grad():
+            return self._sums(examples, backward=False)
+
+    def _judge(self, metrics: StepMetrics) -> None:
+        """Take a validation of the whole split into account for early stopping."""
+        rule, loss, progress = self.task.spec.early_stopping, metrics.full_valid_loss, self.progress
+        if rule is None or loss is None:
+            return
+        best = progress.best_valid_loss
+        if best is None or loss < best - rule.min_delta:
+            progress.best_valid_loss = loss
+            progress.n_without_improvement = 0
+        else:
+            progress.n_without_improvement += 1
+            progress.stopped_early = progress.n_without_improvement >= rule.patience
+
+    def _require_finite(
+        self, value: float, what: Literal["loss", "gradient norm"], examples: Sequence[Example]
+    ) -> None:
+        if not math.isfinite(value):
+            lines = ", ".join(str(example.line) for example in examples)
+            raise TrainingFailedError(
+                f"The {what} of step {self.progress.step + 1} is {value}. Its rows are on lines "
+                f"{lines} of the training file. Lower the learning rate, or look for odd text "
+                "in these rows.",
+                param="training_file",
+                code="non_finite_loss",
+            )
+
+    def _require_gradients(self) -> None:
+        """Raise if part of the adapter cannot learn, e.g. because something cut the graph."""
+        for name, parameter in self.parameters.items():
+            if not self.task.method.learns_first(name):
+                continue
+            gradient = parameter.grad
+            if gradient is None or not gradient.isfinite().all() or not gradient.any():
+                raise TrainingFailedError(
+                    f"{name} has no usable gradient in the first step, so it would never learn. "
+                    "Choose other target_modules.",
+                    param="peft.target_modules",
+                    code="no_gradient",
+                )
