@@ -16,7 +16,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -34,6 +34,8 @@ from worker.training import exit_codes
 if TYPE_CHECKING:
     from worker.training.job import Surroundings
     from worker.training.loop import Stop
+
+    Asked = Callable[[], Stop | None]
 
 log = structlog.get_logger(__name__)
 
@@ -108,8 +110,15 @@ def wait_for_job() -> tuple[str, int] | None:
     return str(order["job_id"]), int(order["attempt"])
 
 
-def run_job(settings: Settings, job_id: str, attempt: int, stop: StopSignal) -> int:
-    """Train one job in this process and return the exit code; nothing but `SystemExit` escapes."""
+def run_job(settings: Settings, job_id: str, attempt: int, asked: "Asked") -> int:
+    """Train one job in this process and return the exit code; nothing but `SystemExit` escapes.
+
+    Args:
+        settings: Of this process.
+        job_id: The job.
+        attempt: The fencing token.
+        asked: Whether somebody wants the run to stop; asked before every step.
+    """
     from worker.training.job import Surroundings
 
     structlog.contextvars.bind_contextvars(job_id=job_id, attempt=attempt)
@@ -119,7 +128,7 @@ def run_job(settings: Settings, job_id: str, attempt: int, stop: StopSignal) -> 
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         store = open_store(settings.storage)
-        return _attempt(Surroundings(settings, database, store, scratch), job_id, attempt, stop)
+        return _attempt(Surroundings(settings, database, store, scratch), job_id, attempt, asked)
     except LeaseLostError as error:
         log.warning("lease_lost", error=error.message)
         return exit_codes.LEASE_LOST
@@ -131,14 +140,14 @@ def run_job(settings: Settings, job_id: str, attempt: int, stop: StopSignal) -> 
         database.close()
 
 
-def _attempt(around: "Surroundings", job_id: str, attempt: int, stop: StopSignal) -> int:
+def _attempt(around: "Surroundings", job_id: str, attempt: int, asked: "Asked") -> int:
     from worker.training.job import JobRun
     from worker.training.loop import Outcome
     from worker.training.model import set_threads
 
     set_threads(around.settings.worker.slots)
     try:
-        outcome = JobRun(around, job_id, attempt).execute(stop)
+        outcome = JobRun(around, job_id, attempt).execute(asked)
     except LeaseLostError:
         raise
     except Exception as error:

@@ -1,0 +1,176 @@
+"""Rows to examples under every policy, and the order of batches."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+
+from models.domain.reports import RowFinding
+from models.domain.rows import ChatRow
+from models.errors import TrainingFailedError
+from tests.worker.training.tiny import make_examples
+from worker.base_models import BaseModelInfo, load_tokenizer
+from worker.chat import ChatRenderer
+from worker.training.batches import (
+    Dataset,
+    RowPolicy,
+    build_dataset,
+    epoch_batches,
+    micro_batches,
+)
+from worker.validation import read_rows
+
+
+@pytest.fixture(scope="module")
+def renderer(smollm2: tuple[Path, BaseModelInfo]) -> ChatRenderer:
+    return ChatRenderer(load_tokenizer(smollm2[0]))
+
+
+def row(question: str = "Hi", answer: str = "Hello.", **more: Any) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer, **more},
+        ]
+    }
+
+
+def rows_of(*values: Any) -> Iterator[tuple[int, ChatRow | RowFinding]]:
+    return read_rows(["\n".join(json.dumps(value) for value in values).encode()])
+
+
+def build(
+    renderer: ChatRenderer,
+    *values: Any,
+    on_error: Literal["fail", "skip"] = "fail",
+    on_overlong: Literal["error", "drop", "truncate"] = "error",
+    max_length: int = 200,
+) -> Dataset:
+    policy = RowPolicy(on_error, on_overlong, max_length)
+    return build_dataset(rows_of(*values), renderer, policy, "training_file")
+
+
+def test_an_example_holds_what_the_renderer_says(renderer: ChatRenderer) -> None:
+    (example,) = build(renderer, row()).examples
+    rendered = renderer.render(ChatRow.model_validate(row()))
+    assert example.input_ids.tolist() == rendered.input_ids
+    assert example.trained.tolist() == rendered.trained
+    assert (example.line, example.n_trained) == (1, rendered.n_trained)
+
+
+def test_a_bad_row_fails_the_job_and_names_its_line(renderer: ChatRenderer) -> None:
+    with pytest.raises(TrainingFailedError, match="Line 2, messages") as caught:
+        build(renderer, row(), {"messages": [{"role": "user", "content": "x"}]}, row())
+    assert (caught.value.code, caught.value.param) == ("invalid_file_format", "training_file")
+
+
+def test_all_faults_are_found_in_one_pass(renderer: ChatRenderer) -> None:
+    bad: list[Any] = [{"messages": []}] * 60
+    with pytest.raises(TrainingFailedError) as caught:
+        build(renderer, row(), *bad)
+    assert "Line 2" in caught.value.message
+    assert "Line 51" in caught.value.message
+    assert "Line 52" not in caught.value.message
+    assert "(60 errors in all.)" in caught.value.message
+
+
+def test_bad_rows_can_be_skipped_and_are_counted(renderer: ChatRenderer) -> None:
+    dataset = build(renderer, {"messages": []}, row(), 3, on_error="skip")
+    assert [example.line for example in dataset.examples] == [2]
+    assert dataset.warning("training file") == (
+        "Of 3 rows of the training file, 2 rows were skipped because of errors."
+    )
+
+
+def test_a_row_that_trains_nothing_is_an_error(renderer: ChatRenderer) -> None:
+    with pytest.raises(TrainingFailedError, match=r"Line 1.*weight"):
+        build(renderer, row(weight=0))
+
+
+def test_an_overlong_row_is_an_error_even_where_bad_rows_are_skipped(
+    renderer: ChatRenderer,
+) -> None:
+    policies: tuple[Literal["fail", "skip"], ...] = ("fail", "skip")
+    for on_error in policies:
+        with pytest.raises(TrainingFailedError, match=r"Line 2: the row has \d+ tokens; 40 are"):
+            build(renderer, row(), row(answer="word " * 90), on_error=on_error, max_length=40)
+
+
+def test_overlong_rows_can_be_dropped(renderer: ChatRenderer) -> None:
+    dataset = build(renderer, row(), row(answer="word " * 90), on_overlong="drop", max_length=40)
+    assert [example.line for example in dataset.examples] == [1]
+    assert (dataset.n_dropped, dataset.n_skipped) == (1, 0)
+
+
+def test_truncation_keeps_the_start_of_the_answer(renderer: ChatRenderer) -> None:
+    dataset = build(
+        renderer, row(), row(answer="word " * 90), on_overlong="truncate", max_length=40
+    )
+    cut = dataset.examples[1]
+    whole = renderer.render(ChatRow.model_validate(row(answer="word " * 90)))
+    assert cut.input_ids.tolist() == whole.input_ids[:40]
+    assert cut.n_trained == cut.trained.sum() > 0
+    assert dataset.n_truncated == 1
+    assert "1 row was truncated" in (dataset.warning("training file") or "")
+
+
+def test_truncation_that_leaves_nothing_to_learn_is_an_error(renderer: ChatRenderer) -> None:
+    with pytest.raises(TrainingFailedError, match=r"Line 1: cut from \d+ to 40 tokens, no trained"):
+        build(renderer, row(question="word " * 90), on_overlong="truncate", max_length=40)
+
+
+def test_a_row_of_exactly_the_limit_is_not_cut(renderer: ChatRenderer) -> None:
+    n_ids = len(renderer.render(ChatRow.model_validate(row())).input_ids)
+    dataset = build(renderer, row(), on_overlong="truncate", max_length=n_ids)
+    assert dataset.n_truncated == 0
+    assert dataset.warning("training file") is None
+
+
+def test_a_file_without_a_usable_row_fails(renderer: ChatRenderer) -> None:
+    with pytest.raises(TrainingFailedError, match="No row is left"):
+        build(renderer, {"messages": []}, on_error="skip")
+
+
+def test_every_row_comes_once_an_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(5, 300, 103).tolist()
+    batches = epoch_batches(lengths, 8, seed=1, epoch=0)
+    assert sorted(index for batch in batches for index in batch) == list(range(103))
+    assert sorted(map(len, batches)) == [7] + [8] * 12
+
+
+def test_the_order_follows_from_seed_and_epoch() -> None:
+    lengths = np.random.default_rng(0).integers(5, 300, 100).tolist()
+    order = epoch_batches(lengths, 8, seed=1, epoch=0)
+    assert order == epoch_batches(lengths, 8, seed=1, epoch=0)
+    others = [epoch_batches(lengths, 8, 1, epoch=1), epoch_batches(lengths, 8, 2, epoch=0)]
+    sets = [{frozenset(batch) for batch in batches} for batches in (order, *others)]
+    assert len(sets[0] & sets[1]) < 4
+    assert len(sets[0] & sets[2]) < 4
+
+
+def test_grouping_by_length_saves_most_of_the_padding() -> None:
+    lengths = np.random.default_rng(0).integers(20, 300, 800).tolist()
+
+    def padded(batches: list[list[int]]) -> float:
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches) / sum(lengths)
+
+    in_file_order = [list(range(start, start + 8)) for start in range(0, 800, 8)]
+    assert padded(epoch_batches(lengths, 8, 0, 0)) < 1.10 < 1.5 < padded(in_file_order)
+
+
+def test_micro_batches_stay_within_the_budget_and_lose_nothing() -> None:
+    examples = make_examples(30)
+    groups = list(micro_batches(examples, 64))
+    for group in groups:
+        assert len(group) * max(len(example.input_ids) for example in group) <= 64
+    assert sorted(e.line for group in groups for e in group) == list(range(1, 31))
+    assert len(groups) < 15
+
+
+def test_an_example_beyond_the_budget_stands_alone() -> None:
+    examples = make_examples(4)
+    assert [len(group) for group in micro_batches(examples, 1)] == [1, 1, 1, 1]

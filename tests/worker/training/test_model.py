@@ -1,0 +1,164 @@
+"""QLoRA on the real SmolLM2 in NF4: what is held, what moves, and that evaluation ruins nothing."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from peft import PeftModel
+
+from models.domain.rows import ChatRow
+from models.domain.training import Precision
+from tests.worker.training.service import chat_rows
+from tests.worker.training.tiny import attach, digest_of_base, lora, make_spec, tiny_llama
+from worker.base_models import BaseModelInfo, load_tokenizer, nf4_bits_per_parameter
+from worker.chat import ChatRenderer
+from worker.training import methods, objectives
+from worker.training.batches import RowPolicy, build_dataset
+from worker.training.loop import Task, Trainer
+from worker.training.model import (
+    build_model,
+    guard_quantised_weights,
+    linear_shapes,
+    trainable_parameters,
+)
+from worker.training.objectives.base import Example
+
+N_LINEARS = 30 * 7
+
+
+def build(directory: Path, precision: Precision) -> PeftModel:
+    return build_model(
+        directory,
+        precision,
+        methods.get_method("lora"),
+        methods.parse_params(lora()),
+        seed=7,
+        device="cpu",
+    )
+
+
+@pytest.fixture(scope="module")
+def nf4(smollm2: tuple[Path, BaseModelInfo]) -> PeftModel:
+    return build(smollm2[0], Precision())
+
+
+@pytest.fixture(scope="module")
+def examples(smollm2: tuple[Path, BaseModelInfo]) -> list[Example]:
+    renderer = ChatRenderer(load_tokenizer(smollm2[0]))
+    rows = ((line, ChatRow.model_validate(row)) for line, row in enumerate(chat_rows(4), 1))
+    policy = RowPolicy("fail", "error", 200)
+    return build_dataset(rows, renderer, policy, "training_file").examples
+
+
+def make_nf4_trainer(model: PeftModel, examples: list[Example], **changes: Any) -> Trainer:
+    spec = make_spec(precision=Precision().model_dump(), **changes)
+    task = Task(
+        model=model,
+        method=methods.get_method("lora"),
+        method_params=methods.parse_params(spec.peft),
+        objective=objectives.get_objective("sft"),
+        objective_params=objectives.parse_params({}),
+        spec=spec,
+        train=examples,
+        valid=(),
+        pad_id=0,
+        device="cpu",
+    )
+    return Trainer(task)
+
+
+def test_every_targeted_layer_stays_four_bits_with_nested_constants(nf4: PeftModel) -> None:
+    layers = [module for module in nf4.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == N_LINEARS
+    for layer in layers:
+        weight: Any = layer.weight
+        state = weight.quant_state
+        assert weight.dtype == torch.uint8
+        assert state.quant_type == "nf4"
+        assert state.blocksize == 64
+        assert state.nested
+        assert state.state2 is not None
+        assert state.state2.blocksize == 256
+    assert len(trainable_parameters(nf4)) == 2 * N_LINEARS
+
+
+def test_the_base_takes_the_papers_bits_per_parameter(nf4: PeftModel) -> None:
+    assert nf4_bits_per_parameter(nf4) == pytest.approx(4.127, abs=0.001)
+
+
+def test_only_the_head_stays_outside(nf4: PeftModel) -> None:
+    shapes = linear_shapes(nf4)
+    assert len(shapes) == N_LINEARS + 1
+    assert shapes["lm_head"] == (576, 49152, True)
+    assert shapes["model.layers.0.self_attn.k_proj"] == (576, 192, False)
+
+
+def test_training_and_evaluating_leave_gradients_what_they_were(
+    nf4: PeftModel, examples: list[Example]
+) -> None:
+    trainer = make_nf4_trainer(nf4, examples)
+
+    def gradients() -> tuple[float, torch.Tensor]:
+        nf4.train()
+        scores = trainer._sums(examples, backward=True)
+        flat = [p.grad.flatten() for p in trainer.parameters.values() if p.grad is not None]
+        trainer.optimizer.zero_grad()
+        return scores.loss, torch.cat(flat)
+
+    loss, before = gradients()
+    trainer.evaluate(examples)
+    again, after = gradients()
+    assert again == loss
+    assert before.norm() > 0
+    cosine = torch.nn.functional.cosine_similarity(before, after, dim=0)
+    assert cosine > 0.9999
+    assert nf4_bits_per_parameter(nf4) == pytest.approx(4.127, abs=0.001)
+
+
+def test_an_unguarded_layer_is_refused(nf4: PeftModel) -> None:
+    layer = next(module for module in nf4.modules() if isinstance(module, bnb.nn.Linear4bit))
+    layer.support_avx512bf16_for_cpu = True
+    try:
+        with pytest.raises(RuntimeError, match="would be repacked"):
+            guard_quantised_weights(nf4)
+    finally:
+        layer.support_avx512bf16_for_cpu = False
+
+
+def test_qlora_learns_and_moves_nothing_but_the_adapter(
+    nf4: PeftModel, examples: list[Example]
+) -> None:
+    base = digest_of_base(nf4)
+    trainer = make_nf4_trainer(
+        nf4,
+        examples,
+        hyperparameters={"n_epochs": 6, "batch_size": 4, "learning_rate_multiplier": 1.0},
+    )
+    before = {name: p.detach().clone() for name, p in trainer.parameters.items()}
+    losses: list[float] = []
+
+    class Reporter:
+        def step(self, metrics: Any, progress: Any, total_steps: int) -> None:
+            losses.append(metrics.train_loss)
+
+    trainer.run(Reporter(), lambda *_: None, lambda: None)
+    assert losses[-1] < 0.7 * losses[0]
+    assert digest_of_base(nf4) == base
+    assert not any(torch.equal(before[name], p) for name, p in trainer.parameters.items())
+
+
+def test_plain_precisions_keep_the_base_in_their_type(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path)
+    for kind, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        model = build(tmp_path, Precision(type=kind))
+        frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+        assert frozen == {dtype}
+        assert {p.dtype for p in trainable_parameters(model).values()} == {torch.float32}
+        assert model.training
+
+
+def test_names_of_trained_weights_are_those_of_peft_files() -> None:
+    names = trainable_parameters(attach(tiny_llama(), lora()))
+    assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names

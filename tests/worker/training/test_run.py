@@ -1,0 +1,174 @@
+"""The trainer as a process: warm spare, signals, exit codes, and its end with its parent."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from models.errors import InvalidRequestError, UnavailableError
+from models.settings import child_environment
+from tests.worker.training.service import Service
+from worker.training import exit_codes
+from worker.training.run import StopSignal, failure_of
+
+COMMAND = [sys.executable, "-m", "worker.training.run"]
+ROOT = Path(__file__).parents[3]
+
+
+def environment(service: Service) -> dict[str, str]:
+    settings = service.settings
+    return child_environment(
+        {
+            "TUNERY_DATABASE__URL": settings.database.url,
+            "TUNERY_STORAGE__URL": settings.storage.url,
+            "TUNERY_MODELS__CACHE_DIR": str(settings.models.cache_dir),
+            "TUNERY_MODELS__CATALOG": json.dumps(settings.models.catalog),
+            "TUNERY_WORKER__SCRATCH_DIR": str(settings.worker.scratch_dir),
+        }
+    )
+
+
+@contextmanager
+def trainer(service: Service, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [*COMMAND, *arguments],
+        cwd=ROOT,
+        env=environment(service),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.05)
+
+
+def test_a_warm_spare_trains_the_job_it_is_given(service: Service) -> None:
+    with trainer(service) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+        job = service.submit()
+        process.stdin.write(json.dumps({"job_id": job.id, "attempt": job.attempt}) + "\n")
+        process.stdin.flush()
+        assert process.wait(60) == exit_codes.DONE
+    assert service.job(job.id).status == "succeeded"
+    assert len(service.adapters()) == 1
+
+
+def test_a_warm_spare_that_is_not_needed_ends_well(service: Service) -> None:
+    with trainer(service) as process:
+        assert process.stdin is not None
+        process.stdin.close()
+        assert process.wait(60) == exit_codes.DONE
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "n_checkpoints"),
+    [
+        (signal.SIGTERM, exit_codes.DRAINED, 1),
+        (signal.SIGINT, exit_codes.CANCELLED, 0),
+    ],
+)
+def test_a_signal_ends_the_run_at_a_step(
+    service: Service, number: signal.Signals, code: int, n_checkpoints: int
+) -> None:
+    job = service.submit(
+        hyperparameters={"n_epochs": 50, "batch_size": 1}, checkpoint_steps=100_000
+    )
+    with trainer(service, "--job", job.id, "--attempt", str(job.attempt)) as process:
+        wait_until(lambda: service.job(job.id).step > 0)
+        process.send_signal(number)
+        assert process.wait(60) == code
+    steps = [row.step for row in service.checkpoints(job.id)]
+    assert len(steps) == n_checkpoints
+    assert service.job(job.id).step < 600
+    if steps:
+        assert steps[0] == service.trace(job.id)[-1].step == service.job(job.id).step
+
+
+def test_the_process_dies_with_its_parent(service: Service) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'worker.training.run'],\n"
+        "    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
+        "child.stdout.readline()\n"
+        "print(child.pid, flush=True)\n"
+        "child.wait()\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(service),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    child = psutil.Process(int(parent.stdout.readline()))
+    with parent:
+        parent.kill()
+    wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10)
+
+
+def test_a_process_whose_parent_is_gone_does_not_start(service: Service) -> None:
+    with trainer(service, "--parent", str(os.getppid())) as process:
+        assert process.wait(30) == 1
+
+
+def test_an_attempt_that_does_not_own_the_job_is_told_so(service: Service) -> None:
+    job = service.submit()
+    with trainer(service, "--job", job.id, "--attempt", "7") as process:
+        assert process.wait(60) == exit_codes.LEASE_LOST
+    assert service.job(job.id).status == "running"
+
+
+def test_cancelling_wins_over_draining() -> None:
+    stop = StopSignal()
+    assert stop() is None
+    stop._on_signal(signal.SIGTERM, None)
+    assert stop() == "drain"
+    stop._on_signal(signal.SIGINT, None)
+    assert stop() == "cancel"
+    stop._on_signal(signal.SIGTERM, None)
+    assert stop() == "cancel"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (MemoryError(), "out_of_memory"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
+        (OSError(errno.ENOSPC, "No space left on device"), "storage_full"),
+        (InvalidRequestError("x", code="bad_row"), "bad_row"),
+        (UnavailableError("the base model is not installed"), "service_unavailable"),
+        (UnavailableError("x", code="object_store_unavailable"), None),
+        (RuntimeError("surprise"), None),
+        (ConnectionResetError(), None),
+    ],
+)
+def test_errors_end_the_job_only_where_another_attempt_would_meet_them_again(
+    error: Any, code: str | None
+) -> None:
+    failure = failure_of(error)
+    assert (failure.code if failure else None) == code

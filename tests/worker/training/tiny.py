@@ -1,0 +1,119 @@
+"""Tiny random models and made-up rows: real architectures, in milliseconds."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from models.domain.training import TrainingSpec
+from worker.training import methods, objectives
+from worker.training.loop import Task, Trainer
+from worker.training.objectives.base import Example
+
+VOCABULARY = 97
+
+
+def tiny_llama(
+    vocab_size: int = VOCABULARY, *, dtype: torch.dtype = torch.float32, **changes: Any
+) -> LlamaForCausalLM:
+    """A random two-layer Llama; the same weights on every call."""
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+    prepared: LlamaForCausalLM = model.to(dtype).eval().requires_grad_(False)
+    return prepared
+
+
+def save_base(directory: Path, tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Path:
+    """Write a tiny base model that speaks through `tokenizer`, for ``path:`` in the catalog."""
+    tiny_llama(len(tokenizer), **changes).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def make_spec(**changes: Any) -> TrainingSpec:
+    """A resolved specification in float32 without dropout: 8 rows are two steps an epoch."""
+    fields: dict[str, Any] = {
+        "model": "tiny",
+        "training_file": "file-train",
+        "seed": 7,
+        "hyperparameters": {"n_epochs": 3, "batch_size": 4, "learning_rate_multiplier": 1.0},
+        "objective": objectives.parse_params({"type": "sft"}).model_dump(),
+        "peft": methods.parse_params({"type": "lora", "r": 4, "dropout": 0.0}).model_dump(),
+        "precision": {"type": "fp32"},
+        "optimizer": {"learning_rate": 0.01},
+        "max_seq_length": 128,
+        "checkpoint_steps": 1000,
+    }
+    return TrainingSpec.model_validate({**fields, **changes})
+
+
+def lora(**changes: Any) -> dict[str, Any]:
+    return methods.parse_params({"type": "lora", "r": 4, "dropout": 0.0, **changes}).model_dump()
+
+
+def make_examples(n_rows: int, *, seed: int = 0, vocab_size: int = VOCABULARY) -> list[Example]:
+    """Rows of 6 to 25 ids that count upwards from a random start; the second half is trained."""
+    generator = np.random.default_rng(seed)
+    examples = []
+    for line in range(1, n_rows + 1):
+        n_ids = int(generator.integers(6, 26))
+        ids = (np.arange(n_ids) + generator.integers(vocab_size)) % vocab_size
+        trained = np.arange(n_ids) >= n_ids // 2
+        examples.append(Example(line, ids.astype(np.int32), trained, int(trained.sum())))
+    return examples
+
+
+def attach(model: LlamaForCausalLM, peft: dict[str, Any], seed: int = 7) -> PeftModel:
+    return methods.get_method(peft["type"]).attach(model, methods.parse_params(peft), seed)
+
+
+def make_trainer(
+    spec: TrainingSpec | None = None,
+    *,
+    train: Sequence[Example] | None = None,
+    valid: Sequence[Example] = (),
+    model: LlamaForCausalLM | None = None,
+    token_budget: int | None = None,
+) -> Trainer:
+    spec = spec or make_spec()
+    task = Task(
+        model=attach(model or tiny_llama(), spec.peft, spec.seed),
+        method=methods.get_method(spec.peft["type"]),
+        method_params=methods.parse_params(spec.peft),
+        objective=objectives.get_objective(spec.objective["type"]),
+        objective_params=objectives.parse_params(spec.objective),
+        spec=spec,
+        train=make_examples(8) if train is None else train,
+        valid=valid,
+        pad_id=0,
+        device="cpu",
+    )
+    return Trainer(task, token_budget)
+
+
+def digest_of_base(model: PeftModel) -> str:
+    """A sha256 over every frozen tensor, quantisation constants included."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if ".lora_" not in name:
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
