@@ -1,4 +1,4 @@
-"""Whole jobs in this process: real rows, a real store, a tiny model, and every way to be cut off."""
+"""Whole jobs in this process: real rows, a real store, a tiny model, every way to be cut off."""
 
 from collections.abc import Callable
 from typing import Any
