@@ -23,3 +23,31 @@ def base_model_cache() -> Path:
 def smollm2(base_model_cache: Path) -> tuple[Path, BaseModelInfo]:
     """The real SmolLM2-135M-Instruct as safetensors, and its identity."""
     return materialise(SMOLLM2, ModelSettings(cache_dir=base_model_cache))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(
+    smollm2: tuple[Path, BaseModelInfo], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A random two-layer Llama with SmolLM2's tokenizer: for what does not depend on quality."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from worker.base_models import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=49152,
+        max_position_embeddings=1024,
+        eos_token_id=2,
+        bos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    load_tokenizer(smollm2[0]).save_pretrained(folder)
+    return folder
