@@ -1,5 +1,7 @@
 """Inference servers: they announce themselves, and are forgotten when they stop doing so."""
 
+from dataclasses import dataclass
+
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -9,25 +11,27 @@ from models.errors import UnavailableError
 from models.tables import InferenceServer
 
 
-def announce(
-    session: Session,
-    *,
-    server_id: str,
-    base_model: str,
-    base_fingerprint: str,
-    url: str,
-    precision: str,
-    ttl_seconds: float,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What a server says of itself: the base model it holds, how, and where it is reached."""
+
+    server_id: str
+    base_model: str
+    base_fingerprint: str
+    precision: str
+    url: str
+
+
+def announce(session: Session, server: Announcement, ttl_seconds: float) -> None:
     """Say that a server is ready, for `ttl_seconds`; also clears away those whose time is over."""
     session.execute(sql_delete(InferenceServer).where(InferenceServer.lease_until < db_now()))
     session.merge(
         InferenceServer(
-            id=server_id,
-            base_model=base_model,
-            base_fingerprint=base_fingerprint,
-            url=url,
-            precision=precision,
+            id=server.server_id,
+            base_model=server.base_model,
+            base_fingerprint=server.base_fingerprint,
+            precision=server.precision,
+            url=server.url,
             lease_until=(session.scalar(select(db_now())) or 0.0) + ttl_seconds,
         )
     )

@@ -195,15 +195,14 @@ class InferenceProcess:
 
     def _announce(self, info: BaseModelInfo, url: str) -> None:
         with self._database.write() as session:
-            inference_servers.announce(
-                session,
+            server = inference_servers.Announcement(
                 server_id=self._server_id,
                 base_model=info.name,
                 base_fingerprint=info.fingerprint,
-                url=url,
                 precision=self._settings.inference.precision,
-                ttl_seconds=TTL_SECONDS,
+                url=url,
             )
+            inference_servers.announce(session, server, TTL_SECONDS)
 
     def _withdraw(self) -> None:
         try:

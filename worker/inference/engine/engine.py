@@ -149,7 +149,7 @@ class InterleavedEngine:
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("The engine is closed.")
-            free = self._max_running - len(self._running)
+            free = self._max_running - self._n_running()
             if len(self._waiting) + request.n > self._max_waiting + free:
                 raise EngineFullError(f"{len(self._waiting)} sequences are waiting already.")
             sequences = [self._sequence(request, index, emit) for index in range(request.n)]
@@ -166,13 +166,17 @@ class InterleavedEngine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            running, waiting = len(self._running), len(self._waiting)
+            running, waiting = self._n_running(), len(self._waiting)
         return EngineStats(
             alive=self._thread.is_alive() and not self._closing,
             running=running,
             waiting=waiting,
             references=self._pool.references(),
         )
+
+    def _n_running(self) -> int:
+        # Those that ended in this round are in the list until the next one begins.
+        return sum(not sequence.ended for sequence in self._running)
 
     def close(self) -> None:
         with self._changed:
