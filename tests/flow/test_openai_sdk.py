@@ -7,7 +7,7 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from tests.flow.conftest import HARBOUR_DESK, Up, first_rows, wait_until
+from tests.flow.conftest import Up, first_rows, wait_until
 
 BASE = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "The gate will not open with my code. It cannot wait!"}]

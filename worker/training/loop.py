@@ -61,7 +61,11 @@ class Progress:
 class Reporter(Protocol):
     """Where the loop tells of its steps; an implementation may raise to end the run."""
 
-    def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None: ...
+    def untrained(self, loss: float, accuracy: float, total_steps: int) -> None:
+        """Take the scores of the validation split before the first step."""
+
+    def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None:
+        """Take the metrics of one step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +168,10 @@ class Trainer:
         """
         saved = self.progress.step
         metrics: StepMetrics | None = None
+        if self.progress.step == 0 and self.task.valid:
+            scores = self.evaluate(self.task.valid)
+            loss = self._finite_validation(scores)
+            reporter.untrained(loss, scores.accuracy, self.total_steps)
         while self.progress.step < self.total_steps and not self.progress.stopped_early:
             match asked():
                 case Stop.CANCEL:

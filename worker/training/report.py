@@ -34,6 +34,19 @@ class DatabaseReporter:
         self._flushed_at = float("-inf")
         self._first: tuple[int, float] | None = None
 
+    def untrained(self, loss: float, accuracy: float, total_steps: int) -> None:
+        """Add an event with the validation scores of step 0. Raises `LeaseLostError`."""
+        data = {
+            "step": 0,
+            "total_steps": total_steps,
+            "full_valid_loss": loss,
+            "full_valid_mean_token_accuracy": accuracy,
+        }
+        message = f"Step 0/{total_steps}: full validation loss={loss:.2f}"
+        with self._database.write() as session:
+            job_runs.fence(session, self._job_id, self._attempt, total_steps=total_steps)
+            events.append(session, self._job_id, message, data=data)
+
     def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None:
         """Take the metrics of one step. Raises `LeaseLostError` when a write finds it so."""
         self._waiting.append(metrics)

@@ -23,6 +23,9 @@ SPEC = make_spec(peft=lora(dropout=0.2), optimizer={"learning_rate": 0.01, "weig
 
 
 class Losses(list[float]):
+    def untrained(self, *_: Any) -> None:
+        return
+
     def step(self, metrics: StepMetrics, *_: Any) -> None:
         self.append(metrics.train_loss)
 

@@ -22,6 +22,9 @@ class Log:
         self.saved: list[int] = []
         self.totals: set[int] = set()
 
+    def untrained(self, *_: Any) -> None:
+        return
+
     def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None:
         assert metrics.step == progress.step
         self.points.append(metrics)
@@ -265,6 +268,9 @@ def test_cancelling_saves_nothing_even_after_the_last_step() -> None:
 
 def test_what_the_reporter_raises_ends_the_run() -> None:
     class Lost:
+        def untrained(self, *_: Any) -> None:
+            return
+
         def step(self, *_: Any) -> None:
             raise LeaseLostError("lost")
 

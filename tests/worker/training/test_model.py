@@ -140,6 +140,9 @@ def test_qlora_learns_and_moves_nothing_but_the_adapter(
     losses: list[float] = []
 
     class Reporter:
+        def untrained(self, *_: Any) -> None:
+            return
+
         def step(self, metrics: Any, progress: Any, total_steps: int) -> None:
             losses.append(metrics.train_loss)
 
