@@ -157,7 +157,7 @@ class TrainingRun:
                 if self._cancelling and exit_code not in (exit_codes.DONE, exit_codes.FAILED):
                     job_runs.finish_cancel(session, job_id, attempt)
                     return "cancelled"
-                if exit_code == exit_codes.RELEASED or self._draining:
+                if exit_code == exit_codes.DRAINED or self._draining:
                     reason = "The worker is shutting down; the job goes back to the queue"
                     job_runs.release(session, job_id, attempt, reason)
                     return "released"

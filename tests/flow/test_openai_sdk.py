@@ -1,6 +1,7 @@
 """The sentence of the product as one test: the newest `openai` SDK, unchanged, over a port."""
 
 import time
+from typing import Any
 
 import openai
 import pytest
@@ -10,7 +11,9 @@ from openai.types.fine_tuning import FineTuningJob
 from tests.flow.conftest import Up, first_rows, wait_until
 
 BASE = "smollm2-135m-instruct"
-QUESTION = [{"role": "user", "content": "The gate will not open with my code. It cannot wait!"}]
+QUESTION: Any = [
+    {"role": "user", "content": "The gate will not open with my code. It cannot wait!"}
+]
 
 
 def ended(client: OpenAI, job: FineTuningJob) -> bool:
@@ -78,11 +81,11 @@ def test_events_tell_the_story_in_openais_order(up: Up, tuned: FineTuningJob) ->
         f"New fine-tuned model created: {tuned.fine_tuned_model}",
         "The job has successfully completed",
     ]
-    steps = [event.data for event in events if event.type == "metrics"]
-    data = [dict(step) for step in steps if isinstance(step, dict) and "train_loss" in step]
+    steps = [event.data for event in events if isinstance(event.data, dict)]
+    data = [step for step in steps if "train_loss" in step]
     assert [step["step"] for step in data] == list(range(1, 9))
     assert data[-1]["train_loss"] < data[0]["train_loss"]
-    losses = [dict(step)["full_valid_loss"] for step in steps if "full_valid_loss" in dict(step)]
+    losses = [step["full_valid_loss"] for step in steps if "full_valid_loss" in step]
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -106,7 +109,7 @@ def test_the_new_model_answers_within_a_second_and_differs_from_the_base(
         assert model is not None
         stream = client.chat.completions.create(
             model=model,
-            messages=QUESTION,  # type: ignore[arg-type]
+            messages=QUESTION,
             max_tokens=12,
             temperature=0,
             stream=True,
@@ -129,7 +132,7 @@ def test_a_checkpoint_can_be_called_by_its_name(up: Up, tuned: FineTuningJob) ->
     checkpoint = client.fine_tuning.jobs.checkpoints.list(tuned.id).data[0]
     answer = client.chat.completions.create(
         model=checkpoint.fine_tuned_model_checkpoint,
-        messages=QUESTION,  # type: ignore[arg-type]
+        messages=QUESTION,
         max_tokens=4,
         temperature=0,
     )
@@ -146,7 +149,7 @@ def test_a_deleted_model_is_gone_and_never_answered_by_the_base(
     assert client.models.delete(name).deleted
     assert name not in [model.id for model in client.models.list()]
     with pytest.raises(openai.NotFoundError) as caught:
-        client.chat.completions.create(model=name, messages=QUESTION)  # type: ignore[arg-type]
+        client.chat.completions.create(model=name, messages=QUESTION)
     assert caught.value.code == "model_not_found"
 
 

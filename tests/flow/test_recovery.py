@@ -13,7 +13,6 @@ from sqlalchemy import select
 from api.cli.migrate import upgrade
 from models.broker import Bell, make_celery
 from models.db import Database
-from models.domain.base import JsonObject
 from models.domain.status import FileStatus, JobStatus
 from models.domain.training import TrainingSpec
 from models.registry import base_models, jobs, tenancy
@@ -123,7 +122,7 @@ def trainer_of(worker: psutil.Popen, job: JobAttempt) -> psutil.Process:
     return next(child for child in worker.children() if child.pid == job.trainer_pid)
 
 
-def metrics(stage: Stage) -> JsonObject:
+def metrics(stage: Stage) -> dict[int, float]:
     return {row.step: row.values["train_loss"] for row in stage.all(Metric)}
 
 
