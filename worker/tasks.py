@@ -135,6 +135,12 @@ class TrainingRun:
                 cancel_requested = job_runs.heartbeat(
                     session, self._job.id, self._job.attempt, self._settings.lease_seconds
                 )
+        except LeaseLostError:
+            if not self._has_ended():
+                raise
+            # The trainer has just ended the job and is about to exit.
+            self._kill_at = self._kill_at or time.monotonic() + self._settings.stop_seconds
+            return True
         except SQLAlchemyError as error:
             self._log.warning("heartbeat_failed", error=str(error))
             if silent_seconds > self._settings.lease_seconds * 2 / 3:
@@ -145,6 +151,10 @@ class TrainingRun:
             self._trainer.cancel()
             self._set_deadline()
         return True
+
+    def _has_ended(self) -> bool:
+        with self._database.read() as session:
+            return job_runs.has_ended(session, self._job.id, self._job.attempt)
 
     def _set_deadline(self) -> None:
         self._kill_at = time.monotonic() + self._settings.stop_seconds

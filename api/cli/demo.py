@@ -48,7 +48,7 @@ def run(home: Home, console: Console) -> None:
         console.print(f"\n[bold]1. Train[/bold] QLoRA on {BASE}: {TRAINING.name}", highlight=False)
         job = submit(
             client,
-            Request(TRAINING, BASE, validation=HELD_OUT, suffix="harbour-desk", epochs=2, seed=7),
+            Request(TRAINING, BASE, validation=HELD_OUT, suffix="harbour-desk", epochs=1, seed=7),
             console,
         )
         job = watch(client, job["id"], console)

@@ -94,6 +94,12 @@ def heartbeat(session: Session, job_id: str, attempt: int, lease_seconds: float)
     return cancel_requested
 
 
+def has_ended(session: Session, job_id: str, attempt: int) -> bool:
+    """Say whether this attempt is the one that brought the job to its end."""
+    job = session.get_one(Job, job_id)
+    return job.attempt == attempt and JobStatus(job.status).is_terminal
+
+
 def record_spec(session: Session, job_id: str, attempt: int, spec: TrainingSpec) -> None:
     """Store the resolved specification: what was ``"auto"`` is a number from now on."""
     fence(session, job_id, attempt, spec=spec.model_dump(mode="json"))
