@@ -22,7 +22,7 @@ from models.tables import Adapter, Checkpoint, Event, File, Job, JobAttempt, Met
 from tests.flow.conftest import HARBOUR_DESK, process, wait_until
 from worker.training import methods, objectives
 
-N_EPOCHS = 40
+N_EPOCHS = 20
 LEASE_SECONDS = 3
 
 

@@ -1,0 +1,48 @@
+"""The API on SQLite and a directory, with a broker that nobody runs: it must not matter."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.app import create_app
+from api.cli.migrate import upgrade
+from models.db import Database
+from models.registry import tenancy
+from models.settings import Settings
+
+LIMIT = 2000
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    url = f"sqlite:///{tmp_path / 'tunery.db'}"
+    upgrade(url)
+    return Settings.model_validate(
+        {
+            "database": {"url": url},
+            "broker": {"url": f"redis+socket://{tmp_path / 'nobody.sock'}"},
+            "storage": {"url": f"file:{tmp_path / 'objects'}"},
+            "api": {"max_upload_bytes": LIMIT},
+            "models": {"catalog": {"base": "path:/nowhere"}},
+        }
+    )
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Database]:
+    made = Database(settings.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def client(settings: Settings, database: Database) -> Iterator[TestClient]:
+    """A client with a valid key of the default project."""
+    with database.write() as session:
+        project = tenancy.default_project(session)
+        _, secret = tenancy.create_key(session, project.id, "test")
+    with TestClient(create_app(settings), raise_server_exceptions=False) as made:
+        made.headers["authorization"] = f"Bearer {secret}"
+        yield made
