@@ -45,6 +45,11 @@ def make_celery(settings: BrokerSettings) -> Celery:
             "socket_connect_timeout": PUBLISH_SECONDS,
             "socket_keepalive": not settings.url.get_secret_value().startswith("redis+socket"),
             "health_check_interval": 25,
+            # Of publishing alone (the consumer goes on for ever): one more try, then give up.
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0.2,
+            "interval_max": 0.2,
         },
     )
     return app

@@ -70,7 +70,7 @@ def test_bad_uploads_are_refused_and_leave_nothing(client: TestClient) -> None:
     assert client.get("/v1/files").json()["data"] == []
 
 
-@pytest.mark.parametrize("name", ["../../etc/passwd", "a\\b.jsonl", "x" * 5000, "\u202eevil\r\n"])
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a\\b.jsonl", "x" * 1000, "\u202eevil\r\n"])
 def test_hostile_file_names_are_only_shown_cleaned(client: TestClient, name: str) -> None:
     response = client.post("/v1/files", files={"file": (name, ROW)}, data={"purpose": "fine-tune"})
     shown = response.json()["filename"]
