@@ -71,13 +71,6 @@ def install_error_handlers(app: FastAPI) -> None:
             UnavailableError("The database does not answer right now.", retry_after=5)
         )
 
-    @app.exception_handler(Exception)
-    async def on_unexpected(_: Request, error: Exception) -> JSONResponse:
-        log.error("unexpected_error", exc_info=error)
-        return error_response(
-            TuneryError("The service made an error; its log has the details under this request id.")
-        )
-
 
 def _without_place(findings: Sequence[Any]) -> list[Any]:
     """Drop FastAPI's first part of a location: ``body``, ``query``, …"""
