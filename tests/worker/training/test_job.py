@@ -67,6 +67,7 @@ def test_events_come_in_openais_order(service: Service) -> None:
         "Validating training file: file-train and validation file: file-valid",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
+        "Step 0/6: full validation loss=",
         "Step 1/6: training loss=",
         "Step 2/6: training loss=",
         "Step 3/6: training loss=",
@@ -81,8 +82,8 @@ def test_events_come_in_openais_order(service: Service) -> None:
     assert len(messages) == len(starts)
     for message, start in zip(messages, starts, strict=True):
         assert message.startswith(start)
-    assert "full validation loss=" in messages[6]
-    assert messages[7].endswith(":ckpt-step-3")
+    assert "full validation loss=" in messages[7]
+    assert messages[8].endswith(":ckpt-step-3")
 
 
 def test_the_results_file_has_openais_columns_first(service: Service) -> None:

@@ -83,6 +83,9 @@ class Lora(Method):
         """Add A ~ U(−1/√d_in, 1/√d_in) (or Gaussian) and B = 0 to the targeted linear layers."""
         import torch
         from peft import LoraConfig, PeftModel, get_peft_model
+        from peft.tuners.lora import LoraLayer
+
+        from worker.training.dropout import LaneDropout
 
         names = _target_names(model, params)
         config = LoraConfig(
@@ -103,6 +106,9 @@ class Lora(Method):
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        for module in adapted.modules():
+            if isinstance(module, LoraLayer) and params.dropout:
+                module.lora_dropout["default"] = LaneDropout(params.dropout)
         return adapted
 
     def adapter_config(self, model: "PeftModel", params: Any, base_model: str) -> JsonObject:

@@ -12,6 +12,7 @@ from models.errors import InvalidRequestError
 from tests.worker.training.tiny import attach, lora, make_spec, make_trainer, tiny_llama
 from worker.inference.engine.adapter_config import read_config
 from worker.training import checkpoint, methods
+from worker.training.dropout import LaneDropout
 from worker.training.model import trainable_parameters
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6]])
@@ -72,6 +73,19 @@ def test_the_head_and_the_embedding_are_no_targets() -> None:
     for name in ("lm_head", "embed_tokens", "proj"):
         with pytest.raises(InvalidRequestError, match="no linear layer"):
             attach(tiny_llama(), lora(target_modules=[name]))
+
+
+def test_dropout_acts_on_the_adapter_in_training_only() -> None:
+    model = attach(tiny_llama(), lora(dropout=0.5))
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.normal_(0, 0.1)
+    model.train()
+    assert not torch.equal(model(IDS).logits, model(IDS).logits)
+    model.eval()
+    assert torch.equal(model(IDS).logits, model(IDS).logits)
+    drops = [m for m in model.modules() if isinstance(m, LaneDropout)]
+    assert [m.p for m in drops] == [0.5] * 2 * len(PROJECTIONS)
 
 
 def test_named_targets_are_the_only_ones() -> None:
