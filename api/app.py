@@ -38,14 +38,14 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         summary="Train adapters on your own machines and call them by name.",
         version=version("tunery"),
         lifespan=lifespan,
-        max_body_size=settings.api.max_upload_bytes + FORM_OVERHEAD,
     )
     app.add_middleware(RequestId)
     install_error_handlers(app)
     v1 = APIRouter(prefix="/v1")
     for module in (files, fine_tuning, models, chat):
         v1.include_router(module.router)
-    app.include_router(v1)
+    # On the routes and not on the application, whose own answer would have no OpenAI body.
+    app.include_router(v1, max_body_size=settings.api.max_upload_bytes + FORM_OVERHEAD)
     app.include_router(_health)
     return app
 

@@ -20,7 +20,22 @@ TENSOR_LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate
 # Modules without a test file of their own: what they declare is tested where it is used.
 TESTED_ELSEWHERE = {
     "models/tables": "the registry's tests and the migrations'",
-    "models/domain/base.py": "every model that derives from it",
+    "models/domain": "every model that derives from it, the registry's and the API's tests",
+    "models/explain.py": "tests/api/test_openai.py: the words of every refused field",
+    "models/broker.py": "tests/flow/test_recovery.py: with Valkey, doubled, and without any",
+    "models/logs.py": "tests/flow: every process logs through it",
+    "api/actions.py": "tests/api/test_openai.py",
+    "api/app.py": "tests/api/test_openai.py",
+    "api/deps.py": "tests/api/test_openai.py",
+    "api/errors.py": "tests/api/test_openai.py",
+    "api/middleware.py": "tests/api/test_openai.py",
+    "api/services.py": "tests/api/test_openai.py",
+    "api/inference_client.py": "tests/flow/test_openai_sdk.py",
+    "api/cli": "tests/flow/test_up.py: the processes as a person runs them",
+    "worker/app.py": "tests/flow/test_recovery.py, with real processes",
+    "worker/dispatcher.py": "tests/flow/test_recovery.py, with real processes",
+    "worker/launch.py": "tests/flow/test_recovery.py, with real processes",
+    "worker/tasks.py": "tests/flow/test_recovery.py, with real processes",
 }
 
 
