@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
@@ -15,18 +15,18 @@ from tests.api.conftest import LIMIT
 ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
-def upload(client: TestClient, content: bytes = ROW, purpose: str = "fine-tune") -> httpx.Response:
+def upload(client: TestClient, content: bytes = ROW, purpose: str = "fine-tune") -> httpx2.Response:
     return client.post(
         "/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": purpose}
     )
 
 
-def new_job(client: TestClient, **fields: Any) -> httpx.Response:
+def new_job(client: TestClient, **fields: Any) -> httpx2.Response:
     body = {"model": "base", "training_file": upload(client).json()["id"], **fields}
     return client.post("/v1/fine_tuning/jobs", json=body)
 
 
-def expect(response: httpx.Response, status: int, param: str | None, code: str) -> str:
+def expect(response: httpx2.Response, status: int, param: str | None, code: str) -> str:
     """Check status and OpenAI's error body; return the message."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -191,7 +191,7 @@ def test_base_models_can_be_seen_but_not_deleted(client: TestClient) -> None:
     expect(client.get("/v1/models/ft:meta%2Fllama:x::1"), 404, "model", "model_not_found")
 
 
-def chat(client: TestClient, **fields: Any) -> httpx.Response:
+def chat(client: TestClient, **fields: Any) -> httpx2.Response:
     body = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], **fields}
     return client.post("/v1/chat/completions", json=body)
 
