@@ -13,6 +13,7 @@ from models.registry import tenancy
 from models.settings import Settings
 
 LIMIT = 2000
+TOKEN = "secret-between-servers"
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def settings(tmp_path: Path) -> Settings:
             "broker": {"url": f"redis+socket://{tmp_path / 'nobody.sock'}"},
             "storage": {"url": f"file:{tmp_path / 'objects'}"},
             "api": {"max_upload_bytes": LIMIT},
+            "inference": {"token": TOKEN},
             "models": {"catalog": {"base": "path:/nowhere"}},
         }
     )

@@ -1,0 +1,87 @@
+"""An inference server on a real port that says what a test tells it to say."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
+
+from models.domain.base import JsonObject
+from models.domain.generation import Chunk, Finished, GenerateRequest, Started
+from models.errors import TuneryError
+
+STARTED = Started(prompt_tokens=7, system_fingerprint="fp_fake")
+FINISHED = Finished(prompt_tokens=7, completion_tokens=2)
+HELLO = [
+    STARTED,
+    Chunk(text="Hel"),
+    Chunk(text="lo"),
+    Chunk(text="", finish_reason="stop"),
+    FINISHED,
+]
+
+
+class Cut(BaseModel):
+    """Not an event: the connection breaks here."""
+
+
+class FakeInference:
+    """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.events: list[Any] = list(HELLO)
+        self.refusal: tuple[int, bytes] | None = None
+        self.requests: list[GenerateRequest] = []
+        self.headers: list[dict[str, str]] = []
+
+    def refuse(self, error: TuneryError) -> None:
+        self.refusal = (error.status_code, json.dumps({"error": error.to_dict()}).encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        assert (scope["method"], scope["path"]) == ("POST", "/generate")
+        self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        self.requests.append(GenerateRequest.model_validate_json(await _body(receive)))
+        status, body = self.refusal or (200, b"")
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        for event in [] if self.refusal else self.events:
+            if isinstance(event, Cut):
+                raise ConnectionAbortedError
+            line = event if isinstance(event, bytes) else event.model_dump_json().encode()
+            await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
+        await send({"type": "http.response.body", "body": body})
+
+
+async def _body(receive: Receive) -> bytes:
+    body = b""
+    while True:
+        message: JsonObject = dict(await receive())
+        body += message.get("body", b"")
+        if not message.get("more_body"):
+            return body
+
+
+@contextmanager
+def running_fake() -> Iterator[FakeInference]:
+    """Run a `FakeInference` in a thread; its `url` is set."""
+    fake = FakeInference()
+    config = uvicorn.Config(fake, port=0, lifespan="off", log_config=None, ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert time.monotonic() < deadline, "the fake inference server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        fake.url = f"http://127.0.0.1:{port}"
+        yield fake
+    finally:
+        server.should_exit = True
+        thread.join()
