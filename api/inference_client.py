@@ -69,7 +69,7 @@ class InferenceClient:
 def _refusal(status: int, body: bytes) -> TuneryError:
     try:
         return error_from_dict(orjson.loads(body)["error"])
-    except (orjson.JSONDecodeError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):  # not the body of our contract
         return _lost(f"it answered {status}")
 
 
