@@ -41,11 +41,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(RequestId)
     install_error_handlers(app)
-    v1 = APIRouter(prefix="/v1")
-    for module in (files, fine_tuning, models, chat):
-        v1.include_router(module.router)
     # On the routes and not on the application, whose own answer would have no OpenAI body.
-    app.include_router(v1, max_body_size=settings.api.max_upload_bytes + FORM_OVERHEAD)
+    v1 = APIRouter(prefix="/v1")
+    v1.include_router(files.router, max_body_size=settings.api.max_upload_bytes + FORM_OVERHEAD)
+    for module in (fine_tuning, models, chat):
+        v1.include_router(module.router, max_body_size=settings.api.max_body_bytes)
+    app.include_router(v1)
     app.include_router(_health)
     return app
 

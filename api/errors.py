@@ -7,7 +7,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DataError, OperationalError
 from starlette.exceptions import HTTPException
 
 from models.errors import (
@@ -71,10 +71,24 @@ def install_error_handlers(app: FastAPI) -> None:
             UnavailableError("The database does not answer right now.", retry_after=5)
         )
 
+    @app.exception_handler(DataError)
+    async def on_data_error(_: Request, error: DataError) -> JSONResponse:
+        # Bodies are checked before; this is a NUL in a path or a query, which PostgreSQL refuses.
+        log.warning("value_refused_by_database", error=str(error.orig))
+        return error_response(
+            InvalidRequestError("A value in the URL holds a character that cannot be stored.")
+        )
+
 
 def _without_place(findings: Sequence[Any]) -> list[Any]:
-    """Drop FastAPI's first part of a location: ``body``, ``query``, …"""
-    return [finding | {"loc": finding["loc"][1:]} for finding in findings]
+    """Drop FastAPI's first part of a location: ``body``, ``query``, …
+
+    For a body that is no JSON the rest is a position in the text, which is no parameter.
+    """
+    return [
+        finding | {"loc": () if finding["type"] == "json_invalid" else finding["loc"][1:]}
+        for finding in findings
+    ]
 
 
 def _from_http(request: Request, error: HTTPException) -> TuneryError:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import httpx2
 import pytest
 from fastapi.testclient import TestClient
 
@@ -10,30 +9,8 @@ from models.db import Database
 from models.domain.status import JobStatus
 from models.registry import jobs, tenancy
 from models.tables import Job, Project
+from tests.api.calls import ROW, chat, expect, new_job, upload
 from tests.api.conftest import LIMIT
-
-ROW = b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
-
-
-def upload(client: TestClient, content: bytes = ROW, purpose: str = "fine-tune") -> httpx2.Response:
-    return client.post(
-        "/v1/files", files={"file": ("rows.jsonl", content)}, data={"purpose": purpose}
-    )
-
-
-def new_job(client: TestClient, **fields: Any) -> httpx2.Response:
-    body = {"model": "base", "training_file": upload(client).json()["id"], **fields}
-    return client.post("/v1/fine_tuning/jobs", json=body)
-
-
-def expect(response: httpx2.Response, status: int, param: str | None, code: str) -> str:
-    """Check status and OpenAI's error body; return the message."""
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert sorted(error) == ["code", "message", "param", "type"]
-    assert (error["param"], error["code"]) == (param, code)
-    assert response.headers["x-request-id"].startswith("req_")
-    return str(error["message"])
 
 
 @pytest.mark.parametrize("header", [None, "Bearer nonsense", "Basic abc"])
@@ -189,11 +166,6 @@ def test_base_models_can_be_seen_but_not_deleted(client: TestClient) -> None:
     assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["base"]
     expect(client.delete("/v1/models/base"), 400, "model", "model_not_deletable")
     expect(client.get("/v1/models/ft:meta%2Fllama:x::1"), 404, "model", "model_not_found")
-
-
-def chat(client: TestClient, **fields: Any) -> httpx2.Response:
-    body = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], **fields}
-    return client.post("/v1/chat/completions", json=body)
 
 
 @pytest.mark.parametrize(
