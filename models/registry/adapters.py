@@ -54,7 +54,7 @@ def resolve(session: Session, project_id: str, name: str) -> ResolvedModel:
         .where(Checkpoint.name == name, Job.project_id == project_id)
     ).first()
     if row is not None:
-        checkpoint, job = row.tuple()
+        checkpoint, job = row
         reference = AdapterRef(
             name=name,
             digest=checkpoint.adapter_digest,

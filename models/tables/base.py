@@ -11,6 +11,8 @@ from models.domain.base import JsonObject
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no 0/o, 1/l: ids are read aloud
 
+_JSON = JSON(none_as_null=True)  # else None is stored as JSON's null, which IS NULL never finds
+
 
 def new_id(prefix: str, length: int = 24) -> str:
     """Return an unguessable identifier such as ``ftjob-…`` (5 bits a character)."""
@@ -27,7 +29,12 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {JsonObject: JSON, list[str]: JSON, float: Double, dict[str, Any]: JSON}  # noqa: RUF012
+    type_annotation_map = {  # noqa: RUF012
+        JsonObject: _JSON,
+        list[str]: _JSON,
+        float: Double,
+        dict[str, Any]: _JSON,
+    }
 
 
 class Created:
