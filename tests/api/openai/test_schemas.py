@@ -1,0 +1,115 @@
+"""The bodies of requests: what is taken, what is refused, and which hyperparameters win."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from api.openai.schemas import ChatRequest, JobCreate
+from models.domain.training import Hyperparameters
+
+JOB: dict[str, Any] = {"model": "base", "training_file": "file-1"}
+CHAT: dict[str, Any] = {"model": "base", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def supervised(**numbers: Any) -> dict[str, Any]:
+    return {"type": "supervised", "supervised": {"hyperparameters": numbers}}
+
+
+def test_a_plain_job_leaves_all_three_numbers_to_the_service() -> None:
+    assert JobCreate(**JOB).resolved_hyperparameters == Hyperparameters()
+
+
+def test_both_places_of_hyperparameters_are_read() -> None:
+    wanted = Hyperparameters(n_epochs=2)
+    old = JobCreate(**JOB, hyperparameters=wanted)
+    new = JobCreate(**JOB, method=supervised(n_epochs=2))
+    both = JobCreate(**JOB, hyperparameters=wanted, method=supervised(n_epochs=2))
+    assert [body.resolved_hyperparameters for body in (old, new, both)] == [wanted] * 3
+
+
+def test_two_sets_of_hyperparameters_that_differ_are_refused() -> None:
+    with pytest.raises(ValidationError, match="differ"):
+        JobCreate(**JOB, hyperparameters={"n_epochs": 3}, method=supervised(n_epochs=2))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [{"n_epochs": 0}, {"n_epochs": "2"}, {"batch_size": 257}, {"learning_rate_multiplier": 0}],
+)
+def test_hyperparameters_out_of_range_are_refused(numbers: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        JobCreate(**JOB, method=supervised(**numbers))
+
+
+def test_an_empty_suffix_is_none_and_the_longest_is_64() -> None:
+    assert JobCreate(**JOB, suffix="").suffix is None
+    assert JobCreate(**JOB, suffix="x" * 64).suffix == "x" * 64
+
+
+def test_metadata_at_its_limits_is_taken() -> None:
+    pairs = {f"{i:02d}" + "k" * 62: "v" * 512 for i in range(16)}
+    assert JobCreate(**JOB, metadata=pairs).metadata == pairs
+
+
+def test_an_earlier_answer_loses_what_no_model_reads() -> None:
+    turn: dict[str, Any] = {
+        "role": "assistant",
+        "content": "a",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "function_call": None,
+        "tool_calls": [],
+    }
+    body = ChatRequest.model_validate(CHAT | {"messages": [turn]})
+    assert body.messages[0].model_dump(exclude_none=True) == {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n", 0),
+        ("n", 1_000_000),
+        ("seed", 2**70),
+        ("temperature", 2.1),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("max_tokens", 0),
+        ("max_completion_tokens", "5"),
+        ("stop", ""),
+        ("stop", ["a"] * 5),
+        ("messages", []),
+        ("messages", "Hi"),
+        ("stream", "yes"),
+        ("no_such_field", None),
+    ],
+)
+def test_a_bad_chat_field_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValidationError):
+        ChatRequest.model_validate(CHAT | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "harmless", "harmful"),
+    [
+        ("frequency_penalty", 0, 0.1),
+        ("presence_penalty", 0, -1),
+        ("logit_bias", {}, {"1": 1}),
+        ("logprobs", False, True),
+        ("top_logprobs", 0, 2),
+        ("response_format", {"type": "text"}, {"type": "json_object"}),
+        ("tools", [], [{"type": "function"}]),
+        ("tool_choice", "auto", "required"),
+        ("functions", [], [{"name": "f"}]),
+        ("function_call", "none", {"name": "f"}),
+        ("modalities", ["text"], ["text", "audio"]),
+        ("audio", None, {"voice": "x"}),
+    ],
+)
+def test_a_field_is_unsupported_only_where_it_changes_the_answer(
+    name: str, harmless: object, harmful: object
+) -> None:
+    for value in (None, harmless):
+        assert ChatRequest.model_validate(CHAT | {name: value}).unsupported() is None
+    assert ChatRequest.model_validate(CHAT | {name: harmful}).unsupported() == name

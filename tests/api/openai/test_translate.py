@@ -1,0 +1,117 @@
+"""Between OpenAI's bodies and our types."""
+
+from typing import Any
+
+import pytest
+
+from api.openai import translate
+from api.openai.schemas import ChatRequest, JobCreate
+from models.domain.generation import AdapterRef
+from models.errors import InvalidRequestError
+from models.registry.adapters import ResolvedModel
+from models.registry.page import Page
+from models.tables import File, Job
+
+JOB: dict[str, Any] = {"model": "base", "training_file": "file-1"}
+CHAT: dict[str, Any] = {"model": "mine", "messages": [{"role": "user", "content": "Hi"}]}
+ADAPTER = AdapterRef(name="mine", digest="d" * 64, base_model="base", base_fingerprint="f" * 64)
+MINE = ResolvedModel("mine", "base", ADAPTER, 1.9, "ftjob-1")
+
+
+def files(*ids: str) -> list[File]:
+    return [
+        File(id=id_, created_at=1.9, bytes=1, filename="a", purpose="batch", status="processed")
+        for id_ in ids
+    ]
+
+
+def test_a_list_names_its_ends() -> None:
+    body = translate.list_body(Page(files("a", "b", "c"), True), translate.file_body)
+    assert (body["first_id"], body["last_id"], body["has_more"]) == ("a", "c", True)
+    assert [item["created_at"] for item in body["data"]] == [1, 1, 1]
+
+
+def test_a_plain_job_trains_qlora() -> None:
+    spec = translate.training_spec(JobCreate(**JOB))
+    assert (spec.precision.type, spec.peft["type"], spec.objective["type"]) == (
+        *("nf4", "lora", "sft"),
+    )
+    assert spec.hyperparameters.n_epochs == "auto"
+    assert not spec.is_resolved
+
+
+def test_a_seed_is_drawn_and_kept_when_none_is_given() -> None:
+    seeds = {translate.training_spec(JobCreate(**JOB)).seed for _ in range(5)}
+    assert len(seeds) > 1
+    assert translate.training_spec(JobCreate(**JOB, seed=0)).seed == 0
+
+
+def test_our_fields_reach_the_spec() -> None:
+    given = {"max_seq_length": 64, "on_error": "skip", "priority": 0, "checkpoint_steps": 7}
+    spec = translate.training_spec(JobCreate(**JOB, **given))
+    assert given.items() <= spec.model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"peft": {"type": "nothing"}}, "peft.type"),
+        ({"peft": {"type": "lora", "rr": 1}}, "peft.rr"),
+        ({"objective": {"type": "nothing"}}, "objective.type"),
+    ],
+)
+def test_a_bad_part_names_its_path(fields: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        translate.training_spec(JobCreate(**JOB, **fields))
+    assert raised.value.param == param
+
+
+def test_a_failed_job_shows_its_error_and_no_estimate() -> None:
+    spec = translate.training_spec(JobCreate(**JOB, seed=1))
+    job = Job(
+        id="ftjob-1",
+        created_at=1.0,
+        status="failed",
+        spec=spec.model_dump(mode="json"),
+        training_file="file-1",
+        estimated_finish=9.0,
+        error_code="bad",
+        error_message="It failed.",
+        error_param="training_file",
+    )
+    body = translate.job_body(job, "org")
+    assert body["error"] == {"code": "bad", "message": "It failed.", "param": "training_file"}
+    assert (body["estimated_finish"], body["organization_id"]) == (None, "org")
+    assert body["method"]["supervised"]["hyperparameters"] == body["hyperparameters"]
+
+
+def test_a_chat_body_becomes_a_request_for_the_resolved_adapter() -> None:
+    body = ChatRequest.model_validate(
+        CHAT | {"max_tokens": 3, "max_completion_tokens": 4, "temperature": 0, "stop": ["a", "b"]}
+    )
+    request = translate.generate_request(body, MINE, "req_1")
+    assert (request.base_model, request.adapter, request.request_id) == ("base", ADAPTER, "req_1")
+    assert request.sampling.max_tokens == 4
+    assert request.sampling.temperature == 0
+    assert request.sampling.stop == ("a", "b")
+
+
+def test_a_chat_body_without_numbers_gets_openais_defaults() -> None:
+    sampling = translate.generate_request(ChatRequest(**CHAT), MINE, "req_1").sampling
+    assert (sampling.temperature, sampling.top_p, sampling.n, sampling.stop) == (1, 1, 1, ())
+    assert (sampling.max_tokens, sampling.seed) == (None, None)
+
+
+def test_an_unsupported_field_is_named() -> None:
+    body = ChatRequest.model_validate(CHAT | {"logprobs": True})
+    with pytest.raises(InvalidRequestError, match="'logprobs' is not supported") as raised:
+        translate.generate_request(body, MINE, "req_1")
+    assert (raised.value.param, raised.value.code) == ("logprobs", "unsupported_parameter")
+
+
+def test_a_resolved_model_says_what_it_stands_on() -> None:
+    body = translate.resolved_body(MINE, "proj_1")
+    assert (body["id"], body["root"], body["parent"]) == ("mine", "base", "base")
+    assert (body["owned_by"], body["digest"], body["created"]) == ("proj_1", "d" * 64, 1)
+    base = translate.resolved_body(ResolvedModel("base", "base", None, 1.0), "proj_1")
+    assert (base["owned_by"], base["parent"], base["digest"]) == ("tunery", None, None)

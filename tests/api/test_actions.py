@@ -1,0 +1,63 @@
+"""What routes do across database, store and queue."""
+
+import unicodedata
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.actions import display_name
+from models.db import Database
+from models.domain.status import JobStatus
+from models.registry import jobs
+from tests.api.calls import ROW, expect, new_job, upload
+
+
+@pytest.mark.parametrize(
+    ("sent", "shown"),
+    [
+        ("rows.jsonl", "rows.jsonl"),
+        ("../../etc/passwd", "passwd"),
+        ("..\\..\\boot.ini", "boot.ini"),
+        ("/", "upload"),
+        ("", "upload"),
+        ("  \t ", "upload"),
+        ("a\u202egpj.exe", "agpj.exe"),
+        ("a\x00b\r\nc", "abc"),
+        ("\ud800", "upload"),
+        ("x" * 500, "x" * 200),
+    ],
+)
+def test_a_display_name_has_no_folder_and_no_control_character(sent: str, shown: str) -> None:
+    assert display_name(sent) == shown
+    assert not any(unicodedata.category(char).startswith("C") for char in display_name(sent))
+
+
+def test_a_validation_file_is_in_use_too(client: TestClient) -> None:
+    file_id = upload(client).json()["id"]
+    new_job(client, validation_file=file_id)
+    expect(client.delete(f"/v1/files/{file_id}"), 400, "file_id", "file_in_use")
+    assert client.get(f"/v1/files/{file_id}/content").content == ROW
+
+
+@pytest.mark.parametrize("end", [JobStatus.FAILED, JobStatus.CANCELLED])
+def test_a_file_of_an_ended_job_can_go(
+    client: TestClient, database: Database, end: JobStatus
+) -> None:
+    job = new_job(client).json()
+    with database.write() as session:
+        assert jobs.move(session, job["id"], end)
+    assert client.delete(f"/v1/files/{job['training_file']}").json()["deleted"]
+    assert client.get(f"/v1/fine_tuning/jobs/{job['id']}").json()["training_file"]
+
+
+def test_the_bytes_of_a_file_stay_when_its_deletion_is_rolled_back(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file_id = upload(client).json()["id"]
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("after the row was deleted")
+
+    monkeypatch.setattr("api.actions.after_commit", broken)
+    expect(client.delete(f"/v1/files/{file_id}"), 500, None, "internal_error")
+    assert client.get(f"/v1/files/{file_id}/content").content == ROW
