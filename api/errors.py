@@ -86,9 +86,16 @@ def _without_place(findings: Sequence[Any]) -> list[Any]:
     For a body that is no JSON the rest is a position in the text, which is no parameter.
     """
     return [
-        finding | {"loc": () if finding["type"] == "json_invalid" else finding["loc"][1:]}
+        finding | {"loc": (), "msg": _not_json(finding)}
+        if finding["type"] == "json_invalid"
+        else finding | {"loc": finding["loc"][1:]}
         for finding in findings
     ]
+
+
+def _not_json(finding: dict[str, Any]) -> str:
+    where = finding["loc"][1]
+    return f"The body is not valid JSON at character {where}: {finding['ctx']['error']}"
 
 
 def _from_http(request: Request, error: HTTPException) -> TuneryError:

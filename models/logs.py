@@ -5,6 +5,11 @@ import sys
 
 import structlog
 
+# Without the values of local variables: they hold API keys, and rows of somebody's data.
+_tracebacks = structlog.processors.ExceptionRenderer(
+    structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+)
+
 
 def configure_logging(level: str, process: str) -> None:
     """Send structlog and the standard library's loggers through one JSON renderer.
@@ -16,7 +21,7 @@ def configure_logging(level: str, process: str) -> None:
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.dict_tracebacks,
+        _tracebacks,
     ]
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -23,7 +23,6 @@ TESTED_ELSEWHERE = {
     "models/domain": "every model that derives from it, the registry's and the API's tests",
     "models/explain.py": "tests/api/test_openai.py: the words of every refused field",
     "models/broker.py": "tests/flow/test_recovery.py: with Valkey, doubled, and without any",
-    "models/logs.py": "tests/flow: every process logs through it",
     "api/actions.py": "tests/api/test_openai.py",
     "api/app.py": "tests/api/test_openai.py",
     "api/deps.py": "tests/api/test_openai.py",

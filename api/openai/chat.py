@@ -18,6 +18,7 @@ from api.errors import error_body
 from api.openai import translate
 from api.openai.schemas import ChatRequest
 from api.services import Services
+from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
 from models.domain.generation import Chunk, Finished, GenerateEvent, Started
 from models.errors import TuneryError
@@ -25,7 +26,7 @@ from models.registry import adapters, inference_servers
 from models.registry.adapters import ResolvedModel
 from models.tables import new_id
 
-router = APIRouter(tags=["chat"])
+router = APIRouter(tags=["chat"], route_class=StrictJsonRoute)
 log = structlog.get_logger(__name__)
 
 CLIENT_CLOSED_REQUEST = 499

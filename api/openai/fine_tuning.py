@@ -8,12 +8,13 @@ from api import actions
 from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
 from api.openai.schemas import JobCreate
+from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError
 from models.registry import checkpoints, events, jobs
 from models.registry.page import Cursor
 
-router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
 
 
 @router.post("")

@@ -10,11 +10,20 @@ from fastapi.testclient import TestClient
 from api.app import create_app
 from api.cli.migrate import upgrade
 from models.db import Database
-from models.registry import tenancy
+from models.logs import configure_logging
+from models.registry import inference_servers, tenancy
+from models.registry.inference_servers import Announcement
 from models.settings import Settings
+from tests.api.fake_inference import FakeInference, running_fake
 
 LIMIT = 2000
 TOKEN = "secret-between-servers"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _logging() -> None:
+    """Log as a process does: structlog's default, for terminals, takes seconds for a traceback."""
+    configure_logging("WARNING", "test")
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +65,13 @@ def client(settings: Settings, database: Database) -> Iterator[TestClient]:
     with TestClient(create_app(settings), raise_server_exceptions=False) as made:
         made.headers["authorization"] = f"Bearer {secret}"
         yield made
+
+
+@pytest.fixture
+def inference(client: TestClient, database: Database) -> Iterator[FakeInference]:
+    """The server that `client` is served by; `client` is asked for so that "base" exists."""
+    with running_fake() as fake:
+        with database.write() as session:
+            announcement = Announcement("fake-1", "base", "f" * 64, "nf4", fake.url)
+            inference_servers.announce(session, announcement, 60)
+        yield fake

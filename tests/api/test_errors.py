@@ -106,7 +106,7 @@ def test_a_revoked_key_gets_the_same_answer_as_an_unknown_one(
         (b'"text"', None, "invalid_value"),
         (b"{}", "model", "missing_required_parameter"),
         (b'{"model": "base"}', "messages", "missing_required_parameter"),
-        (b'{"model": "base", "messages": [], "top_p": NaN}', "messages", "invalid_value"),
+        (b'{"model": "base", "messages": [], "top_p": NaN}', None, "invalid_json"),
     ],
 )
 def test_a_malformed_body_names_what_is_wrong(
