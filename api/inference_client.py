@@ -1,6 +1,6 @@
 """The API's side of the contract in ``models.domain.generation``."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
 import httpx
 import orjson
@@ -49,9 +49,7 @@ class InferenceClient:
             ) as response:
                 if response.status_code != 200:
                     raise _refusal(response.status_code, await response.aread())
-                async for line in response.aiter_lines():
-                    if not line:
-                        continue
+                async for line in _lines(response):
                     event = generate_event.validate_json(line)
                     if isinstance(event, Failed):
                         raise error_from_dict(event.error)
@@ -66,7 +64,25 @@ class InferenceClient:
         await self._client.aclose()
 
 
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield lines that are not empty; httpx's own also end at U+2028, which JSON text may hold."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            if line:
+                yield line
+    if rest:
+        yield rest
+
+
 def _refusal(status: int, body: bytes) -> TuneryError:
+    if status in (401, 403):  # our own secret: the caller's key is fine
+        return UnavailableError(
+            "The inference server refuses this service's token. Give both the same "
+            "TUNERY_INFERENCE__TOKEN.",
+            code="inference_server_refused",
+        )
     try:
         return error_from_dict(orjson.loads(body)["error"])
     except (ValueError, KeyError, TypeError, AttributeError):  # not the body of our contract

@@ -9,7 +9,14 @@ import pytest
 from api.inference_client import InferenceClient
 from models.domain.generation import Chunk, GenerateEvent, GenerateRequest, SamplingParams
 from models.domain.rows import ChatMessage
-from models.errors import CapacityError, ConflictError, TuneryError, UnavailableError
+from models.errors import (
+    AuthenticationError,
+    CapacityError,
+    ConflictError,
+    PermissionDeniedError,
+    TuneryError,
+    UnavailableError,
+)
 from tests.api.fake_inference import HELLO, STARTED, Cut, FakeInference, running_fake
 
 REQUEST = GenerateRequest(
@@ -103,3 +110,18 @@ def test_a_server_that_cannot_be_reached_is_unavailable(url: str) -> None:
         ask(url)
     assert isinstance(raised.value, TuneryError)
     assert raised.value.status_code == 503
+
+
+def test_only_a_newline_ends_an_event(fake: FakeInference) -> None:
+    """JSON leaves U+2028 and U+0085 as they are, and `str.splitlines` breaks a text there."""
+    fake.events = [STARTED, Chunk(text="a\u2028b\u2029c\x85d\x0b\x1ce\r\n"), HELLO[-1]]
+    assert ask(fake.url) == fake.events
+
+
+@pytest.mark.parametrize("error", [AuthenticationError("Who?"), PermissionDeniedError("No.")])
+def test_a_refused_token_is_the_services_fault_and_not_the_callers(
+    fake: FakeInference, error: TuneryError
+) -> None:
+    fake.refuse(error)
+    with pytest.raises(UnavailableError, match="TUNERY_INFERENCE__TOKEN"):
+        ask(fake.url)
