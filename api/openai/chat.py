@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,19 +42,16 @@ async def create_chat_completion(
     generate = translate.generate_request(body, model, request.state.request_id)
     events = services.inference.generate(url, generate)
     answer = _Answer(body, n_choices=generate.sampling.n)
-    if body.stream:
-        # The first event decides the status: errors before it are no stream yet.
-        answer.take(await anext(events))
-        return StreamingResponse(
-            _stream(answer, events),
-            media_type="text/event-stream",
-            headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
-        )
-    complete = await _unless_disconnected(request, _collect(answer, events))
-    return (
-        JSONResponse(answer.completion())
-        if complete
-        else Response(status_code=CLIENT_CLOSED_REQUEST)
+    # Of a stream the first event decides the status: errors before it are no stream yet.
+    work = _begin(answer, events) if body.stream else _collect(answer, events)
+    if not await _unless_disconnected(request, work):
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    if not body.stream:
+        return JSONResponse(answer.completion())
+    return StreamingResponse(
+        _stream(answer, events),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
     )
 
 
@@ -139,15 +136,19 @@ class _Answer:
         return bool(options and options.include_usage)
 
 
+async def _begin(answer: _Answer, events: AsyncGenerator[GenerateEvent, None]) -> None:
+    answer.take(await anext(events))
+
+
 async def _collect(answer: _Answer, events: AsyncGenerator[GenerateEvent, None]) -> None:
     async with aclosing(events):
         async for event in events:
             answer.take(event)
 
 
-async def _unless_disconnected(request: Request, work: Any) -> bool:
+async def _unless_disconnected(request: Request, work: Coroutine[Any, Any, None]) -> bool:
     """Await `work`; cancel it when the client goes away. Returns whether it came to its end."""
-    task = asyncio.ensure_future(work)
+    task = asyncio.create_task(work)
     try:
         while not task.done():
             await asyncio.wait({task}, timeout=_DISCONNECT_POLL_SECONDS)

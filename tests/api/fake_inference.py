@@ -5,11 +5,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import uvicorn
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.domain.base import JsonObject
 from models.domain.generation import Chunk, Finished, GenerateRequest, Started
@@ -30,6 +30,10 @@ class Cut(BaseModel):
     """Not an event: the connection breaks here."""
 
 
+class Hold(BaseModel):
+    """Not an event: the server says nothing more until the API closes the connection."""
+
+
 class FakeInference:
     """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent."""
 
@@ -39,6 +43,8 @@ class FakeInference:
         self.refusal: tuple[int, bytes] | None = None
         self.requests: list[GenerateRequest] = []
         self.headers: list[dict[str, str]] = []
+        self.holding = threading.Event()
+        self.left = threading.Event()
 
     def refuse(self, error: TuneryError) -> None:
         self.refusal = (error.status_code, json.dumps({"error": error.to_dict()}).encode())
@@ -52,6 +58,12 @@ class FakeInference:
         for event in [] if self.refusal else self.events:
             if isinstance(event, Cut):
                 raise ConnectionAbortedError
+            if isinstance(event, Hold):
+                self.holding.set()
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                self.left.set()
+                return
             line = event if isinstance(event, bytes) else event.model_dump_json().encode()
             await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
         await send({"type": "http.response.body", "body": body})
@@ -70,18 +82,25 @@ async def _body(receive: Receive) -> bytes:
 def running_fake() -> Iterator[FakeInference]:
     """Run a `FakeInference` in a thread; its `url` is set."""
     fake = FakeInference()
-    config = uvicorn.Config(fake, port=0, lifespan="off", log_config=None, ws="none")
+    with serving(fake, lifespan="off") as fake.url:
+        yield fake
+
+
+@contextmanager
+def serving(app: ASGIApp, lifespan: Literal["on", "off"]) -> Iterator[str]:
+    """Run an application in a thread on a free port; yields its URL."""
+    config = uvicorn.Config(
+        app, port=0, lifespan=lifespan, log_config=None, ws="none", timeout_graceful_shutdown=2
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
         deadline = time.monotonic() + 20
         while not server.started:
-            assert time.monotonic() < deadline, "the fake inference server did not start"
+            assert time.monotonic() < deadline, "the server did not start"
             time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        fake.url = f"http://127.0.0.1:{port}"
-        yield fake
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join()

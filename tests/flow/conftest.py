@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
@@ -63,11 +63,12 @@ def process(
 
 
 class Up:
-    """A running ``tunery up`` and a client for it."""
+    """A running ``tunery up`` and clients for it, which `run_up` closes."""
 
-    def __init__(self, home: Home, running: psutil.Popen) -> None:
+    def __init__(self, home: Home, running: psutil.Popen, closing: ExitStack) -> None:
         self.home = home
         self.process = running
+        self._closing = closing
 
     @property
     def url(self) -> str:
@@ -82,7 +83,8 @@ class Up:
         return secret
 
     def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+        client = OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0)
+        return self._closing.enter_context(client)
 
     def interrupt(self) -> None:
         """Do what Ctrl-C does, and wait for the end."""
@@ -98,7 +100,7 @@ def run_up(directory: Path, cache: Path, *arguments: str) -> Iterator[Up]:
     log = home.path / "up.log"
     environment = {"TUNERY_MODELS__CACHE_DIR": str(cache)}
     command = ("up", "--home", str(directory), "--port", "0", *arguments)
-    with process("api.cli", environment, log, *command) as running:
+    with process("api.cli", environment, log, *command) as running, ExitStack() as closing:
 
         def is_up() -> bool:
             if running.poll() is not None:
@@ -106,7 +108,7 @@ def run_up(directory: Path, cache: Path, *arguments: str) -> Iterator[Up]:
             return home.running() is not None
 
         wait_until(is_up, START_SECONDS, "tunery up")
-        yield Up(home, running)
+        yield Up(home, running, closing)
 
 
 @pytest.fixture(scope="session")

@@ -133,10 +133,10 @@ def test_a_checkpoint_can_be_called_by_its_name(up: Up, tuned: FineTuningJob) ->
     answer = client.chat.completions.create(
         model=checkpoint.fine_tuned_model_checkpoint,
         messages=QUESTION,
-        max_tokens=4,
+        max_tokens=8,
         temperature=0,
     )
-    assert (answer.choices[0].message.content or "").startswith("[TICKET]")
+    assert (answer.choices[0].message.content or "").startswith("[TICKET] topic")
 
 
 def test_a_deleted_model_is_gone_and_never_answered_by_the_base(
