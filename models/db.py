@@ -13,7 +13,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from models.settings import DatabaseSettings
 
 SQLITE_BUSY_SECONDS = 30
-
+IDLE_TRANSACTION_SECONDS = 15
 
 _AFTER_COMMIT = "after_commit"
 
@@ -84,8 +84,21 @@ class Database:
 
 
 def _create_engine(settings: DatabaseSettings) -> Engine:
-    if not settings.url.startswith("sqlite"):
-        return create_engine(settings.url, pool_size=settings.pool_size, pool_pre_ping=True)
+    if settings.url.startswith("sqlite"):
+        return _create_sqlite(settings)
+    engine = create_engine(settings.url, pool_size=settings.pool_size, pool_pre_ping=True)
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _: Any) -> None:
+        # A process that is frozen inside a transaction must not keep its locks from the others.
+        limit = f"SET idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_SECONDS}s'"
+        connection.execute(limit)
+        connection.commit()
+
+    return engine
+
+
+def _create_sqlite(settings: DatabaseSettings) -> Engine:
     engine = create_engine(
         settings.url,
         pool_size=settings.pool_size,

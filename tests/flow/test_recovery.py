@@ -29,9 +29,10 @@ LEASE_SECONDS = 3
 class Stage:
     """A database, a store and a broker, without an API; workers are started by the tests."""
 
-    def __init__(self, folder: Path, broker_url: str, tiny_model: Path, cache: Path) -> None:
+    def __init__(
+        self, folder: Path, url: str, broker_url: str, tiny_model: Path, cache: Path
+    ) -> None:
         self.folder = folder
-        url = f"sqlite:///{folder / 'tunery.db'}"
         upgrade(url)
         self.database = Database(DatabaseSettings(url=url))
         self.store = LocalStore(folder / "objects")
@@ -76,7 +77,7 @@ class Stage:
     def worker(self) -> Iterator[psutil.Popen]:
         self._n_workers += 1
         environment = {
-            "TUNERY_DATABASE__URL": str(self.database.engine.url),
+            "TUNERY_DATABASE__URL": self.database.engine.url.render_as_string(hide_password=False),
             "TUNERY_BROKER__URL": self.broker_url,
             "TUNERY_STORAGE__URL": f"file:{self.store.root}",
             "TUNERY_MODELS__CACHE_DIR": str(self._cache),
@@ -112,10 +113,19 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, valkey_url: str, tiny_model: Path) -> Iterator[Stage]:
-    made = Stage(tmp_path, valkey_url, tiny_model, tmp_path / "base-models")
+def stage(
+    request: pytest.FixtureRequest, tmp_path: Path, valkey_url: str, tiny_model: Path
+) -> Iterator[Stage]:
+    """A stage on SQLite, or on the database whose fixture the test names."""
+    url = f"sqlite:///{tmp_path / 'tunery.db'}"
+    if hasattr(request, "param"):
+        url = request.getfixturevalue(request.param)
+    made = Stage(tmp_path, url, valkey_url, tiny_model, tmp_path / "base-models")
     yield made
     made.database.close()
+
+
+on_postgresql = pytest.mark.parametrize("stage", ["postgres_url"], indirect=True)
 
 
 def trainer_of(worker: psutil.Popen, job: JobAttempt) -> psutil.Process:
@@ -155,10 +165,13 @@ def test_a_job_of_a_killed_worker_is_continued_by_another_from_its_checkpoint(
     assert any("continues from step" in message for message in warnings)
 
 
+# A frozen process that happens to be writing would hold the one lock of an SQLite file for ever.
+@on_postgresql
 def test_a_frozen_worker_that_wakes_after_its_lease_changes_nothing(stage: Stage) -> None:
     job_id = stage.submit()
     with stage.worker() as first:
         stage.wait_for_job(job_id, has_checkpoint, "some steps")
+        trainer = trainer_of(first, stage.all(JobAttempt)[0])
         frozen = [first, *first.children(recursive=True)]
         for member in frozen:
             member.send_signal(signal.SIGSTOP)
@@ -166,6 +179,7 @@ def test_a_frozen_worker_that_wakes_after_its_lease_changes_nothing(stage: Stage
             stage.wait_for_job(job_id, lambda job: job.attempt == 2, "a second attempt")
             for member in frozen:
                 member.send_signal(signal.SIGCONT)
+            wait_until(lambda: not trainer.is_running(), 15, "the end of the woken trainer")
             ended = stage.wait_for_job(
                 job_id, lambda job: JobStatus(job.status).is_terminal, "the end"
             )
@@ -235,4 +249,5 @@ def test_jobs_start_without_a_broker(stage: Stage) -> None:
     with stage.worker() as worker:
         ended = stage.wait_for_job(job_id, lambda job: JobStatus(job.status).is_terminal, "the end")
         assert ended.status == JobStatus.SUCCEEDED, stage.logs()
-        worker.kill()
+        worker.terminate()
+        assert worker.wait(15) == 0

@@ -4,9 +4,9 @@ import time
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import select, text
 
-from models.db import Database, after_commit, db_now
+from models.db import IDLE_TRANSACTION_SECONDS, Database, after_commit, db_now
 from models.settings import DatabaseSettings
 
 
@@ -41,3 +41,11 @@ def test_the_databases_clock_is_in_unix_seconds(database: Database) -> None:
     with database.read() as session:
         now = session.scalar(select(db_now()))
     assert now == pytest.approx(time.time(), abs=5)
+
+
+def test_a_frozen_client_does_not_keep_its_locks_in_postgresql_for_ever(postgres_url: str) -> None:
+    server = Database(DatabaseSettings(url=postgres_url))
+    with server.write() as session:
+        limit = session.scalar(text("SHOW idle_in_transaction_session_timeout"))
+    server.close()
+    assert limit == f"{IDLE_TRANSACTION_SECONDS}s"
