@@ -1,6 +1,6 @@
 # Every command that the README names. `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test flow check migrate bench clean
+.PHONY: help setup demo up test check migrate bench clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -25,10 +25,7 @@ up: $(STAMP) ## Run the whole service on 127.0.0.1
 	$(BIN)/tunery up
 
 test: $(STAMP) ## Run all tests; they start the servers that they need
-	$(BIN)/python -m pytest --ignore=tests/flow
-
-flow: $(STAMP) ## Run the tests of whole services: real processes, real trainings, about 15 minutes
-	$(BIN)/python -m pytest tests/flow
+	$(BIN)/python -m pytest
 
 # The cache of lint-imports does not notice that a module that was missing has come.
 check: $(STAMP) ## Check style, format, types and who imports whom
