@@ -14,7 +14,7 @@ from models.registry import files, job_runs, jobs
 from models.settings import WorkerSettings
 from models.storage import ObjectNotFoundError, ObjectStore, upload_key
 from models.tables import File, Job
-from worker import validation
+from worker.data import lint
 from worker.launch import TrainerProcess
 from worker.training import exit_codes
 
@@ -48,7 +48,7 @@ def validate_files(database: Database, store: ObjectStore) -> None:
 
 def _lint(file: File, store: ObjectStore) -> DatasetReport:
     try:
-        return validation.lint(store.stream(upload_key(file.id)))
+        return lint.lint(store.stream(upload_key(file.id)))
     except ObjectNotFoundError:
         missing = RowFinding(
             line=1,

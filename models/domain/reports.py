@@ -10,7 +10,9 @@ from models.domain.base import Frozen, JsonObject
 class RowFinding(Frozen):
     """One fault of a data set.
 
-    `line` counts from 1; `path` is the place inside the row, e.g. ``messages[1].role``.
+    `line` counts from 1; `path` is the place inside the row, e.g. ``messages[1].role``; `offset` is
+    the position of the row's first byte in the decompressed file, where the format has one. Rows
+    with a warning are usable.
     """
 
     line: int
@@ -18,6 +20,8 @@ class RowFinding(Frozen):
     message: str
     path: str = ""
     hint: str = ""
+    offset: int | None = None
+    level: Literal["error", "warning"] = "error"
 
     def sentence(self) -> str:
         where = f"Line {self.line}" + (f", {self.path}" if self.path else "")

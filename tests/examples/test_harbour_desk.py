@@ -9,7 +9,7 @@ from examples.make_harbour_desk import HELDOUT_FILE, TRAINING_FILE, make
 from models.domain.rows import ChatRow
 from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
-from worker.validation import lint, read_rows
+from worker.data.lint import lint, read_rows
 
 FOLDER = Path(__file__).parents[2] / "examples"
 TICKET = re.compile(r"\[TICKET\] topic: [a-z ]+; urgency: (high|normal|low); next step: [a-z ]+\.")

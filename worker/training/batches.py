@@ -71,7 +71,7 @@ def build_dataset(
     """Render every row, in one pass that finds all faults.
 
     Args:
-        rows: Line numbers, and rows or what is wrong with them (``worker.validation.read_rows``).
+        rows: Line numbers, and rows or what is wrong with them (``worker.data.lint.read_rows``).
         param: Request field that names the file, for errors.
 
     Raises:

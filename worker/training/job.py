@@ -28,13 +28,13 @@ from models.tables import Checkpoint, File, Job
 from worker.adapter_format import parse_manifest
 from worker.base_models import BaseModelInfo, load_tokenizer, materialise, pick_device
 from worker.chat import ChatRenderer
+from worker.data.lint import read_rows
 from worker.training import checkpoint, methods, objectives
 from worker.training.batches import Dataset, RowPolicy, build_dataset
 from worker.training.loop import Outcome, Stop, Task, Trainer
 from worker.training.model import build_model
 from worker.training.publish import Publisher, RunIdentity
 from worker.training.report import DatabaseReporter
-from worker.validation import read_rows
 
 log = structlog.get_logger(__name__)
 

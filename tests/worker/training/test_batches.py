@@ -14,6 +14,7 @@ from models.errors import TrainingFailedError
 from tests.worker.training.tiny import make_examples
 from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
+from worker.data.lint import read_rows
 from worker.training.batches import (
     Dataset,
     RowPolicy,
@@ -21,7 +22,6 @@ from worker.training.batches import (
     epoch_batches,
     micro_batches,
 )
-from worker.validation import read_rows
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import random
 import tracemalloc
 
-from worker.json_lines import MAX_LINE_BYTES, Line, split_lines
+from worker.data.lines import MAX_LINE_BYTES, Line, split_lines
 
 MEBIBYTE = 1024 * 1024
 

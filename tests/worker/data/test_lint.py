@@ -10,8 +10,8 @@ import pytest
 
 from models.domain.reports import MAX_FINDINGS, RowFinding
 from models.domain.rows import ChatRow
-from worker.json_lines import MAX_LINE_BYTES
-from worker.validation import lint, read_rows
+from worker.data.lines import MAX_LINE_BYTES
+from worker.data.lint import lint, read_rows
 
 USER = {"role": "user", "content": "How deep is it?"}
 ANSWER = {"role": "assistant", "content": "Four metres."}
@@ -237,6 +237,6 @@ def test_what_the_user_wrote_is_never_echoed_at_length() -> None:
 
 
 def test_the_lint_needs_neither_torch_nor_a_tokenizer() -> None:
-    code = "import sys, worker.validation; print({'torch', 'transformers'} & set(sys.modules))"
+    code = "import sys, worker.data.lint; print({'torch', 'transformers'} & set(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (loaded.returncode, loaded.stdout.strip()) == (0, "set()"), loaded.stderr

@@ -7,14 +7,13 @@ looks for what has the right shape but cannot be trained.
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, get_args
 
 from pydantic_core import ErrorDetails
 
 from models.domain.base import JsonObject
-from models.domain.reports import RowFinding
 from models.domain.rows import ChatMessage, ChatRow, Role, TextPart
+from worker.data.records import Fault
 
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -35,21 +34,6 @@ _EXPECTED = {
     "bool_type": "true or false",
 }
 _TYPES = {str: "a string", list: "an array", dict: "an object", bool: "a boolean"}
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A finding that does not know its line yet."""
-
-    code: str
-    message: str
-    path: str = ""
-    hint: str = ""
-
-    def finding(self, line: int) -> RowFinding:
-        return RowFinding(
-            line=line, code=self.code, message=self.message, path=self.path, hint=self.hint
-        )
 
 
 def row_fault(row: ChatRow, value: dict[str, Any]) -> Fault | None:
