@@ -1,6 +1,6 @@
 """The command line's HTTP client: where the service is, how it answers, how errors read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,9 @@ class Client:
             if response.status_code != 200:
                 response.read()
                 raise _error(response)
-            for line in response.iter_lines():
-                data = line.removeprefix("data: ")
-                if not line.startswith("data: ") or data == "[DONE]":
+            for line in _lines(response.iter_bytes()):
+                data = line.removeprefix(b"data: ")
+                if not line.startswith(b"data: ") or data == b"[DONE]":
                     continue
                 event = orjson.loads(data)
                 if "error" in event:
@@ -93,6 +93,16 @@ class _TransportErrors:
                 f"No service answers at {self._url} ({type(error).__name__}). Start one with "
                 "'tunery up', or name another with --url."
             ) from error
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Cut at line feeds alone: httpx's own lines also end at U+2028, which a text may contain."""
+    rest = b""
+    for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from (line.removesuffix(b"\r") for line in lines)
+    if rest:
+        yield rest
 
 
 def _error(response: httpx.Response) -> TuneryError:

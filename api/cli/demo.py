@@ -1,10 +1,5 @@
 """``tunery demo``: the main job from start to end, on the embedded service and the example data."""
 
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +8,19 @@ from rich.console import Console
 from rich.table import Table
 
 import models
+from api.cli.background import running_service, wait_for_model
 from api.cli.client import Client
 from api.cli.home import Home
-from api.cli.supervisor import die_with_parent
 from api.cli.tune import Request, submit, watch
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 from models.errors import UnavailableError
-from models.settings import child_environment
 
 BASE = "smollm2-135m-instruct"
 EXAMPLES = Path(models.__file__).parents[1] / "examples"
 TRAINING = EXAMPLES / "harbour-desk.jsonl"
 HELD_OUT = EXAMPLES / "harbour-desk-heldout.jsonl"
 QUESTIONS = 3
-START_SECONDS = 300
-STOP_SECONDS = 90
 
 
 def run(home: Home, console: Console) -> None:
@@ -43,8 +35,8 @@ def run(home: Home, console: Console) -> None:
             f"The example data is not in {EXAMPLES}; run the demo in a checkout of Tunery."
         )
     console.print(f"Starting a service in {home.path} …", highlight=False, soft_wrap=True)
-    with _embedded(home) as client:
-        _wait_for_base(client)
+    with running_service(home) as client:
+        wait_for_model(client, BASE)
         console.print(f"\n[bold]1. Train[/bold] QLoRA on {BASE}: {TRAINING.name}", highlight=False)
         job = submit(
             client,
@@ -59,52 +51,6 @@ def run(home: Home, console: Console) -> None:
         console.print("\n[bold]3. Held-out questions[/bold], base and tuned side by side")
         _show_answers(client, job["fine_tuned_model"], console)
         _go_on(home, job["fine_tuned_model"], console)
-
-
-@contextmanager
-def _embedded(home: Home) -> Iterator[Client]:
-    """Run ``tunery up`` beside this process for as long as the block lasts."""
-    home.create()
-    log_file = home.log_file("up")
-    with log_file.open("ab") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "api.cli", "up", "--home", str(home.path), "--port", "0"],
-            env=child_environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=die_with_parent,
-        )
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while (running := home.running()) is None or running.pid != process.pid:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise UnavailableError(f"The service did not start. Its log: {log_file}")
-            time.sleep(0.1)
-        key = home.read_key()
-        assert key is not None, "a service that is up has written its key"
-        yield Client(running.url, key)
-    finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _wait_for_base(client: Client) -> None:
-    """Ask the base for one token until it answers: the first start converts its weights."""
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            _answer(client, BASE, [{"role": "user", "content": "Hello"}], max_tokens=1)
-            return
-        except UnavailableError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(1)
 
 
 def _answer(
