@@ -5,8 +5,6 @@ the other, and asks each by name as soon as its job says ``succeeded``. Times ar
 to the first streamed token, over HTTP. ``python -m bench.first_answer [--quick] [--json]``
 """
 
-import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,7 +17,7 @@ from api.cli.background import running_service, wait_for_model
 from api.cli.client import Client
 from api.cli.demo import BASE, TRAINING
 from api.cli.home import Home
-from bench._machine import describe_machine
+from bench._report import describe_machine, parse_options, print_figures
 
 QUESTION = "The gate will not open with my code. It cannot wait!"
 POLL_SECONDS = 0.05
@@ -77,10 +75,7 @@ def measure(home: Path, n_adapters: int) -> dict[str, list[float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="2 adapters instead of 8")
-    parser.add_argument("--json", action="store_true", help="print the figures as one line of JSON")
-    options = parser.parse_args()
+    options = parse_options(__doc__)
     with tempfile.TemporaryDirectory() as folder:
         times = measure(Path(folder), 2 if options.quick else 8)
     base = statistics.median(times["base"])
@@ -92,7 +87,7 @@ def main() -> None:
         table.add_row(what, f"{middle:.3f} s", f"{slowest:.3f} s", f"{middle / base:.2f}")
     Console().print(table)
     if options.json:
-        print(json.dumps(figures))
+        print_figures(figures)
 
 
 if __name__ == "__main__":
