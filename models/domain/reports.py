@@ -29,12 +29,31 @@ class RowFinding(Frozen):
 
 
 class DatasetReport(Frozen):
-    """The result of linting one file; `findings` holds the first 50, `n_findings` counts all."""
+    """The result of linting one file.
+
+    `findings` (errors) and `warnings` hold the first 50 of each, `n_findings` and `n_warnings`
+    count all, `counts` does so by code. `format` is what the bytes are (``jsonl``, ``csv`` …),
+    `shape` what the rows look like (``openai_chat``, ``alpaca`` …), `form` what they became
+    (``chat``, ``preference`` …); `evidence` says in sentences why. `columns` maps our field names to
+    the file's. `labels` counts the labels of classification rows. `data_sha256` is the digest of the
+    usable rows alone: spaces, line ends, order of keys and compression do not change it.
+    """
 
     n_rows: int
     n_valid_rows: int
     n_findings: int = 0
     findings: list[RowFinding] = Field(default_factory=list)
+    n_warnings: int = 0
+    warnings: list[RowFinding] = Field(default_factory=list)
+    counts: dict[str, int] = Field(default_factory=dict)
+    format: str = ""
+    container: str = ""
+    shape: str = ""
+    form: str = ""
+    columns: dict[str, str] = Field(default_factory=dict)
+    evidence: list[str] = Field(default_factory=list)
+    labels: dict[str, int] = Field(default_factory=dict)
+    data_sha256: str = ""
 
 
 MAX_FINDINGS = 50
