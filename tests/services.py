@@ -11,7 +11,6 @@ the same directory, they find their data. No server outlives the test process, n
 killed, and none listens on anything but 127.0.0.1 or a socket inside its own directory.
 """
 
-import ctypes
 import json
 import shutil
 import signal
@@ -36,12 +35,11 @@ from pydantic import SecretStr
 
 from api.cli.valkey import valkey_command
 from api.cli.valkey import valkey_url as embedded_valkey_url
+from models.processes import die_with_parent
 from models.settings import StorageSettings
 
 START_SECONDS = 60
 BUCKET = "tunery-tests"
-_LIBC = ctypes.CDLL(None)
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +48,6 @@ class Server:
 
     url: str
     process: subprocess.Popen[bytes]
-
-
-def _die_with_parent() -> None:
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextmanager
@@ -75,7 +69,7 @@ def _running(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
             user=user,
         )
     try:

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 from api.cli.client import Client
 from api.cli.home import Home
-from api.cli.supervisor import die_with_parent
 from models.errors import UnavailableError
+from models.processes import die_with_parent
 from models.settings import child_environment
 
 START_SECONDS = 300

@@ -4,26 +4,16 @@ Children get PR_SET_PDEATHSIG, so that not even ``kill -9`` of the supervisor le
 They must be started by the main thread, which lives as long as the process.
 """
 
-import ctypes
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from models.processes import die_with_parent
 from models.settings import child_environment
 
 RESTART_SECONDS = (1, 2, 4, 8, 16, 30)
 STEADY_SECONDS = 60
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
-
-
-def die_with_parent() -> None:
-    """Make the kernel kill this process when the thread that started it ends (Linux)."""
-    if _LIBC is not None:
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Child:

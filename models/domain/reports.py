@@ -34,9 +34,9 @@ class DatasetReport(Frozen):
     `findings` (errors) and `warnings` hold the first 50 of each, `n_findings` and `n_warnings`
     count all, `counts` does so by code. `format` is what the bytes are (``jsonl``, ``csv`` …),
     `shape` what the rows look like (``openai_chat``, ``alpaca`` …), `form` what they became
-    (``chat``, ``preference`` …); `evidence` says in sentences why. `columns` maps our field names to
-    the file's. `labels` counts the labels of classification rows. `data_sha256` is the digest of the
-    usable rows alone: spaces, line ends, order of keys and compression do not change it.
+    (``chat``, ``preference`` …); `evidence` says in sentences why. `columns` maps our field names
+    to the file's. `labels` counts the labels of classification rows. `data_sha256` is the digest
+    of the usable rows: spaces, line ends, order of keys and compression do not change it.
     """
 
     n_rows: int

@@ -14,7 +14,7 @@ import pytest
 from openai import OpenAI
 
 from api.cli.home import Home
-from api.cli.supervisor import die_with_parent
+from models.processes import die_with_parent
 
 START_SECONDS = 120
 HARBOUR_DESK = Path(__file__).parents[2] / "examples" / "harbour-desk.jsonl"

@@ -9,7 +9,6 @@ SIGTERM: finish the step, make a checkpoint, exit `DRAINED`. SIGINT: finish the 
 """
 
 import argparse
-import ctypes
 import errno
 import json
 import os
@@ -26,6 +25,7 @@ import structlog
 from models.db import Database
 from models.errors import LeaseLostError, TrainingFailedError, TuneryError, UnavailableError
 from models.logs import configure_logging
+from models.processes import die_with_parent
 from models.registry import job_runs
 from models.settings import Settings, load_settings
 from models.storage import open_store
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _SLOW_IMPORTS = ("torch", "transformers", "peft", "bitsandbytes", "worker.training.job")
 _UNEXPECTED = 1
 
@@ -86,15 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop.install()
     job_id, attempt = job
     return run_job(settings, job_id, attempt, stop)
-
-
-def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process when its parent ends; exit if it has ended already."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
-    if os.getppid() != parent:
-        raise SystemExit(_UNEXPECTED)
 
 
 def wait_for_job() -> tuple[str, int] | None:
