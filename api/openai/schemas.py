@@ -62,6 +62,7 @@ class JobCreate(Parameters):
     precision: Precision | None = None
     optimizer: Optimizer | None = None
     max_seq_length: Annotated[StrictInt, Field(ge=16, le=131072)] | None = None
+    validation_split: Annotated[Strict, Field(ge=0, le=0.5)] | None = None
     on_error: Literal["fail", "skip"] | None = None
     on_overlong: Literal["error", "drop", "truncate"] | None = None
     early_stopping: EarlyStopping | None = None
@@ -81,6 +82,14 @@ class JobCreate(Parameters):
             raise ValueError(
                 "'hyperparameters' and 'method.supervised.hyperparameters' differ; "
                 "send only the latter"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_validation(self) -> "JobCreate":
+        if self.validation_file is not None and self.validation_split:
+            raise ValueError(
+                "'validation_file' and 'validation_split' exclude each other; send only one of them"
             )
         return self
 

@@ -53,12 +53,15 @@ class TrainingSpec(Frozen):
     """Everything that determines a run; stored as JSON in the job row and re-parsed by the worker.
 
     `objective` and `peft` hold the dumped ``Params`` of one file in ``worker/training/objectives``
-    or ``worker/training/methods``; only those registries know their fields.
+    or ``worker/training/methods``; only those registries know their fields. `validation_split` is
+    the share of the training rows that is held out when there is no validation file; which rows
+    follows from their content and `seed`.
     """
 
     model: Text
     training_file: Text
     validation_file: Text | None = None
+    validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     suffix: Text = ""
     seed: Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
     hyperparameters: Hyperparameters = Hyperparameters()

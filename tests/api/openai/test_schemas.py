@@ -33,6 +33,15 @@ def test_two_sets_of_hyperparameters_that_differ_are_refused() -> None:
         JobCreate(**JOB, hyperparameters={"n_epochs": 3}, method=supervised(n_epochs=2))
 
 
+def test_a_validation_file_and_a_split_exclude_each_other() -> None:
+    assert JobCreate(**JOB, validation_split=0.1).validation_split == 0.1
+    assert JobCreate(**JOB, validation_file="file-2", validation_split=0.0)
+    with pytest.raises(ValidationError, match="exclude each other"):
+        JobCreate(**JOB, validation_file="file-2", validation_split=0.1)
+    with pytest.raises(ValidationError, match="0.5"):
+        JobCreate(**JOB, validation_split=0.6)
+
+
 @pytest.mark.parametrize(
     "numbers",
     [{"n_epochs": 0}, {"n_epochs": "2"}, {"batch_size": 257}, {"learning_rate_multiplier": 0}],
