@@ -3,9 +3,10 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from functools import partial
 
 import structlog
 from sqlalchemy.orm import Session
@@ -14,33 +15,82 @@ from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
 from models.domain.base import JsonObject
+from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, PayloadTooLargeError
 from models.registry import adapters, base_models, files, jobs
-from models.storage import CHUNK, ObjectStore, adapter_prefix, upload_key
+from models.storage import ObjectStore, adapter_prefix, upload_key
 from models.tables import File, Job, new_id
 
 log = structlog.get_logger(__name__)
+
+MAX_NAME_BYTES = 255
+_DEVICES = {"CON", "PRN", "AUX", "NUL"} | {
+    f"{port}{n}" for port in ("COM", "LPT") for n in range(10)
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Upload:
     """A file as a client sends it; the name is only ever shown, never used as a path."""
 
-    content: BinaryIO
+    content: Iterable[bytes]
     filename: str
     purpose: str
+    options: DataOptions | None = None
 
 
 def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
     """Stream an upload into the store, then add its row and ring a worker to lint it.
 
-    The bytes go first, outside any transaction: an upload may take minutes.
+    The bytes go first, outside any transaction: an upload may take minutes. Content that the
+    project has already is kept once.
 
     Raises:
         InvalidRequestError: the file is empty.
         PayloadTooLargeError: it exceeds the limit; nothing of it is kept.
+    """
+    stored = store_content(services, upload.content)
+    with adding(services, stored.key) as session:
+        return add_file(session, services, caller, upload, stored)
+
+
+@contextmanager
+def adding(services: Services, key: str) -> Iterator[Session]:
+    """A transaction about an object that is stored already; a rollback takes the object along."""
+    is_committed = False
+
+    def note() -> None:
+        nonlocal is_committed
+        is_committed = True
+
+    try:
+        with services.database.write() as session:
+            after_commit(session, f"note {key}", note)
+            yield session
+    except BaseException:
+        if not is_committed:
+            services.store.delete(key)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Bytes in the store that no row knows yet."""
+
+    file_id: str
+    key: str
+    bytes: int
+    sha256: str
+
+
+def store_content(services: Services, content: Iterable[bytes]) -> Stored:
+    """Stream bytes into the store under the key of a new file.
+
+    Raises:
+        InvalidRequestError: there are none.
+        PayloadTooLargeError: they exceed the limit; nothing of them is kept.
     """
     limit = services.settings.api.max_upload_bytes
     digest = hashlib.sha256()
@@ -48,7 +98,7 @@ def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
 
     def measured() -> Iterator[bytes]:
         nonlocal size
-        while chunk := upload.content.read(CHUNK):
+        for chunk in content:
             size += len(chunk)
             if size > limit:
                 raise PayloadTooLargeError(
@@ -61,37 +111,55 @@ def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
             raise InvalidRequestError("The file is empty.", param="file", code="empty_file")
 
     file_id = new_id("file-")
-    services.store.put(upload_key(file_id), measured())
+    key = upload_key(file_id)
+    services.store.put(key, measured())
+    return Stored(file_id, key, size, digest.hexdigest())
+
+
+def add_file(
+    session: Session, services: Services, caller: Caller, upload: Upload, stored: Stored
+) -> File:
+    """Add the row of stored bytes; of content that the project has already, one object is kept."""
     trainable = upload.purpose == files.TRAINABLE
-    with services.database.write() as session:
-        file = files.create(
-            session,
-            File(
-                id=file_id,
-                project_id=caller.project_id,
-                purpose=upload.purpose,
-                filename=display_name(upload.filename),
-                bytes=size,
-                sha256=digest.hexdigest(),
-                status=FileStatus.UPLOADED if trainable else FileStatus.PROCESSED,
-            ),
-        )
-        if trainable:
-            services.bell.ring_after_commit(session)
+    same = files.find_same(session, caller.project_id, stored.sha256, stored.bytes)
+    if same is not None:
+        after_commit(session, f"delete {stored.key}", lambda: services.store.delete(stored.key))
+    file = files.create(
+        session,
+        File(
+            id=stored.file_id,
+            project_id=caller.project_id,
+            purpose=upload.purpose,
+            filename=display_name(upload.filename),
+            bytes=stored.bytes,
+            sha256=stored.sha256,
+            object_key=stored.key if same is None else same.object_key,
+            options=upload.options.model_dump(mode="json") if upload.options else None,
+            status=FileStatus.UPLOADED if trainable else FileStatus.PROCESSED,
+        ),
+    )
+    if trainable:
+        services.bell.ring_after_commit(session)
     return file
 
 
 def display_name(filename: str) -> str:
-    """Return a file name that is safe to show and to send back: the last path part, no controls."""
+    """Return a file name that is safe to show, to send back and to save.
+
+    It is the last part of a path without control characters (those that turn the direction of text
+    included), at most 255 bytes, and none of the names that mean a folder or a device.
+    """
     name = re.split(r"[/\\]", filename)[-1]
-    name = "".join(char for char in name if unicodedata.category(char)[0] != "C")
-    return name.strip()[:200] or "upload"
+    name = "".join(char for char in name if unicodedata.category(char)[0] != "C").strip()
+    name = name.encode()[:MAX_NAME_BYTES].decode(errors="ignore")
+    if not name.strip(". ") or name.split(".")[0].upper() in _DEVICES:
+        return "upload"
+    return name
 
 
 def delete_file(session: Session, services: Services, caller: Caller, file_id: str) -> None:
-    files.delete(session, caller.project_id, file_id)
-    key = upload_key(file_id)
-    after_commit(session, f"delete {key}", lambda: services.store.delete(key))
+    for key in files.delete(session, caller.project_id, file_id):
+        after_commit(session, f"delete {key}", partial(services.store.delete, key))
 
 
 def submit_job(

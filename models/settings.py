@@ -53,6 +53,9 @@ class ApiSettings(Group):
     max_upload_bytes: int = Field(
         512 * 1024**2, ge=1, description="Largest file that may be uploaded."
     )
+    max_part_bytes: int = Field(
+        64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
+    )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
@@ -84,6 +87,13 @@ class WorkerSettings(Group):
     warm_spare: bool = Field(
         True, description="Keep one trainer process waiting with torch imported."
     )
+
+    lint_memory_bytes: int = Field(
+        2 * 1024**3,
+        ge=512 * 1024**2,
+        description="Memory that reading one upload may take; more makes it a faulty file.",
+    )
+    lint_seconds: float = Field(3600, gt=0, description="Time that checking one upload may take.")
 
     @model_validator(mode="after")
     def _heartbeat_fits_the_lease(self) -> Self:

@@ -335,6 +335,20 @@ def upload_key(file_id: str) -> str:
     return f"files/{file_id}"
 
 
+def part_key(upload_id: str, part_id: str) -> str:
+    return f"uploads/{upload_id}/{part_id}"
+
+
+def dataset_prefix(file_id: str) -> str:
+    """Return the folder of what the lint makes of a file."""
+    return f"datasets/{file_id}"
+
+
+def token_key(digest: str) -> str:
+    """Return where tokenised rows are kept; `digest` is ``worker.data.tokens.TokenKey``'s."""
+    return f"tokens/{digest}.arrow"
+
+
 def adapter_prefix(digest: str) -> str:
     return f"adapters/{digest}"
 

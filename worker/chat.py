@@ -19,9 +19,16 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from models.domain.base import JsonObject
-from models.domain.reports import RowFinding
-from models.domain.rows import ChatMessage, ChatRow, template_messages
+from models.domain.rows import (
+    ChatMessage,
+    ChatRow,
+    CompletionRow,
+    Row,
+    TextRow,
+    template_messages,
+)
 from models.errors import InvalidRequestError
+from worker.row_error import RowError, parsed_calls
 from worker.token_guard import TokenGuard
 
 if TYPE_CHECKING:
@@ -48,26 +55,6 @@ class Rendered:
     @property
     def n_trained(self) -> int:
         return sum(self.trained)
-
-
-class RowError(ValueError):
-    """A row that cannot be rendered: stable `code`, sentence, place inside the row, and remedy."""
-
-    def __init__(self, code: str, message: str, *, path: str = "", hint: str = "") -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.path = path
-        self.hint = hint
-
-    def finding(self, line: int) -> RowFinding:
-        return RowFinding(
-            line=line,
-            code=self.code,
-            message=self.message,
-            path=self.path,
-            hint=self.hint,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +124,56 @@ class ChatRenderer:
                 code=error.code,
             ) from error
 
-    def render(self, row: ChatRow) -> Rendered:
+    def render(self, row: Row) -> Rendered:
         """Return the ids of a row and which of them are trained.
 
-        Trained is every assistant turn whose `weight` is not 0, from the first token after the
-        served prompt through the end-of-turn token; the line break after it is not.
+        Of a conversation, every assistant turn is trained whose `weight` is not 0: from the first
+        token after the served prompt through the end-of-turn token; the line break after it is
+        not. Of a completion row it is the completion, of running text everything, each through the
+        end-of-text token.
 
         Raises:
-            RowError: the row cannot be rendered, or its mask cannot be proved.
+            RowError: the row cannot be rendered, its mask cannot be proved, or its form is none
+                of these.
         """
+        match row:
+            case ChatRow():
+                return self._render_chat(row)
+            case CompletionRow():
+                return self._render_text(row.prompt, row.completion)
+            case TextRow():
+                return self._render_text("", row.text)
+        raise RowError("unsupported_form", f"a {row.form} row has no text to continue.")
+
+    def _render_text(self, prompt: str, learned: str) -> Rendered:
+        """Render text without a template: what is given first, and what is learned after it."""
+        end = self._tokenizer.eos_token_id
+        if end is None:
+            raise RowError(
+                "no_end_of_text",
+                "the base model has no end-of-text token, so it would never learn to stop.",
+                hint="Use a base model that has one.",
+            )
+        start = [each for each in self._tokenizer("")["input_ids"] if each != end]
+        given = [*start, *self._plain_ids(prompt)]
+        whole = [*start, *self._plain_ids(prompt + learned), int(end)]
+        if whole[: len(given)] != given:
+            raise RowError(
+                "answer_merges_with_prompt",
+                "the completion's first characters merge with the end of the prompt into one "
+                "token.",
+                path="completion",
+                hint="Move the white space at the prompt's end to the start of the completion.",
+            )
+        return Rendered(whole, [index >= len(given) for index in range(len(whole))])
+
+    def _plain_ids(self, text: str) -> list[int]:
+        if self._guard.found_in(text):
+            return self._guard.encode(str(self._guard.mask(text)))
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _render_chat(self, row: ChatRow) -> Rendered:
         conversation = self._conversation(row.messages, row.tools)
         whole = self._ids(conversation, len(row.messages))
         trained = [False] * len(whole)
@@ -234,7 +262,7 @@ class ChatRenderer:
         turns = template_messages(messages)
         for index, turn in enumerate(turns):
             if "tool_calls" in turn:
-                turn["tool_calls"] = _parsed_calls(turn["tool_calls"], index)
+                turn["tool_calls"] = parsed_calls(turn["tool_calls"], index)
         guarded = self._guard.found_in(turns) or self._guard.found_in(tools)
         if guarded:
             turns, tools = self._guard.mask(turns), self._guard.mask(tools)
@@ -342,31 +370,3 @@ def _without_tools(what: str, path: str) -> RowError:
         path=path,
         hint="Remove them, or use a base model whose template supports tools.",
     )
-
-
-def _parsed_calls(calls: list[JsonObject], index: int) -> list[JsonObject]:
-    """Return tool calls with their arguments as objects.
-
-    OpenAI writes them as a JSON string; templates apply ``tojson``, which would quote it again.
-    """
-    parsed = []
-    for number, call in enumerate(calls):
-        path = f"messages[{index}].tool_calls[{number}].function"
-        function = call.get("function")
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError("invalid_tool_call", "the tool call names no function.", path=path)
-        arguments = function.get("arguments", "{}")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except ValueError:
-                arguments = None
-        if not isinstance(arguments, dict):
-            raise RowError(
-                "invalid_tool_call",
-                "the arguments are no JSON object.",
-                path=f"{path}.arguments",
-                hint='Write them as a string that holds a JSON object, e.g. "{}".',
-            )
-        parsed.append({**call, "function": {**function, "arguments": arguments}})
-    return parsed

@@ -1,4 +1,4 @@
-"""The threads of a worker: one housekeeper, and one slot for each device.
+"""The threads of a worker: one housekeeper, one linter, and one slot for each device.
 
 Each looks in the database when it is rung and every few seconds anyway, so a lost bell costs a
 short delay and never a job.
@@ -18,6 +18,7 @@ from models.settings import Settings, WorkerSettings
 from models.storage import ObjectStore, open_store
 from worker import tasks
 from worker.launch import TrainerProcess
+from worker.lint_files import FileLinter
 
 log = structlog.get_logger(__name__)
 
@@ -71,12 +72,29 @@ class _Housekeeper(_Looker):
 
     def look(self) -> bool:
         n_queued = tasks.requeue_lost_jobs(self._database, self._settings)
-        tasks.validate_files(self._database, self._store)
         n_queued += tasks.advance_jobs(self._database)
+        tasks.expire_uploads(self._database, self._store)
         if n_queued:
             for slot in self._slots:
                 slot.ring()
         return False
+
+
+class _Linter(_Looker):
+    """Lints one upload after another, and has jobs looked at that may have waited for it."""
+
+    def __init__(
+        self, linter: FileLinter, settings: WorkerSettings, housekeeper: _Housekeeper
+    ) -> None:
+        super().__init__("linter", settings.sweep_seconds)
+        self._linter = linter
+        self._housekeeper = housekeeper
+
+    def look(self) -> bool:
+        has_linted = self._linter.lint_next()
+        if has_linted:
+            self._housekeeper.ring()
+        return has_linted
 
 
 class _Slot(_Looker):
@@ -122,8 +140,11 @@ class Dispatcher:
             _Slot(self._database, settings.worker, f"{worker}:{index}")
             for index in range(settings.worker.slots)
         ]
+        housekeeper = _Housekeeper(self._database, store, settings.worker, self._slots)
+        linter = FileLinter(self._database, store, settings.worker)
         self._threads: list[_Looker] = [
-            _Housekeeper(self._database, store, settings.worker, self._slots),
+            housekeeper,
+            _Linter(linter, settings.worker, housekeeper),
             *self._slots,
         ]
 

@@ -1,4 +1,4 @@
-"""What a worker does when it looks: lint uploads, advance jobs, take over lost ones, train."""
+"""What a worker does when it looks: advance jobs, take over lost ones, train."""
 
 import time
 from collections.abc import Callable
@@ -7,20 +7,18 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
 from models.db import Database
-from models.domain.reports import DatasetReport, RowFinding
 from models.domain.status import JobStatus
+from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
-from models.registry import files, job_runs, jobs
+from models.registry import job_runs, jobs, uploads
 from models.settings import WorkerSettings
-from models.storage import ObjectNotFoundError, ObjectStore, upload_key
-from models.tables import File, Job
-from worker.data import lint
+from models.storage import ObjectStore
+from models.tables import Job
 from worker.launch import TrainerProcess
-from worker.training import exit_codes
+from worker.training import exit_codes, objectives
 
 log = structlog.get_logger(__name__)
 
-LINT_LEASE_SECONDS = 600
 POLL_SECONDS = 0.5
 
 
@@ -33,36 +31,22 @@ def requeue_lost_jobs(database: Database, settings: WorkerSettings) -> int:
     return len(lost)
 
 
-def validate_files(database: Database, store: ObjectStore) -> None:
-    """Lint every uploaded training file that nobody has linted yet."""
-    while True:
-        with database.write() as session:
-            file = files.claim_unvalidated(session, LINT_LEASE_SECONDS)
-        if file is None:
-            return
-        report = _lint(file, store)
-        with database.write() as session:
-            files.record_report(session, file.id, report)
-        log.info("file_validated", file_id=file.id, rows=report.n_rows, errors=report.n_findings)
-
-
-def _lint(file: File, store: ObjectStore) -> DatasetReport:
-    try:
-        return lint.lint(store.stream(upload_key(file.id)))
-    except ObjectNotFoundError:
-        missing = RowFinding(
-            line=1,
-            code="content_missing",
-            message="The content of the file is gone from the object store.",
-            hint="Upload it again.",
-        )
-        return DatasetReport(n_rows=0, n_valid_rows=0, n_findings=1, findings=[missing])
+def expire_uploads(database: Database, store: ObjectStore) -> None:
+    """End uploads in parts that nobody has completed in time, and delete their parts."""
+    with database.write() as session:
+        keys = uploads.expire(session)
+    for key in keys:
+        store.delete(key)
 
 
 def advance_jobs(database: Database) -> int:
     """Queue (or fail) the jobs whose files are linted by now; return how many moved."""
     with database.write() as session:
-        return jobs.advance_validated(session)
+        return jobs.advance_validated(session, _forms_of)
+
+
+def _forms_of(spec: TrainingSpec) -> frozenset[str]:
+    return objectives.get_objective(spec.objective["type"]).forms
 
 
 class TrainingRun:

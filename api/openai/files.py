@@ -3,20 +3,44 @@
 from typing import Annotated, Literal
 from urllib.parse import quote
 
-from fastapi import APIRouter, Form, Query, UploadFile
+import orjson
+from fastapi import APIRouter, Depends, Form, Query, UploadFile
 from fastapi.responses import StreamingResponse
+from pydantic import ValidationError
 
 from api import actions
 from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
 from api.openai.schemas import PURPOSES
 from models.domain.base import JsonObject
+from models.domain.reports import DataOptions, DatasetReport
 from models.errors import InvalidRequestError, NotFoundError
+from models.explain import explain
 from models.registry import files
 from models.registry.page import Cursor
-from models.storage import ObjectNotFoundError, upload_key
+from models.storage import CHUNK, ObjectNotFoundError
+from models.tables import File
 
 router = APIRouter(prefix="/files", tags=["files"])
+
+
+def _data_options(
+    shape: Annotated[str, Form()] = "", columns: Annotated[str, Form()] = ""
+) -> DataOptions | None:
+    """Read how rows are to be read. Raises `InvalidRequestError` (param names the field)."""
+    if not shape and not columns:
+        return None
+    try:
+        mapping = orjson.loads(columns) if columns else {}
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequestError(
+            f'\'columns\' is no JSON object ({error}); write e.g. {{"messages": "conversations"}}.',
+            param="columns",
+        ) from None
+    try:
+        return DataOptions.model_validate({"shape": shape, "columns": mapping})
+    except ValidationError as error:
+        raise explain(error.errors()) from None
 
 
 @router.post("")
@@ -25,9 +49,14 @@ def create_file(
     caller: CallerDep,
     file: UploadFile,
     purpose: Annotated[str, Form()],
+    options: Annotated[DataOptions | None, Depends(_data_options)],
     expires_seconds: Annotated[str | None, Form(alias="expires_after[seconds]")] = None,
 ) -> JsonObject:
-    """Upload a file; a training file is linted line by line before any job starts on it."""
+    """Upload a file; a training file is linted line by line before any job starts on it.
+
+    The fields `shape` and `columns` (a JSON object) say how its rows are to be read; else that is
+    detected.
+    """
     if purpose not in PURPOSES:
         raise InvalidRequestError(
             f"'{purpose[:100]}' is not one of {list(PURPOSES)}. Training data is 'fine-tune'.",
@@ -39,7 +68,8 @@ def create_file(
             param="expires_after",
             code="unsupported_parameter",
         )
-    upload = actions.Upload(file.file, file.filename or "upload", purpose)
+    chunks = iter(lambda: file.file.read(CHUNK), b"")
+    upload = actions.Upload(chunks, file.filename or "upload", purpose, options)
     return translate.file_body(actions.accept_upload(services, caller, upload))
 
 
@@ -67,21 +97,73 @@ def retrieve_content(
     file_id: str, session: ReadSession, services: ServicesDep, caller: CallerDep
 ) -> StreamingResponse:
     file = files.get(session, caller.project_id, file_id)
+    response = _download(services, file, file.object_key, file.filename)
+    response.headers["content-length"] = str(file.bytes)
+    return response
+
+
+@router.get("/{file_id}/report")
+def retrieve_findings(
+    file_id: str, session: ReadSession, services: ServicesDep, caller: CallerDep
+) -> StreamingResponse:
+    """All findings of the lint as JSON lines; the file's own `report` has the first 50."""
+    file = _linted(session, caller, file_id)
+    return _download(services, file, file.findings_key, f"{file.filename}.findings.jsonl")
+
+
+@router.get("/{file_id}/cleaned")
+def retrieve_cleaned(
+    file_id: str, session: ReadSession, services: ServicesDep, caller: CallerDep
+) -> StreamingResponse:
+    """The usable rows as they were given, as JSON lines; the file itself if all rows are."""
+    file = _linted(session, caller, file_id)
+    report = DatasetReport.model_validate(file.report)
+    if not report.n_valid_rows:
+        raise InvalidRequestError(
+            f"File {file_id} has no usable row.", param="file_id", code="no_usable_row"
+        )
+    if file.cleaned_key is None:
+        return _download(services, file, file.object_key, file.filename)
+    return _download(services, file, file.cleaned_key, f"{file.filename}.cleaned.jsonl")
+
+
+@router.post("/{file_id}/lint")
+def lint_anew(
+    file_id: str, body: DataOptions, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    """Read a data set again, with another shape or other columns."""
+    file = files.read_anew(session, caller.project_id, file_id, body)
+    services.bell.ring_after_commit(session)
+    return translate.file_body(file)
+
+
+def _linted(session: ReadSession, caller: CallerDep, file_id: str) -> File:
+    file = files.get(session, caller.project_id, file_id)
+    if file.report is None:
+        raise InvalidRequestError(
+            f"File {file_id} has not been checked yet; ask again in a moment."
+            if file.purpose == files.TRAINABLE
+            else f"File {file_id} is no data set.",
+            param="file_id",
+            code="file_not_linted",
+        )
+    return file
+
+
+def _download(services: ServicesDep, file: File, key: str | None, name: str) -> StreamingResponse:
+    """Stream an object; a missing key is an empty one, as an empty object is not stored."""
     try:
-        chunks = services.store.stream(upload_key(file.id))
+        chunks = services.store.stream(key) if key is not None else iter(())
     except ObjectNotFoundError:
         raise NotFoundError(
-            f"The content of file {file_id!r} is gone from the object store.",
+            f"The content of file {file.id!r} is gone from the object store.",
             param="file_id",
             code="file_not_found",
         ) from None
     return StreamingResponse(
         chunks,
         media_type="application/octet-stream",
-        headers={
-            "content-length": str(file.bytes),
-            "content-disposition": f"attachment; filename*=UTF-8''{quote(file.filename, safe='')}",
-        },
+        headers={"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"},
     )
 
 

@@ -12,7 +12,17 @@ from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError
 from models.registry.adapters import ResolvedModel
 from models.registry.page import Page
-from models.tables import Adapter, Base, BaseModel, Checkpoint, Event, File, Job
+from models.tables import (
+    Adapter,
+    Base,
+    BaseModel,
+    Checkpoint,
+    Event,
+    File,
+    Job,
+    Upload,
+    UploadPart,
+)
 from worker.training import methods, objectives
 
 Row = TypeVar("Row", bound=Base)
@@ -41,6 +51,30 @@ def file_body(file: File) -> JsonObject:
         "status": file.status,
         "status_details": file.status_details,
         "sha256": file.sha256,
+    }
+
+
+def upload_body(upload: Upload) -> JsonObject:
+    return {
+        "id": upload.id,
+        "object": "upload",
+        "bytes": upload.bytes,
+        "created_at": int(upload.created_at),
+        "filename": upload.filename,
+        "purpose": upload.purpose,
+        "status": upload.status,
+        "expires_at": int(upload.expires_at),
+        "file": None,
+    }
+
+
+def part_body(part: UploadPart) -> JsonObject:
+    return {
+        "id": part.id,
+        "object": "upload.part",
+        "created_at": int(part.created_at),
+        "upload_id": part.upload_id,
+        "bytes": part.bytes,
     }
 
 

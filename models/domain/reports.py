@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from models.domain.base import Frozen, JsonObject
+from models.domain.base import Frozen, JsonObject, Parameters, Text
 
 
 class RowFinding(Frozen):
@@ -28,6 +28,16 @@ class RowFinding(Frozen):
         return f"{where}: {self.message}" + (f" {self.hint}" if self.hint else "")
 
 
+class DataOptions(Parameters):
+    """How the owner of a data set wants it read; what is empty is detected.
+
+    `columns` maps our field names to the file's, e.g. ``{"messages": "conversations"}``.
+    """
+
+    shape: Text = ""
+    columns: dict[Text, Text] = Field(default_factory=dict)
+
+
 class DatasetReport(Frozen):
     """The result of linting one file.
 
@@ -36,7 +46,8 @@ class DatasetReport(Frozen):
     `shape` what the rows look like (``openai_chat``, ``alpaca`` …), `form` what they became
     (``chat``, ``preference`` …); `evidence` says in sentences why. `columns` maps our field names
     to the file's. `labels` counts the labels of classification rows. `data_sha256` is the digest
-    of the usable rows: spaces, line ends, order of keys and compression do not change it.
+    of the usable rows, if they were kept: spaces, line ends, order of keys and compression do not
+    change it.
     """
 
     n_rows: int

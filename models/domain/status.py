@@ -54,6 +54,13 @@ class FileStatus(StrEnum):
     ERROR = "error"
 
 
+class UploadStatus(StrEnum):
+    PENDING = "pending"
+    COMPLETED = "completed"
+    CANCELLED = "cancelled"
+    EXPIRED = "expired"
+
+
 class EventLevel(StrEnum):
     INFO = "info"
     WARN = "warn"

@@ -1,23 +1,46 @@
 """Files: created once their bytes are stored, linted by a worker, deleted when unused."""
 
+from dataclasses import asdict, dataclass
+
+from sqlalchemy import CursorResult, func, or_, select, update
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
-from models.domain.reports import DatasetReport
+from models.domain.reports import DataOptions, DatasetReport
 from models.domain.status import FileStatus, JobStatus
-from models.errors import InvalidRequestError, NotFoundError
+from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
 from models.registry.page import Cursor, Page, page
 from models.tables import File, Job
 
 TRAINABLE = "fine-tune"
+MAX_DETAILS = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class LintedObjects:
+    """Keys of what the lint has stored; None for what there is none of."""
+
+    findings_key: str | None = None
+    rows_key: str | None = None
+    cleaned_key: str | None = None
 
 
 def create(session: Session, file: File) -> File:
     session.add(file)
     session.flush()
     return file
+
+
+def find_same(session: Session, project_id: str, sha256: str, n_bytes: int) -> File | None:
+    """Return the oldest file of a project with this content, its row locked, or None."""
+    return session.scalar(
+        select(File)
+        .where(File.project_id == project_id, File.sha256 == sha256, File.bytes == n_bytes)
+        .order_by(File.created_at, File.id)
+        .limit(1)
+        .with_for_update()
+    )
 
 
 def get(session: Session, project_id: str, file_id: str, *, param: str = "file_id") -> File:
@@ -37,23 +60,15 @@ def list_page(
     return page(session, query, File, (File.created_at, File.id), cursor)
 
 
-def delete(session: Session, project_id: str, file_id: str) -> None:
-    """Remove the row of a file that no unfinished job uses.
+def delete(session: Session, project_id: str, file_id: str) -> list[str]:
+    """Remove the row of a file that no unfinished job uses; return the keys that are free now.
 
     Raises:
         NotFoundError: there is no such file.
         InvalidRequestError: a job that has not ended uses it (code ``file_in_use``).
     """
     file = get(session, project_id, file_id)
-    unfinished = [status for status in JobStatus if not status.is_terminal]
-    user = session.scalar(
-        select(Job.id)
-        .where(
-            or_(Job.training_file == file.id, Job.validation_file == file.id),
-            Job.status.in_(unfinished),
-        )
-        .limit(1)
-    )
+    user = _unfinished_user(session, file)
     if user is not None:
         raise InvalidRequestError(
             f"File {file_id} is used by job {user}, which has not ended. Cancel the job first.",
@@ -61,6 +76,57 @@ def delete(session: Session, project_id: str, file_id: str) -> None:
             code="file_in_use",
         )
     session.execute(sql_delete(File).where(File.id == file.id))
+    keys = [key for key in (file.findings_key, file.rows_key, file.cleaned_key) if key is not None]
+    n_sharing = session.scalar(select(func.count()).where(File.object_key == file.object_key))
+    return keys if n_sharing else [file.object_key, *keys]
+
+
+def _unfinished_user(session: Session, file: File) -> str | None:
+    unfinished = [status for status in JobStatus if not status.is_terminal]
+    return session.scalar(
+        select(Job.id)
+        .where(
+            or_(Job.training_file == file.id, Job.validation_file == file.id),
+            Job.status.in_(unfinished),
+        )
+        .limit(1)
+    )
+
+
+def read_anew(session: Session, project_id: str, file_id: str, options: DataOptions) -> File:
+    """Have a data set linted again with other options.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InvalidRequestError: it is no data set, or a job that has not ended uses it.
+    """
+    file = get(session, project_id, file_id)
+    if file.purpose != TRAINABLE:
+        raise InvalidRequestError(
+            f"File {file_id} has purpose '{file.purpose}', so it is no data set.",
+            param="file_id",
+            code="invalid_file_purpose",
+        )
+    user = _unfinished_user(session, file)
+    if user is not None:
+        raise InvalidRequestError(
+            f"File {file_id} is used by job {user}, which has not ended. Cancel the job first.",
+            param="file_id",
+            code="file_in_use",
+        )
+    session.execute(
+        update(File)
+        .where(File.id == file.id)
+        .values(
+            status=FileStatus.UPLOADED,
+            status_details=None,
+            options=options.model_dump(mode="json"),
+            report=None,
+            lease_until=None,
+        )
+    )
+    session.refresh(file)
+    return file
 
 
 def claim_unvalidated(session: Session, lease_seconds: float) -> File | None:
@@ -84,19 +150,53 @@ def claim_unvalidated(session: Session, lease_seconds: float) -> File | None:
     return file
 
 
-def record_report(session: Session, file_id: str, report: DatasetReport) -> None:
-    """Store the result of a lint; the first wins, as a lint depends on the bytes alone."""
-    status = FileStatus.ERROR if report.n_findings else FileStatus.PROCESSED
-    details = report.findings[0].sentence() if report.findings else None
-    if report.n_findings > 1:
-        details = f"{details} ({report.n_findings} errors in all.)"
-    session.execute(
+def keep_claim(session: Session, file_id: str, lease_seconds: float) -> None:
+    """Reserve a file for longer. Raises `LeaseLostError` if it is gone or was linted meanwhile."""
+    result = session.execute(
+        update(File)
+        .where(File.id == file_id, File.status == FileStatus.UPLOADED)
+        .values(lease_until=db_now() + lease_seconds)
+    )
+    assert isinstance(result, CursorResult)
+    if result.rowcount != 1:
+        raise LeaseLostError(f"File {file_id} is gone, or another worker has linted it.")
+
+
+def record_report(
+    session: Session,
+    file_id: str,
+    report: DatasetReport,
+    objects: LintedObjects | None = None,
+) -> bool:
+    """Store the result of a lint; the first wins. Return whether it was this one."""
+    objects = objects or LintedObjects()
+    result = session.execute(
         update(File)
         .where(File.id == file_id, File.status == FileStatus.UPLOADED)
         .values(
-            status=status,
-            status_details=details,
+            status=FileStatus.ERROR if report.n_findings else FileStatus.PROCESSED,
+            status_details=_details(report),
             report=report.model_dump(mode="json"),
+            data_sha256=report.data_sha256 or None,
             lease_until=None,
+            **asdict(objects),
         )
     )
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1
+
+
+def _details(report: DatasetReport) -> str | None:
+    """Return the errors as sentences, as many as fit into a message that people read."""
+    sentences: list[str] = []
+    length = 0
+    for finding in report.findings:
+        length += len(finding.sentence()) + 1
+        if length > MAX_DETAILS:
+            break
+        sentences.append(finding.sentence())
+    if not sentences:
+        return None
+    if report.n_findings > len(sentences):
+        sentences.append(f"({report.n_findings:,} errors in all.)")
+    return " ".join(sentences)

@@ -1,5 +1,6 @@
 """Jobs as their owner sees them: create, find, cancel. The worker's side is ``job_runs``."""
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +9,7 @@ from sqlalchemy.orm import Session
 
 from models.db import db_now
 from models.domain.base import JsonObject
+from models.domain.reports import DatasetReport
 from models.domain.status import EventLevel, FileStatus, JobStatus, sources_of
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, NotFoundError
@@ -134,8 +136,12 @@ class _FileProblem:
     param: str
 
 
-def advance_validated(session: Session) -> int:
-    """Move every job whose files are linted to ``queued`` or ``failed``; return how many."""
+def advance_validated(session: Session, forms_of: Callable[[TrainingSpec], Collection[str]]) -> int:
+    """Move every job whose files are linted to ``queued`` or ``failed``; return how many.
+
+    Args:
+        forms_of: Says which forms of rows a job's objective trains on.
+    """
     waiting = session.scalars(
         select(Job)
         .where(Job.status == JobStatus.VALIDATING_FILES)
@@ -146,7 +152,7 @@ def advance_validated(session: Session) -> int:
     for job in waiting:
         spec = TrainingSpec.model_validate(job.spec)
         states = [
-            _file_state(session, file_id, param, spec)
+            _file_state(session, file_id, param, spec, forms_of(spec))
             for param, file_id in (
                 ("training_file", job.training_file),
                 ("validation_file", job.validation_file),
@@ -166,7 +172,7 @@ def advance_validated(session: Session) -> int:
 
 
 def _file_state(
-    session: Session, file_id: str, param: str, spec: TrainingSpec
+    session: Session, file_id: str, param: str, spec: TrainingSpec, forms: Collection[str]
 ) -> bool | _FileProblem | None:
     """Return True when a file can be trained on, None while it is not linted, else the problem."""
     file = session.get(File, file_id)
@@ -174,16 +180,19 @@ def _file_state(
         return _FileProblem("file_not_found", f"File {file_id} was deleted.", param)
     if file.status == FileStatus.UPLOADED:
         return None
-    report = file.report or {}
-    if report.get("n_valid_rows", 0) and (
-        file.status == FileStatus.PROCESSED or spec.on_error == "skip"
-    ):
-        return True
+    report = DatasetReport.model_validate(file.report)
+    reason = file.status_details or "It has no usable row."
+    if report.n_valid_rows and (file.status == FileStatus.PROCESSED or spec.on_error == "skip"):
+        if report.form in forms:
+            return True
+        reason = (
+            f"Its rows are {report.form} rows ({report.shape}); objective "
+            f"'{spec.objective['type']}' trains on {', '.join(sorted(forms))} rows."
+        )
     what = "training" if param == "training_file" else "validation"
     return _FileProblem(
         "invalid_file_format",
-        f"The job failed due to a file format error in the {what} file. "
-        f"{file.status_details or 'It has no usable row.'}",
+        f"The job failed due to a file format error in the {what} file. {reason}",
         param,
     )
 

@@ -2,7 +2,7 @@
 
 from models.tables.base import Base, new_id
 from models.tables.base_model import BaseModel
-from models.tables.file import File
+from models.tables.file import File, Upload, UploadPart
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
 from models.tables.result import Adapter, Checkpoint, Metric
@@ -21,5 +21,7 @@ __all__ = [
     "JobAttempt",
     "Metric",
     "Project",
+    "Upload",
+    "UploadPart",
     "new_id",
 ]

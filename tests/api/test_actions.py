@@ -24,7 +24,9 @@ from tests.api.calls import ROW, expect, new_job, upload
         ("a\u202egpj.exe", "agpj.exe"),
         ("a\x00b\r\nc", "abc"),
         ("\ud800", "upload"),
-        ("x" * 500, "x" * 200),
+        ("x" * 500, "x" * 255),
+        ("é" * 500, "é" * 127),
+        ("COM1.jsonl", "upload"),
     ],
 )
 def test_a_display_name_has_no_folder_and_no_control_character(sent: str, shown: str) -> None:

@@ -51,7 +51,7 @@ def test_bad_uploads_are_refused_and_leave_nothing(client: TestClient) -> None:
 def test_hostile_file_names_are_only_shown_cleaned(client: TestClient, name: str) -> None:
     response = client.post("/v1/files", files={"file": (name, ROW)}, data={"purpose": "fine-tune"})
     shown = response.json()["filename"]
-    assert 0 < len(shown) <= 200
+    assert 0 < len(shown) <= 255
     assert not set(shown) & set("/\\\r\n\u202e")
 
 

@@ -55,6 +55,7 @@ class Stage:
                 filename="rows.jsonl",
                 bytes=len(content),
                 sha256="",
+                object_key=upload_key("file-rows"),
                 status=FileStatus.UPLOADED,
             )
             self.store.put(upload_key(file.id), content)

@@ -151,21 +151,27 @@ def test_events_have_no_gap_under_concurrent_writers(database: Database) -> None
 
 
 @pytest.mark.parametrize(
-    ("file_status", "n_valid", "on_error", "expected"),
+    ("file_status", "n_valid", "on_error", "form", "expected"),
     [
-        ("uploaded", 0, "fail", JobStatus.VALIDATING_FILES),
-        ("processed", 2, "fail", JobStatus.QUEUED),
-        ("error", 2, "fail", JobStatus.FAILED),
-        ("error", 2, "skip", JobStatus.QUEUED),
-        ("error", 0, "skip", JobStatus.FAILED),
+        ("uploaded", 0, "fail", "", JobStatus.VALIDATING_FILES),
+        ("processed", 2, "fail", "chat", JobStatus.QUEUED),
+        ("error", 2, "fail", "chat", JobStatus.FAILED),
+        ("error", 2, "skip", "chat", JobStatus.QUEUED),
+        ("error", 0, "skip", "chat", JobStatus.FAILED),
+        ("processed", 2, "fail", "preference", JobStatus.FAILED),
     ],
 )
 def test_a_job_waits_for_its_file_and_obeys_the_policy(
-    database: Database, file_status: str, n_valid: int, on_error: str, expected: JobStatus
+    database: Database,
+    file_status: str,
+    n_valid: int,
+    on_error: str,
+    form: str,
+    expected: JobStatus,
 ) -> None:
     with database.write() as session:
         project = tenancy.default_project(session)
-        report = {"n_rows": 3, "n_valid_rows": n_valid}
+        report = {"n_rows": 3, "n_valid_rows": n_valid, "form": form}
         session.add(
             File(
                 id="file-x",
@@ -174,6 +180,7 @@ def test_a_job_waits_for_its_file_and_obeys_the_policy(
                 filename="x",
                 bytes=1,
                 sha256="",
+                object_key="files/file-x",
                 status=file_status,
                 report=report,
             )
@@ -190,7 +197,7 @@ def test_a_job_waits_for_its_file_and_obeys_the_policy(
         )
         job_id = jobs.create(session, project.id, spec, None).id
     with database.write() as session:
-        jobs.advance_validated(session)
+        jobs.advance_validated(session, lambda spec: {"chat"})
     assert state(database, job_id).status == expected
 
 

@@ -12,7 +12,8 @@ from models.domain.base import JsonObject
 from models.domain.rows import ChatMessage, ChatRow, TextPart, template_messages
 from models.errors import InvalidRequestError
 from worker.base_models import BaseModelInfo, load_tokenizer
-from worker.chat import ChatRenderer, Rendered, RowError
+from worker.chat import ChatRenderer, Rendered
+from worker.row_error import RowError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

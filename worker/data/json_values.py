@@ -42,13 +42,8 @@ def load(content: bytes, offset: int = 0) -> Any | Fault:
         value = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         return _syntax_fault(content, offset, error)
-    if b"\\u0000" in content and (path := _path_of_nul(value)) is not None:
-        return Fault(
-            "invalid_character",
-            "a string contains the NUL character (U+0000).",
-            path=path,
-            hint="Remove it.",
-        )
+    if b"\\u0000" in content and (fault := nul_fault(value)) is not None:
+        return fault
     # A dropped duplicate takes its quotes with it. Quotes written as \u0022 would upset the count.
     if b"\\u0022" in content or orjson.dumps(value).count(b'"') != content.count(b'"'):
         key = _duplicate_key(content)
@@ -128,6 +123,15 @@ def _is_too_deep(content: bytes) -> bool:
         elif match[0] in b"]}":
             depth -= 1
     return False
+
+
+def nul_fault(value: Any) -> Fault | None:
+    """Return where a value holds NUL, which no database takes, if it does."""
+    path = _path_of_nul(value)
+    if path is None:
+        return None
+    what = "a string contains the NUL character (U+0000)."
+    return Fault("invalid_character", what, path=path, hint="Remove it.")
 
 
 def _path_of_nul(value: Any, path: str = "") -> str | None:

@@ -12,7 +12,7 @@ class Line:
     """One line without its ``\\n``.
 
     `number` counts from 1, `offset` is the file position of the first byte of `content`, which is
-    None where the line has more than `MAX_LINE_BYTES` bytes; `n_bytes` is its true length.
+    None where the line has more bytes than the limit; `n_bytes` is its true length.
     """
 
     number: int
@@ -21,7 +21,7 @@ class Line:
     content: bytes | None
 
 
-def split_lines(chunks: Iterable[bytes]) -> Iterator[Line]:
+def split_lines(chunks: Iterable[bytes], max_bytes: int = MAX_LINE_BYTES) -> Iterator[Line]:
     """Yield the lines of a file given in chunks of any size; holds one line and one chunk at most.
 
     A UTF-8 byte order mark at the very start is dropped. What follows the last ``\\n`` is a line
@@ -32,7 +32,7 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[Line]:
     n_bytes = 0
 
     def line() -> Line:
-        content = b"".join(held) if n_bytes <= MAX_LINE_BYTES else None
+        content = b"".join(held) if n_bytes <= max_bytes else None
         if number == 1 and content is not None and content.startswith(codecs.BOM_UTF8):
             mark = len(codecs.BOM_UTF8)
             return Line(1, mark, n_bytes - mark, content[mark:])
@@ -48,7 +48,7 @@ def split_lines(chunks: Iterable[bytes]) -> Iterator[Line]:
             start, n_bytes = end + 1, 0
             held.clear()
         n_bytes += len(chunk) - start
-        if n_bytes <= MAX_LINE_BYTES:
+        if n_bytes <= max_bytes:
             held.append(chunk[start:])
         else:
             held.clear()

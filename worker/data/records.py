@@ -7,7 +7,7 @@ from models.domain.base import JsonObject
 from models.domain.reports import RowFinding
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """One row of a file before its shape is known.
 

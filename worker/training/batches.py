@@ -6,15 +6,16 @@ the seed and the epoch, so that a resumed run sees what an uninterrupted one wou
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
 
 from models.domain.reports import MAX_FINDINGS, RowFinding
-from models.domain.rows import ChatRow
+from models.domain.rows import Row
 from models.errors import TrainingFailedError
-from worker.chat import Rendered, RowError
+from worker.chat import Rendered
+from worker.row_error import RowError
 from worker.training.objectives.base import Example
 
 POOL_BATCHES = 50
@@ -24,7 +25,7 @@ POOL_BATCHES = 50
 class Renderer(Protocol):
     """The part of ``worker.chat.ChatRenderer`` that is needed here."""
 
-    def render(self, row: ChatRow) -> Rendered: ...
+    def render(self, row: Row) -> Rendered: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +37,17 @@ class RowPolicy:
     max_length: int
 
 
-@dataclass(slots=True)
-class Dataset:
-    """Examples in the order of the file, and how many rows were left out or cut."""
+class Sink(Protocol):
+    """Where examples go: a list, or a file."""
 
-    examples: list[Example] = field(default_factory=list)
+    def append(self, example: Example, /) -> None: ...
+
+
+@dataclass(slots=True)
+class RowCounts:
+    """What became of the rows of a data set."""
+
+    n_examples: int = 0
     n_skipped: int = 0
     n_dropped: int = 0
     n_truncated: int = 0
@@ -58,27 +65,28 @@ class Dataset:
         ]
         if not parts:
             return None
-        n_rows = len(self.examples) + self.n_skipped + self.n_dropped
+        n_rows = self.n_examples + self.n_skipped + self.n_dropped
         return f"Of {n_rows} rows of the {what}, {', '.join(parts)}."
 
 
 def build_dataset(
-    rows: Iterable[tuple[int, ChatRow | RowFinding]],
+    rows: Iterable[tuple[int, Row]],
     renderer: Renderer,
     policy: RowPolicy,
     param: Literal["training_file", "validation_file"],
-) -> Dataset:
-    """Render every row, in one pass that finds all faults.
+    sink: Sink,
+) -> RowCounts:
+    """Render every row into `sink`, in one pass that finds all faults.
 
     Args:
-        rows: Line numbers, and rows or what is wrong with them (``worker.data.lint.read_rows``).
+        rows: Line numbers and rows (``worker.data.normalised.read_rows``).
         param: Request field that names the file, for errors.
 
     Raises:
         TrainingFailedError: a row is at fault and the policy is to fail, or no row is left (code
             ``invalid_file_format``; the message has the first `MAX_FINDINGS` faults).
     """
-    builder = _Builder(renderer, policy)
+    builder = _Builder(renderer, policy, sink)
     for line, row in rows:
         builder.add(line, row)
     what = param.replace("_", " ")
@@ -87,10 +95,10 @@ def build_dataset(
         if builder.n_faults > 1:
             sentences += f" ({builder.n_faults} errors in all.)"
         raise _format_error(what, param, sentences)
-    if not builder.dataset.examples:
-        reason = builder.dataset.warning(what) or "It has no rows."
+    if not builder.counts.n_examples:
+        reason = builder.counts.warning(what) or "It has no rows."
         raise _format_error(what, param, f"No row is left to train on. {reason}")
-    return builder.dataset
+    return builder.counts
 
 
 def _format_error(what: str, param: str, reason: str) -> TrainingFailedError:
@@ -104,17 +112,15 @@ def _format_error(what: str, param: str, reason: str) -> TrainingFailedError:
 class _Builder:
     """Sorts rows into examples, rows left out, and faults."""
 
-    def __init__(self, renderer: Renderer, policy: RowPolicy) -> None:
-        self.dataset = Dataset()
+    def __init__(self, renderer: Renderer, policy: RowPolicy, sink: Sink) -> None:
+        self.counts = RowCounts()
         self.faults: list[RowFinding] = []
         self.n_faults = 0
         self._renderer = renderer
         self._policy = policy
+        self._sink = sink
 
-    def add(self, line: int, row: ChatRow | RowFinding) -> None:
-        if isinstance(row, RowFinding):
-            self._refuse(row)
-            return
+    def add(self, line: int, row: Row) -> None:
         try:
             rendered = self._renderer.render(row)
         except RowError as error:
@@ -123,7 +129,7 @@ class _Builder:
         limit = self._policy.max_length
         n_ids = len(rendered.input_ids)
         if n_ids > limit and self._policy.on_overlong == "drop":
-            self.dataset.n_dropped += 1
+            self.counts.n_dropped += 1
         elif n_ids > limit and self._policy.on_overlong == "error":
             # Its own policy decides, so that "skip" never leaves out what "drop" was not asked to.
             self._fail(_overlong(line, n_ids, limit))
@@ -139,12 +145,13 @@ class _Builder:
         if n_trained == 0:
             self._refuse(_nothing_to_learn(line, len(rendered.input_ids), limit))
             return
-        self.dataset.n_truncated += len(rendered.input_ids) > limit
-        self.dataset.examples.append(Example(line, input_ids, trained, n_trained))
+        self.counts.n_truncated += len(rendered.input_ids) > limit
+        self.counts.n_examples += 1
+        self._sink.append(Example(line, input_ids, trained, n_trained))
 
     def _refuse(self, finding: RowFinding) -> None:
         if self._policy.on_error == "skip":
-            self.dataset.n_skipped += 1
+            self.counts.n_skipped += 1
         else:
             self._fail(finding)
 

@@ -1,19 +1,19 @@
 """One job from its row to its adapter: what `run` does between its start and its exit code."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import structlog
 from pydantic import ValidationError
+from sqlalchemy.orm import Session
 
 from models.db import Database
-from models.domain.reports import CheckpointManifest, StepMetrics
+from models.domain.reports import CheckpointManifest, DatasetReport, StepMetrics
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.errors import LeaseLostError, TrainingFailedError, UnprocessableError
+from models.errors import LeaseLostError, UnprocessableError
 from models.registry import base_models, checkpoints, job_runs
 from models.settings import Settings
 from models.storage import (
@@ -22,17 +22,17 @@ from models.storage import (
     ObjectStore,
     adapter_prefix,
     fetch_file,
-    upload_key,
 )
 from models.tables import Checkpoint, File, Job
 from worker.adapter_format import parse_manifest
-from worker.base_models import BaseModelInfo, load_tokenizer, materialise, pick_device
+from worker.base_models import load_tokenizer, materialise, pick_device
 from worker.chat import ChatRenderer
-from worker.data.lint import read_rows
+from worker.data.tokens import tokenizer_sha256
 from worker.training import checkpoint, methods, objectives
-from worker.training.batches import Dataset, RowPolicy, build_dataset
 from worker.training.loop import Outcome, Stop, Task, Trainer
 from worker.training.model import build_model
+from worker.training.objectives.base import Example
+from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
 from worker.training.publish import Publisher, RunIdentity
 from worker.training.report import DatabaseReporter
 
@@ -55,7 +55,8 @@ class _Source:
 
     project_id: str
     spec: TrainingSpec
-    data_sha256: str
+    training: DataFile
+    validation: DataFile | None
 
 
 class JobRun:
@@ -92,8 +93,20 @@ class JobRun:
             base_models.record_identity(session, base)
         tokenizer = load_tokenizer(directory)
         renderer = ChatRenderer(tokenizer)
-        train, valid = self._load_rows(source.spec, base, renderer)
-        spec = self._resolve(source.spec, len(train.examples), base.n_parameters)
+        train, valid = load_examples(
+            source.training,
+            source.validation,
+            source.spec,
+            min(source.spec.max_seq_length, base.max_length),
+            Tools(
+                around.store,
+                around.scratch,
+                renderer,
+                tokenizer_sha256(tokenizer),
+                self._reporter.warn,
+            ),
+        )
+        spec = self._resolve(source.spec, len(train), base.n_parameters)
         trainer = Trainer(
             _task(directory, spec, train, valid, pad_id=int(tokenizer.pad_token_id or 0))
         )
@@ -103,7 +116,7 @@ class JobRun:
             project_id=source.project_id,
             organization=settings.api.organization,
             spec=spec,
-            data_sha256=source.data_sha256,
+            data_sha256=source.training.data_sha256,
             base=base,
             template_sha256=renderer.template_sha256,
         )
@@ -121,33 +134,15 @@ class JobRun:
             job = session.get(Job, self._job_id)
             if job is None or job.attempt != self._attempt or job.status != JobStatus.RUNNING:
                 raise LeaseLostError(f"Attempt {self._attempt} does not own job {self._job_id}.")
-            file = session.get(File, job.training_file)
-            if file is None:
-                raise _file_gone(job.training_file, "training_file")
-            return _Source(job.project_id, TrainingSpec.model_validate(job.spec), file.sha256)
-
-    def _load_rows(
-        self, spec: TrainingSpec, base: BaseModelInfo, renderer: ChatRenderer
-    ) -> tuple[Dataset, Dataset]:
-        policy = RowPolicy(
-            spec.on_error, spec.on_overlong, min(spec.max_seq_length, base.max_length)
-        )
-
-        def load(file_id: str, param: Literal["training_file", "validation_file"]) -> Dataset:
-            try:
-                chunks = self._around.store.stream(upload_key(file_id))
-            except ObjectNotFoundError as error:
-                raise _file_gone(file_id, param) from error
-            dataset = build_dataset(read_rows(chunks), renderer, policy, param)
-            warning = dataset.warning(param.replace("_", " "))
-            if warning is not None:
-                self._reporter.warn(warning)
-            return dataset
-
-        train = load(spec.training_file, "training_file")
-        if spec.validation_file is None:
-            return train, Dataset()
-        return train, load(spec.validation_file, "validation_file")
+            validation = None
+            if job.validation_file is not None:
+                validation = _data_file(session, job.validation_file, "validation_file")
+            return _Source(
+                job.project_id,
+                TrainingSpec.model_validate(job.spec),
+                _data_file(session, job.training_file, "training_file"),
+                validation,
+            )
 
     def _resolve(self, spec: TrainingSpec, n_rows: int, n_parameters: int) -> TrainingSpec:
         if spec.is_resolved:
@@ -226,7 +221,12 @@ class JobRun:
 
 
 def _task(
-    directory: Path, spec: TrainingSpec, train: Dataset, valid: Dataset, *, pad_id: int
+    directory: Path,
+    spec: TrainingSpec,
+    train: Sequence[Example],
+    valid: Sequence[Example],
+    *,
+    pad_id: int,
 ) -> Task:
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
@@ -239,12 +239,21 @@ def _task(
         objective=objectives.get_objective(spec.objective["type"]),
         objective_params=objectives.parse_params(spec.objective),
         spec=spec,
-        train=train.examples,
-        valid=valid.examples,
+        train=train,
+        valid=valid,
         pad_id=pad_id,
         device=device,
     )
 
 
-def _file_gone(file_id: str, param: str) -> TrainingFailedError:
-    return TrainingFailedError(f"File {file_id} was deleted.", param=param, code="file_not_found")
+def _data_file(session: Session, file_id: str, param: Param) -> DataFile:
+    file = session.get(File, file_id)
+    if file is None:
+        raise file_gone(file_id, param)
+    if file.rows_key is None or file.data_sha256 is None:
+        # Another attempt will find it linted: a worker does so within seconds.
+        raise RuntimeError(f"File {file_id} is not linted yet.")
+    report = DatasetReport.model_validate(file.report)
+    return DataFile(
+        file_id, param, file.rows_key, file.data_sha256, report.n_rows - report.n_valid_rows
+    )

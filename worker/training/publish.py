@@ -271,6 +271,7 @@ class Publisher:
             filename=RESULTS_NAME,
             bytes=len(data),
             sha256=hashlib.sha256(data).hexdigest(),
+            object_key=upload_key(file_id),
             status=FileStatus.PROCESSED,
         )
 

@@ -90,8 +90,9 @@ def test_a_body_that_is_no_form_is_400(client: TestClient, header: str) -> None:
         ("C:\\data\\rows.jsonl", "rows.jsonl"),
         ("Übung \N{SNOWMAN}.jsonl", "Übung \N{SNOWMAN}.jsonl"),
         ("a; filename=b", "a; filename=b"),
-        ("..", ".."),
-        ("x" * 1000, "x" * 200),
+        ("..", "upload"),
+        ("nul.jsonl", "upload"),
+        ("x" * 1000, "x" * 255),
     ],
 )
 def test_a_file_name_is_only_shown(

@@ -38,7 +38,7 @@ def test_a_validation_file_and_a_split_exclude_each_other() -> None:
     assert JobCreate(**JOB, validation_file="file-2", validation_split=0.0)
     with pytest.raises(ValidationError, match="exclude each other"):
         JobCreate(**JOB, validation_file="file-2", validation_split=0.1)
-    with pytest.raises(ValidationError, match="0.5"):
+    with pytest.raises(ValidationError, match=r"0\.5"):
         JobCreate(**JOB, validation_split=0.6)
 
 

@@ -1,21 +1,25 @@
-"""Every fault of an uploaded data set is found at its line, with its place and a remedy."""
+"""The lint of a whole file: counts, lines, outputs, duplicates, and no crash on anything."""
 
+import gzip
 import json
 import random
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from models.domain.reports import MAX_FINDINGS, RowFinding
+from models.domain.reports import MAX_FINDINGS, DatasetReport
 from models.domain.rows import ChatRow
-from worker.data.lines import MAX_LINE_BYTES
-from worker.data.lint import lint, read_rows
+from worker.data.lint import LintOptions, Outputs, lint
+from worker.data.normalised import read_rows
 
 USER = {"role": "user", "content": "How deep is it?"}
 ANSWER = {"role": "assistant", "content": "Four metres."}
-CALL = {"id": "c", "type": "function", "function": {"name": "depth", "arguments": "{}"}}
 
 
 def line(*messages: object, **more: object) -> bytes:
@@ -23,217 +27,198 @@ def line(*messages: object, **more: object) -> bytes:
 
 
 GOOD = line(USER, ANSWER)
+Linted = Callable[..., DatasetReport]
 
 
-def only_finding(data: bytes) -> RowFinding:
-    report = lint([data])
-    assert report.n_findings == len(report.findings) == 1, report.findings
-    return report.findings[0]
+@pytest.fixture
+def linted(tmp_path: Path) -> Linted:
+    """Lint bytes as a file; the keyword arguments are those of `LintOptions`."""
+
+    def run(data: bytes, **options: Any) -> DatasetReport:
+        path = tmp_path / "content"
+        path.write_bytes(data)
+        return lint(path, LintOptions(**options), outputs_in(tmp_path))
+
+    return run
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        GOOD,
-        GOOD + b"\n",
-        GOOD + b"\r\n" + GOOD + b"\r\n",
-        GOOD + b"\n \r\n\n",
-        b"\xef\xbb\xbf" + GOOD,
-        b"  " + GOOD + b"\t",
-        line({"role": "developer", "content": "Be brief."}, USER, ANSWER),
-        line({"role": "user", "content": [{"type": "text", "text": "Depth?"}]}, ANSWER),
-        line(USER, {**ANSWER, "weight": 0}, USER, {**ANSWER, "weight": 1}),
-        line(USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}),
-        line(USER, ANSWER, tools=[{"type": "function"}], parallel_tool_calls=False),
-        line(USER, {**ANSWER, "content": 'a "quoted" \\ word, \u2028 \u0085 and \\u0000'}),
-        rb'{"messages":[{"role":"user","content":"\u0022\ud83d\udea4"},'
-        rb'{"role":"assistant","content":"\\u0000 \\ud800"}]}',
-    ],
+def outputs_in(folder: Path) -> Outputs:
+    return Outputs(folder / "rows.arrow", folder / "findings.jsonl", folder / "cleaned.jsonl")
+
+
+def numbered(number: int) -> bytes:
+    return line({**USER, "content": f"What is {number}?"}, ANSWER)
+
+
+def test_all_findings_are_counted_listed_and_written(linted: Linted, tmp_path: Path) -> None:
+    report = linted(b"".join(numbered(n) + b"\n{}\n" for n in range(MAX_FINDINGS + 30)))
+    assert (report.n_rows, report.n_valid_rows) == (2 * (MAX_FINDINGS + 30), MAX_FINDINGS + 30)
+    assert report.n_findings == report.counts["missing_field"] == MAX_FINDINGS + 30
+    assert [each.line for each in report.findings] == list(range(2, 2 * MAX_FINDINGS + 1, 2))
+    written = [json.loads(each) for each in (tmp_path / "findings.jsonl").read_bytes().splitlines()]
+    assert [each["line"] for each in written] == list(range(2, 2 * (MAX_FINDINGS + 30) + 1, 2))
+    assert written[0]["offset"] == len(numbered(0)) + 1
+
+
+def test_usable_rows_are_kept_with_their_lines(linted: Linted, tmp_path: Path) -> None:
+    report = linted(numbered(1) + b"\n{\n" + numbered(3) + b"\n[]\n" + line(USER, ANSWER, tools=[{
+        "type": "function", "function": {"name": "depth"}}]))  # fmt: skip
+    kept = list(read_rows(tmp_path / "rows.arrow"))
+    assert [number for number, _ in kept] == [1, 3, 5]
+    assert all(isinstance(row, ChatRow) for _, row in kept)
+    assert report.data_sha256
+    cleaned = (tmp_path / "cleaned.jsonl").read_bytes().splitlines()
+    assert cleaned[:2] == [numbered(1), numbered(3)]
+    assert len(cleaned) == 3
+
+
+def test_a_clean_file_needs_no_cleaned_copy(linted: Linted, tmp_path: Path) -> None:
+    assert linted(GOOD).findings == []
+    assert not (tmp_path / "cleaned.jsonl").exists()
+    assert (tmp_path / "findings.jsonl").read_bytes() == b""
+
+
+def test_the_digest_is_that_of_the_rows_and_not_of_the_file(linted: Linted) -> None:
+    first = linted(numbered(1) + b"\n" + numbered(2)).data_sha256
+    spaced = json.dumps(json.loads(numbered(2)), indent=1).encode()
+    turned = json.dumps({"messages": [dict(reversed(m.items())) for m in json.loads(numbered(1))["messages"]]})  # fmt: skip  # noqa: E501
+    for other in (
+        b"\xef\xbb\xbf" + numbered(1) + b"\r\n" + numbered(2) + b"\r\n\r\n",
+        gzip.compress(numbered(1) + b"\n" + numbered(2)),
+        b"[" + numbered(1) + b",\n" + spaced + b"]",
+        turned.encode() + b"\n" + numbered(2),
+    ):
+        assert linted(other).data_sha256 == first
+    assert linted(numbered(2) + b"\n" + numbered(1)).data_sha256 != first
+    assert linted(numbered(1)).data_sha256 != first
+
+
+def test_a_shape_and_columns_can_be_given(linted: Linted) -> None:
+    data = json.dumps({"dialogue": [USER, ANSWER]}).encode()
+    assert linted(data).findings[0].code == "unknown_shape"
+    report = linted(data, columns={"messages": "dialogue"})
+    assert (report.shape, report.n_valid_rows) == ("openai_chat", 1)
+    assert report.columns["messages"] == "dialogue"
+    both = json.dumps({"prompt": "a", "completion": "b"}).encode()
+    assert linted(both).form == "completion"
+    chat = linted(both, shape="question_answer", columns={"answer": "completion"})
+    assert (chat.form, chat.n_valid_rows) == ("chat", 1)
+    assert "as asked for" in chat.evidence[1]
+    assert linted(both, columns={"prompt": "promt"}).findings[0].code == "unknown_column"
+    assert "Did you mean 'alpaca'" in linted(both, shape="alpacca").findings[0].hint
+
+
+def test_one_kind_of_warning_does_not_hide_the_others(linted: Linted) -> None:
+    repeated = line(USER, USER, ANSWER)
+    data = b"\n".join([*(repeated for _ in range(40)), line(USER, ANSWER, note="x")])
+    report = linted(data)
+    assert report.counts["repeated_role"] == 40
+    assert report.counts["duplicate_row"] == 39
+    assert {each.code for each in report.warnings} == {
+        "repeated_role",
+        "duplicate_row",
+        "ignored_field",
+    }
+    assert report.n_findings == 0
+
+
+def test_labels_are_counted(linted: Linted) -> None:
+    report = linted(b"text,label\nA gate,gate\nA crane,crane\nNo gate,gate\n", name="x.csv")
+    assert report.labels == {"gate": 2, "crane": 1}
+
+
+words = st.text(st.characters(codec="utf-8", exclude_characters="\x00<["), min_size=1).filter(
+    lambda text: text.translate(dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))).strip()
 )
-def test_good_files_have_no_findings(data: bytes) -> None:
-    report = lint([data])
+
+
+@st.composite
+def chat_rows(draw: st.DrawFn) -> bytes:
+    messages = []
+    if draw(st.booleans()):
+        messages.append({"role": "system", "content": draw(words)})
+    for _ in range(draw(st.integers(1, 3))):
+        messages.append({"role": "user", "content": draw(words)})
+        messages.append({"role": "assistant", "content": draw(words)})
+    return json.dumps({"messages": messages}, ensure_ascii=draw(st.booleans())).encode()
+
+
+FAULTS = [
+    b"{",
+    b'{"a": "\xff"}',
+    b"[]",
+    b"7",
+    line(USER),
+    b'{"a": 1, "a": 2}',
+    b'{"a": NaN}',
+    line(USER, {**ANSWER, "content": ""}),
+    line(USER, {**ANSWER, "content": "a\x00"}),
+]
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(chat_rows(), min_size=1, max_size=8))
+def test_what_is_written_well_is_clean(tmp_path_factory: Any, rows: list[bytes]) -> None:
+    folder = tmp_path_factory.mktemp("clean")
+    (folder / "x").write_bytes(b"\n".join(rows))
+    report = lint(folder / "x", LintOptions(), outputs_in(folder))
     assert report.findings == []
-    assert report.n_rows == report.n_valid_rows == data.count(b"messages")
+    assert report.n_valid_rows == len(rows)
+    texts = [
+        [message.text for message in row.messages]
+        for _, row in read_rows(folder / "rows.arrow")
+        if isinstance(row, ChatRow)
+    ]
+    assert texts == [[m["content"] for m in json.loads(row)["messages"]] for row in rows]
 
 
-@pytest.mark.parametrize(
-    ("data", "code", "part"),
-    [
-        (b"", "empty_file", "no rows"),
-        (b"\xef\xbb\xbf\n \r\n", "empty_file", "no rows"),
-        (b'{"messages": [', "invalid_json", "column 15"),
-        (b"{'messages': []}", "invalid_json", "double quotes"),
-        (GOOD + GOOD, "invalid_json", f"column {len(GOOD) + 1}"),
-        (b'{"a": "\xe9"}', "invalid_encoding", "byte 7 of the file (0xE9)"),
-        (b'{"a": "\xed\xa0\x80"}', "invalid_encoding", "byte 7"),
-        (GOOD.decode().encode("utf-16"), "invalid_encoding", "UTF-16"),
-        (GOOD.decode().encode("utf-16-le"), "invalid_encoding", "UTF-16"),
-        (GOOD.decode().encode("utf-16-be"), "invalid_encoding", "offset 0"),
-        (b'{"a": "b\x00"}', "invalid_character", "byte 8 of the file is NUL"),
-        (rb'{"a": "\ud800"}', "invalid_character", "surrogate"),
-        (b'{"a": NaN}', "non_finite_number", "column 7"),
-        (b'{"a": -Infinity}', "non_finite_number", "finite number"),
-        (b'{"a": 1e999}', "non_finite_number", "finite number"),
-        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "duplicate_key", 'the key "c"'),
-        (rb'{"a": 1, "a": "\u0022\u0022"}', "duplicate_key", 'the key "a"'),
-        (rb'{"a": 1, "\u0061": 2}', "duplicate_key", 'the key "a"'),
-        (b"[" * 65 + b"]" * 65, "too_deep", "64"),
-        (b"[" * 100_000, "too_deep", "64"),
-        (b'{"a":' * 1000, "too_deep", "64"),
-        (b"[" + GOOD + b"]", "not_an_object", "an array"),
-        (b'"text"', "not_an_object", "a string"),
-        (b"null", "not_an_object", "null"),
-        (b"x" * (MAX_LINE_BYTES + 1), "line_too_long", "8,388,609 bytes"),
-    ],
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(chat_rows(), min_size=3, max_size=12),
+    st.dictionaries(st.integers(0, 11), st.sampled_from(FAULTS), max_size=5),
+    st.sampled_from([b"\n", b"\r\n"]),
 )
-def test_broken_files_are_named_by_what_broke(data: bytes, code: str, part: str) -> None:
-    finding = only_finding(data)
-    assert (finding.code, finding.line) == (code, 1)
-    assert part in finding.sentence()
-    assert finding.hint
-
-
-@pytest.mark.parametrize(
-    ("row", "code", "path", "part"),
-    [
-        ({}, "missing_field", "messages", '"messages"'),
-        ({"prompt": "a", "completion": "b"}, "missing_field", "messages", "prompt and completion"),
-        ({"conversations": []}, "missing_field", "messages", "ShareGPT"),
-        ({"mesages": [USER, ANSWER]}, "unknown_field", "mesages", "Did you mean 'messages'?"),
-        ({"messages": [USER, ANSWER], "id": 3}, "unknown_field", "id", "Known are messages"),
-        ({"messages": [USER, {"role": "assistant", "contnet": "x"}]}, "unknown_field",
-         "messages[1].contnet", "Did you mean 'content'?"),
-        ({"messages": [{**USER, "function_call": {}}, ANSWER]}, "unknown_field",
-         "messages[0].function_call", "tool_calls"),
-        ({"messages": []}, "no_messages", "messages", "at least one"),
-        ({"messages": "hello"}, "wrong_type", "messages", "expected an array, got a string"),
-        ({"messages": [USER, "hello"]}, "wrong_type", "messages[1]", "expected an object"),
-        ({"messages": [{"content": "x"}, ANSWER]}, "missing_field", "messages[0].role", "user"),
-        ({"messages": [{"role": "human", "content": "x"}, ANSWER]}, "unknown_role",
-         "messages[0].role", "Did you mean 'user'? Use one of system, developer, user"),
-        ({"messages": [{"role": "function", "content": "x"}, ANSWER]}, "unknown_role",
-         "messages[0].role", "Use one of system"),
-        ({"messages": [{"role": 3, "content": "x"}]}, "wrong_type", "messages[0].role", "a number"),
-        ({"messages": [{**USER, "content": 3}, ANSWER]}, "wrong_type", "messages[0].content",
-         "expected a string or an array of text parts, got a number"),
-        ({"messages": [{**USER, "content": [{"type": "text", "text": None}]}]}, "wrong_type",
-         "messages[0].content[0].text", "got null"),
-        ({"messages": [{**USER, "content": [{"type": "image_url", "image_url": {}}]}]},
-         "unsupported_content", "messages[0].content[0].type", "Only text"),
-        ({"messages": [USER, ANSWER], "tools": [3]}, "wrong_type", "tools[0]", "an object"),
-        ({"messages": [USER, ANSWER], "parallel_tool_calls": "yes"}, "wrong_type",
-         "parallel_tool_calls", "true or false"),
-        ({"messages": [USER, {**ANSWER, "weight": 0.5}]}, "invalid_value",
-         "messages[1].weight", "0 or 1"),
-        ({"messages": [USER, {**ANSWER, "weight": True}]}, "wrong_type",
-         "messages[1].weight", "boolean"),
-        ({"messages": [{**USER, "weight": 0}, ANSWER]}, "unexpected_field",
-         "messages[0].weight", "only assistant"),
-        ({"messages": [{"role": "user"}, ANSWER]}, "missing_content", "messages[0].content", "no"),
-        ({"messages": [USER, {"role": "assistant"}]}, "empty_content", "messages[1].content", ""),
-        ({"messages": [USER, {**ANSWER, "content": " \u200b\n"}]}, "empty_content",
-         "messages[1].content", "empty"),
-        ({"messages": [USER]}, "no_assistant_message", "messages", "never speaks"),
-        ({"messages": [USER, ANSWER, USER]}, "last_message_not_assistant",
-         "messages[2].role", "'user'"),
-        ({"messages": [USER, {**ANSWER, "weight": 0}]}, "nothing_to_learn", "messages", "weight"),
-        ({"messages": [USER, {**ANSWER, "content": "a\x00"}]}, "invalid_character",
-         "messages[1].content", "NUL"),
-        ({"messages": [USER, ANSWER], "tools": [{"a": {"b\x00": 1}}]}, "invalid_character",
-         "tools[0].a", "NUL"),
-    ],
-)  # fmt: skip
-def test_faulty_rows_are_named_by_place_and_remedy(
-    row: dict[str, Any], code: str, path: str, part: str
+def test_planted_faults_are_found_at_exactly_their_lines(
+    tmp_path_factory: Any, rows: list[bytes], planted: dict[int, bytes], end: bytes
 ) -> None:
-    finding = only_finding(GOOD + b"\n" + json.dumps(row).encode())
-    assert (finding.code, finding.path, finding.line) == (code, path, 2)
-    assert part in finding.sentence()
+    bad = {at for at in planted if 0 < at < len(rows)}
+    content = [planted[at] if at in bad else row for at, row in enumerate(rows)]
+    path = tmp_path_factory.mktemp("planted") / "x"
+    path.write_bytes(end.join(content))
+    report = lint(path)
+    assert [each.line for each in report.findings] == sorted(at + 1 for at in bad)
+    assert report.n_valid_rows == len(rows) - len(bad)
 
 
-def test_a_pretty_printed_document_is_explained() -> None:
-    report = lint([json.dumps([json.loads(GOOD)], indent=1).encode()])
-    assert "pretty-printed" in report.findings[0].hint
-    assert report.n_valid_rows == 0
+@settings(max_examples=400, deadline=None)
+@given(st.binary(max_size=400))
+def test_no_bytes_break_the_lint(tmp_path_factory: Any, data: bytes) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    (folder / "x").write_bytes(data)
+    report = lint(folder / "x", LintOptions(), outputs_in(folder))
+    assert report.n_valid_rows <= report.n_rows
+    assert report.n_findings or report.n_valid_rows
 
 
-def test_blank_lines_inside_a_file_are_one_finding_for_each_run() -> None:
-    report = lint([GOOD + b"\n\n\r\n" + GOOD + b"\n\n" + GOOD + b"\n\n"])
-    assert [(found.line, found.code) for found in report.findings] == [
-        (2, "blank_line"),
-        (5, "blank_line"),
-    ]
-    assert "lines 2 to 3 are blank" in report.findings[0].message
-    assert (report.n_rows, report.n_valid_rows) == (3, 3)
-
-
-def test_a_line_separator_inside_a_string_does_not_end_the_row() -> None:
-    data = line(USER, {**ANSWER, "content": "one\u2028two\u2029three\x85\x1c"})
-    ((number, row),) = read_rows([data])
-    assert number == 1
-    assert isinstance(row, ChatRow)
-    assert row.messages[1].text == "one\u2028two\u2029three\x85\x1c"
-
-
-def test_line_numbers_are_right_wherever_faults_and_chunks_fall() -> None:
-    draw = random.Random(11)
-    faults = [b"{", b'{"a": "\xff"}', b"[]", b"7", line(USER), b'{"a": 1, "a": 2}', b'{"a": NaN}']
-    for _ in range(40):
-        bad = set(draw.sample(range(1, 61), k=draw.randint(0, 20)))
-        rows = [draw.choice(faults) if number in bad else GOOD for number in range(1, 61)]
-        data = draw.choice([b"\n", b"\r\n"]).join(rows)
-        size = draw.randint(1, 500)
-        outcomes = list(read_rows(data[at : at + size] for at in range(0, len(data), size)))
-        assert [number for number, _ in outcomes] == list(range(1, 61))
-        found = {number for number, row in outcomes if isinstance(row, RowFinding)}
-        assert found == bad
-        assert all(row.line == number for number, row in outcomes if isinstance(row, RowFinding))
-
-
-def test_reading_goes_on_after_a_line_that_is_too_long() -> None:
-    long = b'{"x": "' + b"y" * MAX_LINE_BYTES + b'"}'
-    outcomes = list(read_rows([GOOD + b"\n" + long, b"\n", GOOD]))
-    assert [number for number, _ in outcomes] == [1, 2, 3]
-    assert isinstance(outcomes[2][1], ChatRow)
-
-
-def test_only_the_first_findings_are_kept_but_all_are_counted() -> None:
-    report = lint(b"{}\n" for _ in range(MAX_FINDINGS + 30))
-    assert (report.n_rows, report.n_valid_rows) == (MAX_FINDINGS + 30, 0)
-    assert report.n_findings == MAX_FINDINGS + 30
-    assert [found.line for found in report.findings] == list(range(1, MAX_FINDINGS + 1))
-
-
-def test_no_damage_to_a_file_breaks_the_lint() -> None:
+def test_no_damage_to_a_file_breaks_the_lint(tmp_path: Path) -> None:
     draw = random.Random(17)
-    original = line(USER, {**ANSWER, "content": 'é "x" \\ 🛥', "tool_calls": [CALL]}) + b"\n"
-    scraps = [
-        b"\x00",
-        b"\xff",
-        b'"',
-        b"\\",
-        b"\\u0022",
-        b"\\ud800",
-        b"NaN",
-        b"[" * 70,
-        b"\n",
-        b"1e999",
+    originals = [
+        line(USER, {**ANSWER, "content": 'é "x" \\ 🛥'}) + b"\n" + GOOD + b"\n",
+        b"[" + GOOD + b",\n " + GOOD + b"]",
+        b'question,answer\n"a, ""b""",c\n"d\ne",f\n',
+        gzip.compress(GOOD + b"\n" + GOOD),
     ]
+    scraps = [b"\x00", b"\xff", b'"', b"\\", b"\\ud800", b"NaN", b"[" * 70, b"\n", b"{", b"]", b","]
+    path = tmp_path / "x"
     for _ in range(3000):
-        data = bytearray(original * 2)
+        data = bytearray(draw.choice(originals))
         for _ in range(draw.randint(1, 4)):
             at = draw.randrange(len(data))
             data[at : at + draw.randint(0, 9)] = draw.choice([*scraps, draw.randbytes(2)])
-        report = lint([bytes(data)])
+        path.write_bytes(data)
+        report = lint(path)
         assert report.n_valid_rows <= report.n_rows
-        assert bool(report.findings) == (report.n_valid_rows < report.n_rows)
-
-
-def test_what_the_user_wrote_is_never_echoed_at_length() -> None:
-    long = "k" * 100_000
-    for row in ({long: 1}, {"messages": [{"role": long}]}, {"messages": [{long: {long: 1}}]}):
-        assert len(only_finding(json.dumps(row).encode()).sentence()) < 500
-    assert len(only_finding(f'{{"{long}": 1, "{long}": 2}}'.encode()).sentence()) < 500
+        assert report.n_findings or report.n_valid_rows
 
 
 def test_the_lint_needs_neither_torch_nor_a_tokenizer() -> None:

@@ -22,6 +22,7 @@ from models.settings import (
 )
 from models.storage import LocalStore, upload_key
 from models.tables import Adapter, Base, Checkpoint, Event, File, Job, Project
+from worker.lint_files import FileLinter
 from worker.training import methods, objectives
 from worker.training.loop import Stop
 from worker.training.run import run_job
@@ -67,6 +68,7 @@ class Service:
         return cls(settings, database, LocalStore(root / "objects"))
 
     def upload(self, file_id: str, rows: Sequence[Any]) -> None:
+        """Store a file and lint it, as the worker's parent does."""
         data = "\n".join(json.dumps(row) for row in rows).encode()
         self.store.put(upload_key(file_id), data)
         with self.database.write() as session:
@@ -79,10 +81,10 @@ class Service:
                     filename=f"{file_id}.jsonl",
                     bytes=len(data),
                     sha256=hashlib.sha256(data).hexdigest(),
-                    status="processed",
-                    report={"n_rows": len(rows), "n_valid_rows": len(rows)},
+                    object_key=upload_key(file_id),
                 ),
             )
+        assert FileLinter(self.database, self.store, self.settings.worker).lint_next()
 
     def submit(self, **changes: Any) -> Job:
         """Create a job, let it through validation and claim it; 16 tiny steps by default."""
@@ -100,7 +102,7 @@ class Service:
         spec = TrainingSpec.model_validate({**fields, **changes})
         with self.database.write() as session:
             jobs.create(session, PROJECT, spec, None)
-            jobs.advance_validated(session)
+            jobs.advance_validated(session, lambda spec: {"chat"})
         return self.claim()
 
     def requeue(self, job: Job) -> Job:

@@ -1,27 +1,25 @@
 """Rows to examples under every policy, and the order of batches."""
 
-import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from models.domain.reports import RowFinding
 from models.domain.rows import ChatRow
 from models.errors import TrainingFailedError
 from tests.worker.training.tiny import make_examples
 from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
-from worker.data.lint import read_rows
 from worker.training.batches import (
-    Dataset,
+    RowCounts,
     RowPolicy,
     build_dataset,
     epoch_batches,
     micro_batches,
 )
+from worker.training.objectives.base import Example
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +37,13 @@ def row(question: str = "Hi", answer: str = "Hello.", **more: Any) -> dict[str, 
     }
 
 
-def rows_of(*values: Any) -> Iterator[tuple[int, ChatRow | RowFinding]]:
-    return read_rows(["\n".join(json.dumps(value) for value in values).encode()])
+UNRENDERABLE: Any = {"messages": [{"role": "assistant", "content": "Unasked."}]}
+
+
+@dataclass
+class Built:
+    examples: list[Example]
+    counts: RowCounts
 
 
 def build(
@@ -49,9 +52,13 @@ def build(
     on_error: Literal["fail", "skip"] = "fail",
     on_overlong: Literal["error", "drop", "truncate"] = "error",
     max_length: int = 200,
-) -> Dataset:
+) -> Built:
     policy = RowPolicy(on_error, on_overlong, max_length)
-    return build_dataset(rows_of(*values), renderer, policy, "training_file")
+    rows = ((line, ChatRow.model_validate(value)) for line, value in enumerate(values, 1))
+    examples: list[Example] = []
+    counts = build_dataset(rows, renderer, policy, "training_file", examples)
+    assert counts.n_examples == len(examples)
+    return Built(examples, counts)
 
 
 def test_an_example_holds_what_the_renderer_says(renderer: ChatRenderer) -> None:
@@ -64,12 +71,12 @@ def test_an_example_holds_what_the_renderer_says(renderer: ChatRenderer) -> None
 
 def test_a_bad_row_fails_the_job_and_names_its_line(renderer: ChatRenderer) -> None:
     with pytest.raises(TrainingFailedError, match="Line 2, messages") as caught:
-        build(renderer, row(), {"messages": [{"role": "user", "content": "x"}]}, row())
+        build(renderer, row(), UNRENDERABLE, row())
     assert (caught.value.code, caught.value.param) == ("invalid_file_format", "training_file")
 
 
 def test_all_faults_are_found_in_one_pass(renderer: ChatRenderer) -> None:
-    bad: list[Any] = [{"messages": []}] * 60
+    bad = [UNRENDERABLE] * 60
     with pytest.raises(TrainingFailedError) as caught:
         build(renderer, row(), *bad)
     assert "Line 2" in caught.value.message
@@ -79,9 +86,9 @@ def test_all_faults_are_found_in_one_pass(renderer: ChatRenderer) -> None:
 
 
 def test_bad_rows_can_be_skipped_and_are_counted(renderer: ChatRenderer) -> None:
-    dataset = build(renderer, {"messages": []}, row(), 3, on_error="skip")
+    dataset = build(renderer, UNRENDERABLE, row(), UNRENDERABLE, on_error="skip")
     assert [example.line for example in dataset.examples] == [2]
-    assert dataset.warning("training file") == (
+    assert dataset.counts.warning("training file") == (
         "Of 3 rows of the training file, 2 rows were skipped because of errors."
     )
 
@@ -103,7 +110,7 @@ def test_an_overlong_row_is_an_error_even_where_bad_rows_are_skipped(
 def test_overlong_rows_can_be_dropped(renderer: ChatRenderer) -> None:
     dataset = build(renderer, row(), row(answer="word " * 90), on_overlong="drop", max_length=40)
     assert [example.line for example in dataset.examples] == [1]
-    assert (dataset.n_dropped, dataset.n_skipped) == (1, 0)
+    assert (dataset.counts.n_dropped, dataset.counts.n_skipped) == (1, 0)
 
 
 def test_truncation_keeps_the_start_of_the_answer(renderer: ChatRenderer) -> None:
@@ -114,8 +121,8 @@ def test_truncation_keeps_the_start_of_the_answer(renderer: ChatRenderer) -> Non
     whole = renderer.render(ChatRow.model_validate(row(answer="word " * 90)))
     assert cut.input_ids.tolist() == whole.input_ids[:40]
     assert cut.n_trained == cut.trained.sum() > 0
-    assert dataset.n_truncated == 1
-    assert "1 row was truncated" in (dataset.warning("training file") or "")
+    assert dataset.counts.n_truncated == 1
+    assert "1 row was truncated" in (dataset.counts.warning("training file") or "")
 
 
 def test_truncation_that_leaves_nothing_to_learn_is_an_error(renderer: ChatRenderer) -> None:
@@ -126,13 +133,13 @@ def test_truncation_that_leaves_nothing_to_learn_is_an_error(renderer: ChatRende
 def test_a_row_of_exactly_the_limit_is_not_cut(renderer: ChatRenderer) -> None:
     n_ids = len(renderer.render(ChatRow.model_validate(row())).input_ids)
     dataset = build(renderer, row(), on_overlong="truncate", max_length=n_ids)
-    assert dataset.n_truncated == 0
-    assert dataset.warning("training file") is None
+    assert dataset.counts.n_truncated == 0
+    assert dataset.counts.warning("training file") is None
 
 
 def test_a_file_without_a_usable_row_fails(renderer: ChatRenderer) -> None:
     with pytest.raises(TrainingFailedError, match="No row is left"):
-        build(renderer, {"messages": []}, on_error="skip")
+        build(renderer, UNRENDERABLE, on_error="skip")
 
 
 def test_every_row_comes_once_an_epoch() -> None:

@@ -58,7 +58,7 @@ def test_the_adapter_in_the_store_is_what_its_row_says(service: Service, tmp_pat
 
 
 def test_events_come_in_openais_order(service: Service) -> None:
-    service.upload("file-valid", chat_rows(4))
+    service.upload("file-valid", chat_rows(16)[12:])
     job = service.submit(validation_file="file-valid")
     assert service.run(job) == exit_codes.DONE
     messages = service.messages(job.id)
@@ -235,7 +235,7 @@ def test_a_trainer_that_lost_its_lease_changes_nothing_more(service: Service) ->
 def test_the_newest_two_checkpoints_and_the_best_are_kept(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service.upload("file-valid", chat_rows(4))
+    service.upload("file-valid", chat_rows(16)[12:])
     record = checkpoints.record
 
     def first_is_best(session: Any, row: Any) -> None:
@@ -285,8 +285,11 @@ def test_content_that_went_missing_is_put_back_with_the_row(
     assert len(service.adapters()) == 1
 
 
+TOOL = {"type": "function", "function": {"name": "depth"}}  # the tiny base's template ignores it
+
+
 def test_bad_rows_fail_the_job_with_file_line_and_remedy(service: Service) -> None:
-    service.upload("file-bad", [*chat_rows(2), {"messages": []}])
+    service.upload("file-bad", [*chat_rows(2), {**chat_rows(1)[0], "tools": [TOOL]}])
     job = service.submit(training_file="file-bad")
     assert service.run(job) == exit_codes.FAILED
     failed = service.job(job.id)
@@ -304,7 +307,7 @@ def test_skipped_rows_are_told_of_in_a_warning(service: Service) -> None:
 
 
 def test_a_bad_validation_file_is_named_as_such(service: Service) -> None:
-    service.upload("file-bad", [{"messages": []}])
+    service.upload("file-bad", [{**chat_rows(1)[0], "tools": [TOOL]}])
     job = service.submit(validation_file="file-bad")
     assert service.run(job) == exit_codes.FAILED
     assert service.job(job.id).error_param == "validation_file"
@@ -312,7 +315,10 @@ def test_a_bad_validation_file_is_named_as_such(service: Service) -> None:
 
 def test_missing_bytes_fail_the_job(service: Service) -> None:
     job = service.submit()
-    service.store.delete(upload_key("file-train"))
+    with service.database.read() as session:
+        rows_key = session.get_one(File, "file-train").rows_key
+    assert rows_key is not None
+    service.store.delete(rows_key)
     assert service.run(job) == exit_codes.FAILED
     assert service.job(job.id).error_code == "file_not_found"
 

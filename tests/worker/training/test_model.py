@@ -49,7 +49,9 @@ def examples(smollm2: tuple[Path, BaseModelInfo]) -> list[Example]:
     renderer = ChatRenderer(load_tokenizer(smollm2[0]))
     rows = ((line, ChatRow.model_validate(row)) for line, row in enumerate(chat_rows(4), 1))
     policy = RowPolicy("fail", "error", 200)
-    return build_dataset(rows, renderer, policy, "training_file").examples
+    made: list[Example] = []
+    build_dataset(rows, renderer, policy, "training_file", made)
+    return made
 
 
 def make_nf4_trainer(model: PeftModel, examples: list[Example], **changes: Any) -> Trainer:

@@ -61,7 +61,8 @@ class Objective(Plugin, ABC):
     """One loss over one kind of rows."""
 
     Params: ClassVar[type[ObjectiveParams]]
-    row_type: ClassVar[type]
+    forms: ClassVar[frozenset[str]]
+    """Forms of rows (``models.domain.rows``) that can be trained with it."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], pad_id: int, device: str) -> Batch:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from models.domain.rows import ChatRow
 from worker.training.objectives import register
 from worker.training.objectives.base import Batch, Example, LossSum, Objective, ObjectiveParams
 
@@ -24,7 +23,7 @@ class SftParams(ObjectiveParams):
 class Sft(Objective):
     name: ClassVar[str] = "sft"
     Params: ClassVar[type[ObjectiveParams]] = SftParams
-    row_type: ClassVar[type] = ChatRow
+    forms: ClassVar[frozenset[str]] = frozenset({"chat", "completion", "text"})
 
     def collate(self, examples: Sequence[Example], pad_id: int, device: str) -> Batch:
         import torch
@@ -34,8 +33,9 @@ class Sft(Objective):
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         targets = torch.full(shape, IGNORED)
         for index, example in enumerate(examples):
-            ids = torch.from_numpy(example.input_ids).long()
-            trained = torch.from_numpy(example.trained)
+            # Copies: the arrays may be views of a file, which nobody may write to.
+            ids = torch.from_numpy(example.input_ids.astype("int64"))
+            trained = torch.from_numpy(example.trained.copy())
             n_ids = len(ids)
             input_ids[index, :n_ids] = ids
             attention_mask[index, :n_ids] = 1

@@ -4,16 +4,16 @@ Two stages: `schema_fault` translates pydantic's complaint about the shape of a 
 looks for what has the right shape but cannot be trained.
 """
 
-import difflib
-import json
 from collections.abc import Sequence
 from typing import Any, get_args
 
+import orjson
 from pydantic_core import ErrorDetails
 
 from models.domain.base import JsonObject
 from models.domain.rows import ChatMessage, ChatRow, Role, TextPart
 from worker.data.records import Fault
+from worker.data.shapes.base import is_blank, quoted, type_name
 
 ROLES: tuple[str, ...] = get_args(Role)
 
@@ -23,9 +23,9 @@ _FOREIGN_SHAPES = {
     "instruction": "instruction and output",
     "conversations": "ShareGPT",
     "preferred_output": "preference",
+    "chosen": "preference",
     "text": "plain text",
 }
-_ZERO_WIDTH = dict.fromkeys(map(ord, "\u200b\u200c\u200d\u2060\ufeff"))
 _EXPECTED = {
     "string_type": "a string",
     "list_type": "an array",
@@ -33,15 +33,10 @@ _EXPECTED = {
     "model_type": "an object",
     "bool_type": "true or false",
 }
-_TYPES = {str: "a string", list: "an array", dict: "an object", bool: "a boolean"}
 
 
-def row_fault(row: ChatRow, value: dict[str, Any]) -> Fault | None:
-    """Return why a well-formed `row`, parsed from `value`, cannot be trained, or None."""
-    for index, (message, given) in enumerate(zip(row.messages, value["messages"], strict=True)):
-        fault = _message_fault(message, given, f"messages[{index}]")
-        if fault is not None:
-            return fault
+def row_fault(row: ChatRow) -> Fault | None:
+    """Return why a row of well-formed messages cannot be trained, or None."""
     spoken = [message for message in row.messages if message.role == "assistant"]
     if not spoken:
         return Fault(
@@ -57,6 +52,13 @@ def row_fault(row: ChatRow, value: dict[str, Any]) -> Fault | None:
             path=f"messages[{len(row.messages) - 1}].role",
             hint="End the row with the assistant's answer, or remove what follows it.",
         )
+    if row.messages[0].role == "assistant" and row.messages[0].weight != 0:
+        return Fault(
+            "assistant_speaks_first",
+            "the assistant speaks first, so there is no prompt to learn an answer to.",
+            path="messages[0].role",
+            hint='Put a user message before it, or give it "weight": 0.',
+        )
     if all(message.weight == 0 for message in spoken):
         return Fault(
             "nothing_to_learn",
@@ -67,18 +69,43 @@ def row_fault(row: ChatRow, value: dict[str, Any]) -> Fault | None:
     return None
 
 
+def messages_fault(messages: list[ChatMessage], given: list[JsonObject]) -> Fault | None:
+    """Return what is wrong with the first bad one of well-formed messages, or None.
+
+    Args:
+        messages: The messages after parsing.
+        given: The same as plain values.
+    """
+    called = False
+    for index, message in enumerate(messages):
+        path = f"messages[{index}]"
+        fault = _message_fault(message, given[index], path)
+        if fault is None and message.role == "tool" and not called:
+            fault = Fault(
+                "tool_without_call",
+                "a tool answers although no assistant message before it calls one.",
+                path=path,
+                hint='Put "tool_calls" into the assistant message before it.',
+            )
+        if fault is not None:
+            return fault
+        called = called or bool(message.tool_calls)
+    return None
+
+
 def _message_fault(message: ChatMessage, given: JsonObject, path: str) -> Fault | None:
     if isinstance(given.get("weight"), bool):  # Python takes true for 1, JSON does not
-        return Fault("wrong_type", "expected 0 or 1, got a boolean.", f"{path}.weight")
+        hint = "Write 0 or 1."
+        return Fault("wrong_type", "expected 0 or 1, got a boolean.", f"{path}.weight", hint)
     if message.role == "assistant":
-        if not message.tool_calls and not message.text.translate(_ZERO_WIDTH).strip():
+        if not message.tool_calls and is_blank(message.text):
             return Fault(
                 "empty_content",
                 "the assistant's message is empty.",
                 path=f"{path}.content",
                 hint="Write the answer that the model should learn, or remove the row.",
             )
-        return None
+        return _call_fault(message.tool_calls or [], f"{path}.tool_calls")
     if message.content is None:
         return Fault(
             "missing_content",
@@ -86,7 +113,7 @@ def _message_fault(message: ChatMessage, given: JsonObject, path: str) -> Fault 
             path=f"{path}.content",
             hint="Write a string.",
         )
-    for field in ("weight", "tool_calls"):
+    for field in ("weight", "tool_calls", "reasoning_content"):
         if getattr(message, field) is not None:
             return Fault(
                 "unexpected_field",
@@ -97,6 +124,36 @@ def _message_fault(message: ChatMessage, given: JsonObject, path: str) -> Fault 
     return None
 
 
+def _call_fault(calls: list[JsonObject], path: str) -> Fault | None:
+    for number, call in enumerate(calls):
+        function = call.get("function")
+        place = f"{path}[{number}].function"
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            return Fault(
+                "invalid_tool_call",
+                "the tool call names no function.",
+                path=place,
+                hint='Write {"type": "function", "function": {"name": …, "arguments": "{}"}}.',
+            )
+        if not isinstance(_arguments(function.get("arguments", "{}")), dict):
+            return Fault(
+                "invalid_tool_arguments",
+                "the arguments are no JSON object.",
+                path=f"{place}.arguments",
+                hint='Write them as a string that holds a JSON object, e.g. "{}".',
+            )
+    return None
+
+
+def _arguments(given: object) -> object:
+    if not isinstance(given, str):
+        return given
+    try:
+        return orjson.loads(given)
+    except orjson.JSONDecodeError:
+        return None
+
+
 def schema_fault(value: dict[str, Any], errors: Sequence[ErrorDetails]) -> Fault:
     """Translate the most telling of pydantic's errors about `value`, a row as parsed JSON."""
     error = min(errors, key=_rank)
@@ -104,9 +161,9 @@ def schema_fault(value: dict[str, Any], errors: Sequence[ErrorDetails]) -> Fault
     path, given = _path(keys), _at(value, keys)
     match error["type"]:
         case "extra_forbidden":
-            return _unknown_field(value, keys)
+            return _unknown_field(keys)
         case "missing":
-            return _missing_field(value, keys)
+            return _missing_field(keys)
         case "too_short":
             return Fault(
                 "no_messages", "there is no message.", path, "Write at least one exchange."
@@ -119,7 +176,8 @@ def schema_fault(value: dict[str, Any], errors: Sequence[ErrorDetails]) -> Fault
         expected = _EXPECTED.get(error["type"], "")
     if not expected:
         return Fault("invalid_value", f"the value is refused: {error['msg']}.", path)
-    return Fault("wrong_type", f"expected {expected}, got {_type_name(given)}.", path)
+    hint = f"Write {expected}."
+    return Fault("wrong_type", f"expected {expected}, got {type_name(given)}.", path, hint)
 
 
 def _rank(error: ErrorDetails) -> tuple[bool, bool, bool]:
@@ -134,35 +192,24 @@ def _rank(error: ErrorDetails) -> tuple[bool, bool, bool]:
     return useless, error["type"] == "missing", error["type"] == "extra_forbidden"
 
 
-def _unknown_field(value: dict[str, Any], keys: list[str | int]) -> Fault:
-    name = str(keys[-1])
-    foreign = _foreign_shape(value)
-    if len(keys) == 1 and foreign:
-        return foreign
-    model = ChatRow if len(keys) == 1 else ChatMessage if len(keys) == 3 else TextPart
-    known = list(model.model_fields)
-    near = difflib.get_close_matches(name[:60], known, n=1)
-    if near:
-        hint = f"Did you mean {near[0]!r}?"
-    elif name in {"functions", "function_call"}:
-        hint = "Functions are given as tools and tool_calls now."
-    else:
-        hint = f"Known are {', '.join(known)}."
-    return Fault("unknown_field", f"unknown field {_quoted(name)}.", _path(keys), hint)
+def _unknown_field(keys: list[str | int]) -> Fault:
+    """Say what a part of a message has beyond its text; other unknown fields never come here."""
+    return Fault(
+        "unknown_field",
+        f"unknown field {quoted(keys[-1])}.",
+        _path(keys),
+        f"Known are {', '.join(TextPart.model_fields)}.",
+    )
 
 
-def _missing_field(value: dict[str, Any], keys: list[str | int]) -> Fault:
+def _missing_field(keys: list[str | int]) -> Fault:
     name = str(keys[-1])
-    foreign = _foreign_shape(value)
-    if len(keys) == 1 and foreign:
-        return foreign
-    hint = f"Name one of {', '.join(ROLES)}." if name == "role" else f"Add {_quoted(name)}."
+    hint = f"Name one of {', '.join(ROLES)}." if name == "role" else f"Add {quoted(name)}."
     return Fault("missing_field", f"the field {name!r} is missing.", _path(keys), hint)
 
 
-def _foreign_shape(value: dict[str, Any]) -> Fault | None:
-    if "messages" in value:
-        return None
+def foreign_shape(value: JsonObject) -> Fault | None:
+    """Return what a row without messages looks like instead, if it looks like anything."""
     for key, shape in _FOREIGN_SHAPES.items():
         if key in value:
             return Fault(
@@ -182,13 +229,13 @@ def _not_allowed(keys: list[str | int], given: object) -> Fault:
             hint = f"Use one of {', '.join(ROLES)}."
             if given.lower() in _FOREIGN_ROLES:
                 hint = f"Did you mean {_FOREIGN_ROLES[given.lower()]!r}? {hint}"
-            return Fault("unknown_role", f"unknown role {_quoted(given)}.", path, hint)
+            return Fault("unknown_role", f"unknown role {quoted(given)}.", path, hint)
         case "weight":
             return Fault("invalid_value", "the weight must be 0 or 1.", path, "Use 0 or 1.")
         case "type":
             hint = "Only text parts can be trained."
-            return Fault("unsupported_content", f"{_quoted(given)} is not text.", path, hint)
-    return Fault("wrong_type", f"expected a string, got {_type_name(given)}.", path)
+            return Fault("unsupported_content", f"{quoted(given)} is not text.", path, hint)
+    return Fault("wrong_type", f"expected a string, got {type_name(given)}.", path)
 
 
 def _keys(location: tuple[str | int, ...]) -> list[str | int]:
@@ -214,12 +261,3 @@ def _at(value: Any, keys: Sequence[str | int]) -> Any:
         else:
             return None
     return value
-
-
-def _type_name(value: object) -> str:
-    return "null" if value is None else _TYPES.get(type(value), "a number")
-
-
-def _quoted(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -1,0 +1,1 @@
+"""One module for each family of formats: from bytes to records, in flat memory."""
