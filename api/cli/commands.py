@@ -36,9 +36,11 @@ app = typer.Typer(
 )
 jobs_app = typer.Typer(help="List, show and cancel fine-tuning jobs.")
 models_app = typer.Typer(help="List base and fine-tuned models, delete fine-tuned ones.")
+data_app = typer.Typer(help="Check data files; no service is needed.", no_args_is_help=True)
 key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
 
 console = Console()
@@ -228,6 +230,18 @@ def chat(
             say(client, body, [*messages, {"role": "user", "content": prompt}], console)
 
 
+@data_app.command("check")
+def check_data(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Data file.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
+    shape: Annotated[str, typer.Option(help="What the rows are; detected if absent.")] = "",
+    columns: Annotated[str, typer.Option(help="OURS=THEIRS,… e.g. messages=conversations.")] = "",
+) -> None:
+    """Find every fault of a data file, as a job would; exit status 1 if there is one."""
+    options = [*(["--json"] if as_json else []), "--shape", shape, "--columns", columns]
+    _become("worker.data", "check", *options, "--", str(file))
+
+
 @contextmanager
 def _database(home: Path | None) -> Iterator[Database]:
     with _reported() as settings:
@@ -301,9 +315,9 @@ def inference() -> None:
     _become("worker.inference")
 
 
-def _become(module: str) -> NoReturn:
+def _become(module: str, *arguments: str) -> NoReturn:
     """Replace this process, so that signals and exit status are the module's own."""
-    os.execv(sys.executable, [sys.executable, "-m", module])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
 
 
 @app.command()

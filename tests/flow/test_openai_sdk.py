@@ -1,5 +1,6 @@
 """The sentence of the product as one test: the newest `openai` SDK, unchanged, over a port."""
 
+import json
 import time
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
 
-from tests.flow.conftest import Up, first_rows, wait_until
+from tests.flow.conftest import HARBOUR_DESK, Up, first_rows, wait_until
 
 BASE = "smollm2-135m-instruct"
 QUESTION: Any = [
@@ -151,6 +152,43 @@ def test_a_deleted_model_is_gone_and_never_answered_by_the_base(
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model=name, messages=QUESTION)
     assert caught.value.code == "model_not_found"
+
+
+def test_every_faulty_line_is_named_before_a_job_runs(up: Up) -> None:
+    client = up.client()
+    rows = HARBOUR_DESK.read_bytes().splitlines()[:6]
+    rows[1] = b"{"
+    rows[3] = b'{"messages": [{"role": "user", "content": "a"}]}'
+    rows[5] = rows[5].replace(b'"assistant"', b'"asistant"')
+    file = client.files.create(file=("three.jsonl", b"\n".join(rows)), purpose="fine-tune")
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=file.id)
+    wait_until(lambda: ended(client, job), 30, "the end of the job")
+    job = client.fine_tuning.jobs.retrieve(job.id)
+    assert job.status == "failed"
+    assert (job.model_extra or {})["attempt"] == 0  # no trainer was ever started for it
+    assert job.error is not None
+    for line in (2, 4, 6):
+        assert f"Line {line}" in job.error.message
+    report = client.get(f"/files/{file.id}/report", cast_to=str)
+    assert [json.loads(line)["line"] for line in report.splitlines()] == [2, 4, 6]
+    cleaned = client.get(f"/files/{file.id}/cleaned", cast_to=str)
+    assert cleaned.encode().splitlines() == rows[::2]
+
+
+def test_the_tokens_of_a_job_are_reused_by_the_next(up: Up, tuned: FineTuningJob) -> None:
+    objects = up.home.path / "objects" / "tokens"
+    before = sorted(objects.iterdir())
+    assert len(before) == 2  # training and validation
+    client = up.client()
+    again = client.fine_tuning.jobs.create(
+        model=BASE,
+        training_file=tuned.training_file,
+        validation_file=tuned.validation_file,
+        hyperparameters={"n_epochs": 1, "batch_size": 32},
+    )
+    wait_until(lambda: ended(client, again), 240, "the end of the job")
+    assert client.fine_tuning.jobs.retrieve(again.id).status == "succeeded"
+    assert sorted(objects.iterdir()) == before
 
 
 def test_a_malformed_line_fails_the_job_with_its_number(up: Up) -> None:

@@ -1,6 +1,6 @@
-"""``python -m worker.data``: check a data file, or preview what a model would learn from it.
+"""``python -m worker.data``: check a data file with the lint of a job; no service is needed.
 
-The same lint and the same renderer as in a job; no service is needed. Exit status 1: errors.
+Exit status 1: errors.
 """
 
 import argparse
@@ -22,17 +22,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tunery data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = commands.add_parser("check", help="find every fault of a file")
-    for each in (check_parser,):
-        each.add_argument("file", type=Path)
-        each.add_argument("--json", action="store_true", help="print JSON")
-        each.add_argument("--shape", default="", help="what the rows are; detected if absent")
-        each.add_argument(
-            "--columns",
-            type=parse_columns,
-            default={},
-            metavar="OURS=THEIRS,…",
-            help="names of columns, e.g. messages=conversations",
-        )
+    check_parser.add_argument("file", type=Path)
+    check_parser.add_argument("--json", action="store_true", help="print all findings as JSON")
+    check_parser.add_argument("--shape", default="", help="what the rows are; detected if absent")
+    check_parser.add_argument(
+        "--columns",
+        type=parse_columns,
+        default={},
+        metavar="OURS=THEIRS,…",
+        help="names of columns, e.g. messages=conversations",
+    )
     given = parser.parse_args(argv)
     if not given.file.is_file():
         parser.error(f"{given.file} is no file")

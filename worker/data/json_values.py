@@ -80,9 +80,7 @@ def _syntax_fault(content: bytes, offset: int, error: orjson.JSONDecodeError) ->
             hint="Write null, a string or a finite number.",
         )
     hint = "Write one complete JSON object a line."
-    if text.strip() in {"[", "{"}:
-        hint = "The file is one pretty-printed JSON document; write one compact object a line."
-    elif text.lstrip().startswith("{'"):
+    if text.lstrip().startswith("{'"):
         hint = "JSON strings take double quotes."
     return Fault("invalid_json", f"not valid JSON at {at}: {error.msg}.", hint=hint)
 

@@ -10,7 +10,7 @@ import pytest
 
 from worker.data.lint import LintOptions, lint
 
-DATA = Path(__file__).parents[2] / "data"
+DATA = Path(__file__).parent / "data"
 EXPECTED = json.loads((DATA / "expected.json").read_text())
 FILES = sorted((DATA / "corpus").iterdir())
 
