@@ -68,6 +68,8 @@ class _Scanner:
             self._move(self._skip)
             self._skip = 0
         yield from self._scan()
+        if self._is_closed and not self.is_done and self._has_row(len(self._buffer)):
+            yield from self._after_the_end()
         if len(self._buffer) - self._start > self._limit and not self.is_done:
             self.is_done = True
             yield too_long(len(self._buffer) - self._start, self._limit).finding(*self._place())
@@ -87,7 +89,7 @@ class _Scanner:
             ).finding(n_lines)
 
     def _scan(self) -> Iterator[Record | RowFinding]:
-        while not self.is_done:
+        while not self._is_closed:
             if self._is_broken and not self._resume():
                 return
             token = _TOKEN.search(self._buffer, self._at)
@@ -103,9 +105,7 @@ class _Scanner:
             yield from self._take(token[0], token.start(), token.end())
 
     def _take(self, token: bytes, start: int, end: int) -> Iterator[Record | RowFinding]:
-        if self._is_closed:
-            yield from self._after_the_end()
-        elif not self._is_open:
+        if not self._is_open:
             self._is_open = True
             self._move(end)
         elif token in _OPENS:
@@ -121,8 +121,6 @@ class _Scanner:
                 yield self._record(start)
             self._is_closed = True
             self._move(end)
-            if self._buffer[end:].strip(_SPACE):
-                yield from self._after_the_end()
         elif not self._stack or self._stack.pop() != _CLOSES[token]:
             self._is_broken = True
             self._stack.clear()
@@ -150,7 +148,10 @@ class _Scanner:
         """Go to the next line that begins with a row; say whether there is one yet."""
         found = _RESUME.search(self._buffer, self._at)
         if found is None:
-            self._move(max(self._at, len(self._buffer) - 1))
+            # What may be the beginning of such a line is kept for the next chunk.
+            last = self._buffer.rfind(b"\n", self._at)
+            is_open = last >= 0 and not self._buffer[last:].strip(_SPACE)
+            self._move(last if is_open else len(self._buffer))
             return False
         self._is_broken = False
         self._move(found.end() - 1)
