@@ -35,25 +35,35 @@ def wide_encoding(head: bytes) -> str:
 
 
 def suspected_encoding(text: bytes) -> str:
-    """Return the likeliest encoding of bytes that are no UTF-8, or an empty string."""
-    for name, codec, wanted in (
-        ("Shift-JIS", "shift_jis", _is_kana),
-        ("EUC-JP", "euc_jp", _is_kana),
-        ("GB18030", "gb18030", _is_han),
-        ("EUC-KR", "euc_kr", _is_hangul),
+    """Return the likeliest encoding of bytes that are no UTF-8, or an empty string.
+
+    Western letters stand alone between ASCII, those of East Asia come in pairs; which of these it
+    is shows in what share of the characters belongs to the script.
+    """
+    if _share_of_single_bytes(text) > 0.7:
+        return "Windows-1252"
+    for name, codec, wanted, share in (
+        ("Shift-JIS", "shift_jis", _is_kana, 1 / 3),
+        ("EUC-JP", "euc_jp", _is_kana, 1 / 3),
+        ("EUC-KR", "euc_kr", _is_hangul, 0.9),
+        ("GB18030", "gb18030", _is_han, 1 / 3),
     ):
         try:
             decoded = text.decode(codec)
         except UnicodeDecodeError:
             continue
         foreign = [char for char in decoded if ord(char) > 127]
-        if foreign and sum(map(wanted, foreign)) >= len(foreign) / 3:
+        if foreign and sum(map(wanted, foreign)) >= share * len(foreign):
             return name
-    try:
-        text.decode("cp1252")
-    except UnicodeDecodeError:
-        return ""
-    return "Windows-1252"
+    return ""
+
+
+def _share_of_single_bytes(text: bytes) -> float:
+    """Return what share of the bytes beyond ASCII has only ASCII beside it."""
+    padded = b" " + text + b" "
+    high = [at for at in range(1, len(padded) - 1) if padded[at] > 127]
+    single = [at for at in high if padded[at - 1] < 128 and padded[at + 1] < 128]
+    return len(single) / len(high) if high else 0.0
 
 
 def _is_kana(char: str) -> bool:
