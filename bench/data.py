@@ -99,7 +99,7 @@ def tokenise(path: Path, scratch: Path) -> None:
     lint_and_normalise(path, scratch)
     directory, _ = materialise(BASE, load_settings().models)
     renderer = ChatRenderer(load_tokenizer(directory))
-    policy = RowPolicy("fail", "truncate", 2048)
+    policy = RowPolicy("skip", "truncate", 2048)  # the base's template refuses tools
     restart_clock()
     with TokenWriter(scratch / "tokens.arrow") as writer:
         build_dataset(read_rows(scratch / "rows.arrow"), renderer, policy, "training_file", writer)
