@@ -1,5 +1,6 @@
 """``/v1/files``."""
 
+from functools import partial
 from typing import Annotated, Literal
 from urllib.parse import quote
 
@@ -12,6 +13,7 @@ from api import actions
 from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
 from api.openai.schemas import PURPOSES
+from models.db import after_commit
 from models.domain.base import JsonObject
 from models.domain.reports import DataOptions, DatasetReport
 from models.errors import InvalidRequestError, NotFoundError
@@ -132,7 +134,9 @@ def lint_anew(
     file_id: str, body: DataOptions, session: WriteSession, services: ServicesDep, caller: CallerDep
 ) -> JsonObject:
     """Read a data set again, with another shape or other columns."""
-    file = files.read_anew(session, caller.project_id, file_id, body)
+    file, keys = files.read_anew(session, caller.project_id, file_id, body)
+    for key in keys:
+        after_commit(session, f"delete {key}", partial(services.store.delete, key))
     services.bell.ring_after_commit(session)
     return translate.file_body(file)
 

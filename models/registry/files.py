@@ -76,7 +76,7 @@ def delete(session: Session, project_id: str, file_id: str) -> list[str]:
             code="file_in_use",
         )
     session.execute(sql_delete(File).where(File.id == file.id))
-    keys = [key for key in (file.findings_key, file.rows_key, file.cleaned_key) if key is not None]
+    keys = _lint_keys(file)
     n_sharing = session.scalar(select(func.count()).where(File.object_key == file.object_key))
     return keys if n_sharing else [file.object_key, *keys]
 
@@ -93,8 +93,10 @@ def _unfinished_user(session: Session, file: File) -> str | None:
     )
 
 
-def read_anew(session: Session, project_id: str, file_id: str, options: DataOptions) -> File:
-    """Have a data set linted again with other options.
+def read_anew(
+    session: Session, project_id: str, file_id: str, options: DataOptions
+) -> tuple[File, list[str]]:
+    """Have a data set linted again with other options; return it and the keys that are free now.
 
     Raises:
         NotFoundError: there is no such file.
@@ -114,6 +116,7 @@ def read_anew(session: Session, project_id: str, file_id: str, options: DataOpti
             param="file_id",
             code="file_in_use",
         )
+    keys = _lint_keys(file)
     session.execute(
         update(File)
         .where(File.id == file.id)
@@ -122,11 +125,20 @@ def read_anew(session: Session, project_id: str, file_id: str, options: DataOpti
             status_details=None,
             options=options.model_dump(mode="json"),
             report=None,
+            findings_key=None,
+            rows_key=None,
+            cleaned_key=None,
+            data_sha256=None,
             lease_until=None,
         )
     )
     session.refresh(file)
-    return file
+    return file, keys
+
+
+def _lint_keys(file: File) -> list[str]:
+    keys = (file.findings_key, file.rows_key, file.cleaned_key)
+    return [key for key in keys if key is not None]
 
 
 def claim_unvalidated(session: Session, lease_seconds: float) -> File | None:

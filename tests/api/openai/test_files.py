@@ -1,6 +1,7 @@
 """``/v1/files``: what goes in comes out, and what is refused leaves nothing behind."""
 
 import hashlib
+import json
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from fastapi.testclient import TestClient
 from models.db import Database
 from models.domain.status import JobStatus
 from models.registry import jobs, tenancy
+from models.settings import Settings, WorkerSettings
+from models.storage import open_store
 from models.tables import Project
 from tests.api.calls import ROW, expect, new_job, upload
 from tests.api.conftest import LIMIT
+from worker.lint_files import FileLinter
 
 
 def stored(tmp_path: Path) -> list[Path]:
@@ -209,3 +213,100 @@ def test_a_file_whose_bytes_are_gone_says_so(client: TestClient, tmp_path: Path)
         path.unlink()
     response = client.get(f"/v1/files/{file_id}/content")
     assert "object store" in expect(response, 404, "file_id", "file_not_found")
+
+
+@pytest.fixture
+def lint(database: Database, settings: Settings, tmp_path: Path) -> Any:
+    """Lint all uploads, as a worker does."""
+
+    def run() -> None:
+        worker = WorkerSettings(scratch_dir=tmp_path / "scratch")
+        linter = FileLinter(database, open_store(settings.storage), worker)
+        while linter.lint_next():
+            pass
+
+    return run
+
+
+def objects(tmp_path: Path, folder: str = "files") -> list[Path]:
+    return [path for path in (tmp_path / "objects" / folder).rglob("*") if path.is_file()]
+
+
+def send(client: TestClient, data: bytes, **fields: str) -> Any:
+    form = {"purpose": "fine-tune"} | fields
+    return client.post("/v1/files", files={"file": ("rows.jsonl", data)}, data=form)
+
+
+def test_the_same_content_is_one_object_until_its_last_file_goes(
+    client: TestClient, tmp_path: Path
+) -> None:
+    first, second = (send(client, ROW + b"\n").json()["id"] for _ in range(2))
+    other = send(client, ROW + b"\n\n").json()["id"]
+    assert first != second
+    assert len(objects(tmp_path)) == 2
+    client.delete(f"/v1/files/{first}")
+    assert client.get(f"/v1/files/{second}/content").content == ROW + b"\n"
+    assert len(objects(tmp_path)) == 2
+    client.delete(f"/v1/files/{second}")
+    assert [path.name for path in objects(tmp_path)] == [other]
+
+
+def test_findings_and_the_cleaned_copy_can_be_downloaded(
+    client: TestClient, lint: Any, tmp_path: Path
+) -> None:
+    file_id = send(client, ROW + b"{\n" + ROW + b"[]").json()["id"]
+    for kind in ("report", "cleaned"):
+        expect(
+            client.get(f"/v1/files/{file_id}/{kind}"), 400, param="file_id", code="file_not_linted"
+        )
+    lint()
+    found = client.get(f"/v1/files/{file_id}/report")
+    assert [json.loads(line)["code"] for line in found.text.splitlines()] == [
+        "invalid_json",
+        "not_an_object",
+        "duplicate_row",
+    ]
+    assert "rows.jsonl.findings.jsonl" in found.headers["content-disposition"]
+    cleaned = client.get(f"/v1/files/{file_id}/cleaned")
+    assert cleaned.content == ROW + ROW
+    assert len(objects(tmp_path, "datasets")) == 3
+    client.delete(f"/v1/files/{file_id}")
+    assert objects(tmp_path, "datasets") == []
+
+
+def test_a_clean_file_is_its_own_cleaned_copy(client: TestClient, lint: Any) -> None:
+    file_id = send(client, ROW).json()["id"]
+    lint()
+    assert client.get(f"/v1/files/{file_id}/report").content == b""
+    assert client.get(f"/v1/files/{file_id}/cleaned").content == ROW
+
+
+def test_a_file_without_a_usable_row_has_no_cleaned_copy(client: TestClient, lint: Any) -> None:
+    file_id = send(client, b"{").json()["id"]
+    lint()
+    expect(client.get(f"/v1/files/{file_id}/cleaned"), 400, param="file_id", code="no_usable_row")
+
+
+def test_how_rows_are_read_can_be_said_before_and_after(
+    client: TestClient, lint: Any, tmp_path: Path
+) -> None:
+    data = json.dumps({"dialogue": json.loads(ROW)["messages"]}).encode()
+    file_id = send(client, data).json()["id"]
+    lint()
+    assert client.get(f"/v1/files/{file_id}").json()["status"] == "error"
+    body = {"columns": {"messages": "dialogue"}}
+    again = client.post(f"/v1/files/{file_id}/lint", json=body)
+    assert again.json()["status"] == "uploaded"
+    assert objects(tmp_path, "datasets") == []
+    lint()
+    assert client.get(f"/v1/files/{file_id}").json()["report"]["shape"] == "openai_chat"
+    said = send(client, data, columns='{"messages": "dialogue"}').json()["id"]
+    lint()
+    assert client.get(f"/v1/files/{said}").json()["status"] == "processed"
+
+
+@pytest.mark.parametrize("columns", ["{", "[1]", '{"messages": 3}'])
+def test_columns_in_a_wrong_form_are_refused(client: TestClient, columns: str) -> None:
+    response = send(client, ROW, columns=columns)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("columns")
