@@ -45,6 +45,7 @@ TESTED_ELSEWHERE = {
     "worker/data/shapes/labelled.py": "tests/test_corpus.py: a file for each dialect and fault",
     "worker/data/shapes/preference.py": "tests/test_corpus.py: a file for each dialect and fault",
     "worker/data/shapes/texts.py": "tests/test_corpus.py: a file for each dialect and fault",
+    "worker/data/preview_command.py": "tests/worker/data/test_preview.py",
     "worker/row_error.py": "tests/worker/test_chat.py",
     "worker/data/records.py": "tests/worker/data/test_lint.py: every finding",
     "worker/training/methods/base.py": "tests/worker/training/methods",

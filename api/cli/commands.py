@@ -242,6 +242,19 @@ def check_data(
     _become("worker.data", "check", *options, "--", str(file))
 
 
+@data_app.command("preview")
+def preview_data(
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Data file.")],
+    model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
+    rows: Annotated[int, typer.Option(min=0, max=1000, help="How many rows to show.")] = 3,
+    max_length: Annotated[int, typer.Option(min=1, help="Most tokens of a row.")] = 2048,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show rows as a base model will see them: text, tokens, what is trained, statistics."""
+    options = [*(["--json"] if as_json else []), "--model", model, "--rows", str(rows)]
+    _become("worker.data", "preview", *options, "--max-length", str(max_length), "--", str(file))
+
+
 @contextmanager
 def _database(home: Path | None) -> Iterator[Database]:
     with _reported() as settings:

@@ -1,6 +1,6 @@
-"""``python -m worker.data``: check a data file with the lint of a job; no service is needed.
+"""``python -m worker.data``: check a data file, or preview what a model would learn from it.
 
-Exit status 1: errors.
+The same lint and the same renderer as in a job; no service is needed. Exit status 1: errors.
 """
 
 import argparse
@@ -22,19 +22,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tunery data", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check_parser = commands.add_parser("check", help="find every fault of a file")
-    check_parser.add_argument("file", type=Path)
-    check_parser.add_argument("--json", action="store_true", help="print all findings as JSON")
-    check_parser.add_argument("--shape", default="", help="what the rows are; detected if absent")
-    check_parser.add_argument(
-        "--columns",
-        type=parse_columns,
-        default={},
-        metavar="OURS=THEIRS,…",
-        help="names of columns, e.g. messages=conversations",
-    )
+    preview_parser = commands.add_parser("preview", help="show rows as a base model sees them")
+    preview_parser.add_argument("--model", required=True, help="base model")
+    preview_parser.add_argument("--rows", type=int, default=3, help="how many rows to show")
+    preview_parser.add_argument("--max-length", type=int, default=2048, help="tokens of a row")
+    for each in (check_parser, preview_parser):
+        each.add_argument("file", type=Path)
+        each.add_argument("--json", action="store_true", help="print JSON")
+        each.add_argument("--shape", default="", help="what the rows are; detected if absent")
+        each.add_argument(
+            "--columns",
+            type=parse_columns,
+            default={},
+            metavar="OURS=THEIRS,…",
+            help="names of columns, e.g. messages=conversations",
+        )
     given = parser.parse_args(argv)
     if not given.file.is_file():
         parser.error(f"{given.file} is no file")
+    if given.command == "preview":
+        from worker.data.preview_command import preview
+
+        options = options_of(given)
+        shown = (given.model, given.rows, given.max_length)
+        return preview(given.file, options, *shown, as_json=given.json)
     return check(given.file, options_of(given), as_json=given.json)
 
 
