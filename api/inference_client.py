@@ -6,11 +6,13 @@ import httpx
 import orjson
 from pydantic import ValidationError
 
+from models.domain.base import JsonObject
 from models.domain.generation import (
     Failed,
     Finished,
     GenerateEvent,
     GenerateRequest,
+    PreviewRequest,
     generate_event,
 )
 from models.errors import TuneryError, UnavailableError, error_from_dict
@@ -59,6 +61,24 @@ class InferenceClient:
         except (httpx.HTTPError, ValidationError) as error:
             raise _lost(type(error).__name__) from error
         raise _lost("the stream ended early")
+
+    async def preview(self, url: str, request: PreviewRequest) -> JsonObject:
+        """Return rows as the server's base model sees them.
+
+        Raises:
+            TuneryError: what the server answered.
+            UnavailableError: it cannot be reached, or answers in no known form.
+        """
+        try:
+            response = await self._client.post(
+                f"{url}/preview", json=request.model_dump(mode="json")
+            )
+        except httpx.HTTPError as error:
+            raise _lost(type(error).__name__) from error
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content)
+        body: JsonObject = response.json()
+        return body
 
     async def aclose(self) -> None:
         await self._client.aclose()

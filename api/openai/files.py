@@ -8,17 +8,20 @@ import orjson
 from fastapi import APIRouter, Depends, Form, Query, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
+from starlette.concurrency import run_in_threadpool
 
 from api import actions
-from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
+from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
 from api.openai.schemas import PURPOSES
+from api.services import Services
 from models.db import after_commit
 from models.domain.base import JsonObject
+from models.domain.generation import PreviewRequest
 from models.domain.reports import DataOptions, DatasetReport
 from models.errors import InvalidRequestError, NotFoundError
 from models.explain import explain
-from models.registry import files
+from models.registry import base_models, files, inference_servers
 from models.registry.page import Cursor
 from models.storage import CHUNK, ObjectNotFoundError
 from models.tables import File
@@ -127,6 +130,39 @@ def retrieve_cleaned(
     if file.cleaned_key is None:
         return _download(services, file, file.object_key, file.filename)
     return _download(services, file, file.cleaned_key, f"{file.filename}.cleaned.jsonl")
+
+
+@router.get("/{file_id}/preview")
+async def preview_rows(
+    file_id: str,
+    services: ServicesDep,
+    caller: CallerDep,
+    model: str,
+    rows: Annotated[int, Query(ge=0, le=100)] = 5,
+    max_length: Annotated[int, Query(ge=1, le=131072)] = 2048,
+) -> JsonObject:
+    """The first rows as a base model sees them: text, tokens, what is trained; and statistics.
+
+    The base model's own inference server renders them, with the code that trains.
+    """
+    rows_key, url = await run_in_threadpool(_preview_source, services, caller, file_id, model)
+    request = PreviewRequest(rows_key=rows_key, n_rows=rows, max_length=max_length)
+    shown = await services.inference.preview(url, request)
+    return {"object": "file.preview", "file_id": file_id, "model": model} | shown
+
+
+def _preview_source(
+    services: Services, caller: Caller, file_id: str, model: str
+) -> tuple[str, str]:
+    """Return where the usable rows are, and the server that can show them."""
+    with services.database.read() as session:
+        file = _linted(session, caller, file_id)
+        if file.rows_key is None:
+            raise InvalidRequestError(
+                f"File {file_id} has no usable row.", param="file_id", code="no_usable_row"
+            )
+        base_models.get(session, model)
+        return file.rows_key, inference_servers.for_base(session, model).url
 
 
 @router.post("/{file_id}/lint")

@@ -20,6 +20,19 @@ class AdapterRef(Frozen):
     base_fingerprint: str
 
 
+class PreviewRequest(Frozen):
+    """Rows of a data set to be shown as a base model sees them.
+
+    `rows_key` is where the lint has put the usable rows; the first `n_rows` are shown, the tokens
+    of the first `n_counted` are counted, as if `max_length` were the job's limit.
+    """
+
+    rows_key: Text
+    n_rows: Annotated[int, Field(ge=0, le=100)] = 5
+    n_counted: Annotated[int, Field(ge=0, le=10_000)] = 1000
+    max_length: Annotated[int, Field(ge=1)] = 2048
+
+
 class SamplingParams(Frozen):
     """How tokens are drawn; `temperature` 0 is greedy. `seed` makes the draw repeatable."""
 

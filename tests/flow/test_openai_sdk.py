@@ -175,6 +175,22 @@ def test_every_faulty_line_is_named_before_a_job_runs(up: Up) -> None:
     assert cleaned.encode().splitlines() == rows[::2]
 
 
+def test_a_data_set_is_shown_as_the_base_will_see_it(up: Up, tuned: FineTuningJob) -> None:
+    query = f"?model={BASE}&rows=2&max_length=40"
+    path = f"/files/{tuned.training_file}/preview{query}"
+    shown: Any = up.client().get(path, cast_to=dict[str, object])
+    assert [row["line"] for row in shown["rows"]] == [1, 2]
+    first = shown["rows"][0]
+    assert first["truncated"]
+    assert len(first["input_ids"]) == 40
+    whole: Any = up.client().get(path.replace("=40", "=400"), cast_to=dict[str, object])
+    trained = [span["text"] for span in whole["rows"][0]["spans"] if span["trained"]]
+    assert [text[:15] for text in trained] == ["[TICKET] topic:"]
+    assert trained[0].endswith("<|im_end|>")
+    assert whole["statistics"]["n_rows"] == 32
+    assert whole["statistics"]["n_trained"] > 32
+
+
 def test_the_tokens_of_a_job_are_reused_by_the_next(up: Up, tuned: FineTuningJob) -> None:
     objects = up.home.path / "objects" / "tokens"
     before = sorted(objects.iterdir())

@@ -27,6 +27,7 @@ from worker.base_models import (
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import InterleavedEngine
+from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.server import create_app
 from worker.inference.service import InferenceService
@@ -94,7 +95,9 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         engine, AdapterStore(store, mine.adapter_cache_dir, info), renderer.template_sha256
     )
     description = {"precision": mine.precision, "device": device}
-    return InferenceService(engine, renderer, residency, info, description), info
+    service = InferenceService(engine, renderer, residency, info, description)
+    service.previewer = Previewer(store, directory, info)
+    return service, info
 
 
 def stop_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""The inference server's HTTP face: ``POST /generate``, ``POST /warm``, ``GET /health``.
+"""The inference server's HTTP face: ``POST /generate``, ``/warm``, ``/preview``, ``GET /health``.
 
 ``/generate`` answers with one `GenerateEvent` a line. Until the first token there is a status to
 set, so an error has its own; afterwards it is a ``failed`` event, and a stream never just ends.
@@ -18,7 +18,15 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from models.domain.generation import AdapterRef, Chunk, Failed, Finished, GenerateRequest, Started
+from models.domain.generation import (
+    AdapterRef,
+    Chunk,
+    Failed,
+    Finished,
+    GenerateRequest,
+    PreviewRequest,
+    Started,
+)
 from models.errors import AuthenticationError, InvalidRequestError, TuneryError
 from worker.inference.service import InferenceService
 
@@ -43,6 +51,10 @@ def create_app(service: InferenceService, token: str) -> Starlette:
         await service.warm(adapter)
         return JSONResponse({"digest": adapter.digest, "resident": True})
 
+    async def preview(request: Request) -> Response:
+        wanted = _parsed(PreviewRequest, await request.body())
+        return JSONResponse(await service.preview(wanted))
+
     async def health(request: Request) -> Response:
         state = service.health()
         return JSONResponse(state, status_code=200 if state["status"] == "ok" else 503)
@@ -51,6 +63,7 @@ def create_app(service: InferenceService, token: str) -> Starlette:
         routes=[
             Route("/generate", GenerateEndpoint(service), methods=["POST"]),
             Route("/warm", warm, methods=["POST"]),
+            Route("/preview", preview, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
         ],
         middleware=[Middleware(BearerAuth, token=token)],

@@ -5,7 +5,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
 from models.domain.base import JsonObject
-from models.domain.generation import AdapterRef, GenerateRequest, SamplingParams
+from models.domain.generation import (
+    AdapterRef,
+    GenerateRequest,
+    PreviewRequest,
+    SamplingParams,
+)
 from models.errors import CapacityError, ConflictError, InvalidRequestError
 from worker.base_models import BaseModelInfo
 from worker.chat import ChatRenderer
@@ -13,6 +18,7 @@ from worker.inference.answer import Answer, shutting_down
 from worker.inference.engine.engine import Engine, Request
 from worker.inference.engine.errors import EngineClosedError, EngineFullError
 from worker.inference.engine.params import Sampling
+from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 
 
@@ -37,6 +43,7 @@ class InferenceService:
     ) -> None:
         self.engine = engine
         self.draining = False
+        self.previewer: Previewer | None = None
         self._renderer = renderer
         self._rendering = asyncio.Lock()  # a tokenizer serves one thread at a time
         self._residency = residency
@@ -116,6 +123,12 @@ class InferenceService:
         if self.draining:
             raise shutting_down()
         (await self._residency.acquire(adapter)).release()
+
+    async def preview(self, request: PreviewRequest) -> JsonObject:
+        """Show rows of a data set; raises what ``Previewer.preview`` does."""
+        if self.draining or self.previewer is None:
+            raise shutting_down()
+        return await asyncio.to_thread(self.previewer.preview, request)
 
     def health(self) -> JsonObject:
         stats = self.engine.stats()
