@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from worker.data.lines import MAX_LINE_BYTES
 from worker.data.records import Fault
 
 CHUNK = 1 << 20
 HEAD = 1 << 16
+MAX_ROW_BYTES = 8 << 20
 _MAGIC = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _REFUSED: tuple[tuple[int, bytes, str], ...] = (
     (0, b"PK\x03\x04", "a ZIP archive (or an Office document)"),
@@ -44,7 +44,7 @@ class Limits:
     max_ratio: int = 100
     free_bytes: int = 64 << 20
     max_rows: int = 50_000_000
-    max_row_bytes: int = MAX_LINE_BYTES
+    max_row_bytes: int = MAX_ROW_BYTES
 
 
 DEFAULT_LIMITS = Limits()
