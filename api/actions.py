@@ -20,7 +20,8 @@ from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, PayloadTooLargeError
 from models.registry import adapters, base_models, files, jobs
-from models.storage import ObjectStore, adapter_prefix, upload_key
+from models.registry.files import Freed
+from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
 
 log = structlog.get_logger(__name__)
@@ -158,8 +159,15 @@ def display_name(filename: str) -> str:
 
 
 def delete_file(session: Session, services: Services, caller: Caller, file_id: str) -> None:
-    for key in files.delete(session, caller.project_id, file_id):
+    discard(session, services, files.delete(session, caller.project_id, file_id))
+
+
+def discard(session: Session, services: Services, freed: Freed) -> None:
+    """Delete what no row refers to any more, once the transaction is committed."""
+    for key in freed.keys:
         after_commit(session, f"delete {key}", partial(services.store.delete, key))
+    for prefix in freed.prefixes:
+        after_commit(session, f"delete {prefix}", partial(delete_tree, services.store, prefix))
 
 
 def submit_job(
@@ -203,10 +211,5 @@ def delete_model(session: Session, services: Services, caller: Caller, name: str
         after_commit(
             session,
             f"delete {orphan}",
-            lambda: _delete_tree(services.store, adapter_prefix(orphan)),
+            partial(delete_tree, services.store, adapter_prefix(orphan)),
         )
-
-
-def _delete_tree(store: ObjectStore, prefix: str) -> None:
-    for info in store.list(prefix):
-        store.delete(info.key)

@@ -313,6 +313,12 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def delete_tree(store: ObjectStore, prefix: str) -> None:
+    """Remove every object below ``prefix + "/"``."""
+    for info in store.list(prefix):
+        store.delete(info.key)
+
+
 def put_file(store: ObjectStore, key: str, path: Path) -> None:
     """Store a local file under `key`."""
     with path.open("rb") as file:
@@ -344,9 +350,14 @@ def dataset_prefix(file_id: str) -> str:
     return f"datasets/{file_id}"
 
 
-def token_key(digest: str) -> str:
+def token_prefix(data_sha256: str) -> str:
+    """Return the folder of the tokenised rows of one content."""
+    return f"tokens/{data_sha256}"
+
+
+def token_key(data_sha256: str, digest: str) -> str:
     """Return where tokenised rows are kept; `digest` is ``worker.data.tokens.TokenKey``'s."""
-    return f"tokens/{digest}.arrow"
+    return f"{token_prefix(data_sha256)}/{digest}.arrow"
 
 
 def adapter_prefix(digest: str) -> str:

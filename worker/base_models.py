@@ -26,6 +26,7 @@ from models.domain.base import Frozen
 from models.errors import InvalidRequestError, UnavailableError, UnprocessableError
 from models.settings import ModelSettings
 from models.storage import ObjectStore, fetch_file, fsync_directory, sha256_file
+from worker.chat_template import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
     import torch
@@ -228,11 +229,22 @@ def _identify(name: str, source: str, directory: Path) -> BaseModelInfo:
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """Load a base model's tokenizer; one without a chat template is given the default one.
+
+    Raises:
+        UnavailableError: there is only a slow tokenizer, which cannot say where its tokens are.
+    """
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         directory, trust_remote_code=False
     )
+    if not tokenizer.is_fast:
+        raise UnavailableError(
+            f"{directory} has no fast tokenizer: convert it to a tokenizer.json.", param="model"
+        )
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = DEFAULT_TEMPLATE
     return tokenizer
 
 

@@ -5,18 +5,18 @@ is given when it serves. Three properties hold for every result:
 
 - *Equal*: for ordinary text the ids are those of ``tokenizer.apply_chat_template``.
 - *Proved*: the mask comes from no marker string. The prompt of an assistant turn, as it would be
-  served, must be an exact prefix of the whole row's ids, or the row is refused.
+  served, must be an exact prefix of the whole row, in characters and in ids. Where it is not, the
+  template must mark the model's words itself (``{% generation %}``), or the row is refused.
 - *Inert content*: a special token typed into a message (``<|im_end|>``) stays text.
 """
 
 import hashlib
 import json
 import secrets
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
-
-from jinja2 import TemplateError
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from models.domain.base import JsonObject
 from models.domain.rows import (
@@ -28,33 +28,16 @@ from models.domain.rows import (
     template_messages,
 )
 from models.errors import InvalidRequestError
+from worker.chat_template import DEFAULT_TEMPLATE, ChatTemplate, row_errors
+from worker.masker import Masker, PreparedText, Rendered, Turn
 from worker.row_error import RowError, parsed_calls
-from worker.token_guard import TokenGuard
+from worker.token_guard import Encoded, TokenGuard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_TEMPLATE_FAILURES = (
-    TemplateError,  # raise_exception(…), undefined names, and what the sandbox forbids
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    TypeError,
-    ValueError,
-)
-"""What a template, being a program, can raise on a conversation that it was not written for."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """One row as token ids; ``trained[i]`` says that ``input_ids[i]`` is a target of the loss."""
-
-    input_ids: list[int]
-    trained: list[bool]
-
-    @property
-    def n_trained(self) -> int:
-        return sum(self.trained)
+NOT_PREFIX_SAFE = "template_not_prefix_safe"
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +53,35 @@ class ChatRenderer:
     """Renders conversations with the chat template of one tokenizer.
 
     Args:
-        tokenizer: A tokenizer whose chat template is the base model's own. A tokenizer without
-            one is refused at the first use (code ``no_chat_template``).
+        tokenizer: One with a chat template (``worker.base_models.load_tokenizer`` sees to it).
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
+        if not tokenizer.chat_template:
+            raise ValueError("The tokenizer has no chat template.")
         self._tokenizer = tokenizer
         self._guard = TokenGuard(tokenizer, secret=str(secrets.randbelow(9 * 10**31) + 10**31))
+        self._templates: dict[str, ChatTemplate] = {}
+        self._masker = Masker(self._guard)
+
+    @property
+    def template_source(self) -> str:
+        """The template's text; JSON where a base model has several by name."""
+        template = self._tokenizer.chat_template
+        return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
 
     @cached_property
     def template_sha256(self) -> str:
-        """The identity of the template: sha256, in hex, of its source text."""
-        template = self._tokenizer.chat_template or ""
-        source = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-        return hashlib.sha256(source.encode()).hexdigest()
+        """The identity of the template: sha256, in hex, of its source."""
+        return hashlib.sha256(self.template_source.encode()).hexdigest()
+
+    @property
+    def uses_default_template(self) -> bool:
+        """Whether the base model brought no template, so that ours stands in."""
+        return bool(self._tokenizer.chat_template == DEFAULT_TEMPLATE)
 
     @cached_property
     def stop_ids(self) -> frozenset[int]:
@@ -96,12 +94,13 @@ class ChatRenderer:
             {"role": "assistant", "content": "b"},
         ]
         probe = _Conversation(turns, None, guarded=False)
-        prompt = self._ids(probe, 1, add_generation_prompt=True)
-        whole = self._ids(probe, 2)
-        if whole[: len(prompt)] == prompt:
-            last = self._guard.last_special(whole, len(prompt))
-            if last is not None:
-                ids.add(whole[last])
+        prompt = self._text(probe, 1, add_generation_prompt=True)
+        whole = self._text(probe, 2)
+        if whole.startswith(prompt):
+            encoding = self._masker.encode(whole, guarded=False)
+            last = self._guard.last_special(encoding, 0, len(encoding.ids))
+            if last is not None and encoding.offsets[last][0] >= len(prompt):
+                ids.add(encoding.ids[last])
         return frozenset(ids)
 
     def prompt_ids(
@@ -115,7 +114,8 @@ class ChatRenderer:
         """
         try:
             conversation = self._conversation(messages, tools)
-            return self._ids(conversation, len(messages), add_generation_prompt=True)
+            text = self._text(conversation, len(messages), add_generation_prompt=True)
+            return self._masker.encode(text, guarded=conversation.guarded).ids
         except RowError as error:
             where = f"{error.path}: " if error.path else ""
             raise InvalidRequestError(
@@ -136,17 +136,42 @@ class ChatRenderer:
             RowError: the row cannot be rendered, its mask cannot be proved, or its form is none
                 of these.
         """
+        [rendered] = self.render_all([row])
+        if isinstance(rendered, RowError):
+            raise rendered
+        return rendered
+
+    def render_all(self, rows: Sequence[Row]) -> list[Rendered | RowError]:
+        """Return for each row what `render` returns or raises; on all cores, so rather faster."""
+        texts = [_or_error(self._prepare, row) for row in rows]
+        encodings: dict[int, Encoded] = {}
+        for guarded in (False, True):
+            chosen = {
+                index: text.text
+                for index, text in enumerate(texts)
+                if not isinstance(text, RowError) and text.guarded is guarded
+            }
+            encoded = self._guard.encode(list(chosen.values()), guarded=guarded) if chosen else []
+            encodings.update(zip(chosen, encoded, strict=True))
+        return [
+            text
+            if isinstance(text, RowError)
+            else _or_error(self._masker.mask, text, encodings[index], self.stop_ids)
+            for index, text in enumerate(texts)
+        ]
+
+    def _prepare(self, row: Row) -> PreparedText:
         match row:
             case ChatRow():
-                return self._render_chat(row)
+                return self._prepare_chat(row)
             case CompletionRow():
-                return self._render_text(row.prompt, row.completion)
+                return self._prepare_text(row.prompt, row.completion)
             case TextRow():
-                return self._render_text("", row.text)
+                return self._prepare_text("", row.text)
         raise RowError("unsupported_form", f"a {row.form} row has no text to continue.")
 
-    def _render_text(self, prompt: str, learned: str) -> Rendered:
-        """Render text without a template: what is given first, and what is learned after it."""
+    def _prepare_text(self, prompt: str, learned: str) -> PreparedText:
+        """Prepare text without a template: what is given first, and what is learned after it."""
         end = self._tokenizer.eos_token_id
         if end is None:
             raise RowError(
@@ -155,45 +180,38 @@ class ChatRenderer:
                 hint="Use a base model that has one.",
             )
         start = [each for each in self._tokenizer("")["input_ids"] if each != end]
-        given = [*start, *self._plain_ids(prompt)]
-        whole = [*start, *self._plain_ids(prompt + learned), int(end)]
-        if whole[: len(given)] != given:
-            raise RowError(
-                "answer_merges_with_prompt",
-                "the completion's first characters merge with the end of the prompt into one "
-                "token.",
-                path="completion",
-                hint="Move the white space at the prompt's end to the start of the completion.",
-            )
-        return Rendered(whole, [index >= len(given) for index in range(len(whole))])
+        whole = prompt + learned
+        guarded = self._guard.found_in(whole)
+        if guarded:
+            prompt, whole = (self._guard.swap(self._guard.mask(each)) for each in (prompt, whole))
+        turn = Turn(len(prompt), len(whole), "completion")
+        return PreparedText(whole, guarded, [turn], before=start, after=[int(end)])
 
-    def _plain_ids(self, text: str) -> list[int]:
-        if self._guard.found_in(text):
-            return self._guard.encode(str(self._guard.mask(text)))
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
-
-    def _render_chat(self, row: ChatRow) -> Rendered:
+    def _prepare_chat(self, row: ChatRow) -> PreparedText:
         conversation = self._conversation(row.messages, row.tools)
-        whole = self._ids(conversation, len(row.messages))
-        trained = [False] * len(whole)
+        learned = []
         for index, message in enumerate(row.messages):
             if message.role == "assistant" and message.weight != 0:
                 _require_content(message, index)
-                start, end = self._span(conversation, whole, index)
-                trained[start:end] = [True] * (end - start)
-        rendered = Rendered(whole, trained)
-        if not rendered.n_trained:
+                learned.append(index)
+        if not learned:
             raise RowError(
                 "nothing_to_learn",
                 "no assistant message of this row is trained.",
                 path="messages",
                 hint='Add an assistant message, or remove "weight": 0 from one.',
             )
-        return rendered
+        whole = self._text(conversation, len(row.messages))
+        try:
+            turns = [self._turn(conversation, whole, index) for index in learned]
+        except RowError as error:
+            if error.code != NOT_PREFIX_SAFE or not self._template(conversation).marks_answers:
+                raise
+            turns = self._marked_turns(conversation, learned)
+        return PreparedText(whole, conversation.guarded, turns)
 
-    def _span(self, conversation: _Conversation, whole: list[int], index: int) -> tuple[int, int]:
-        """Return the half-open range of the ids of assistant turn `index` that are trained."""
+    def _turn(self, conversation: _Conversation, whole: str, index: int) -> Turn:
+        """Return where assistant turn `index` is, proved to follow the prompt as it is served."""
         path = f"messages[{index}]"
         if index == 0:
             raise RowError(
@@ -202,49 +220,51 @@ class ChatRenderer:
                 path=path,
                 hint='Put a user message before it, or give it "weight": 0.',
             )
-        prompt = self._ids(conversation, index, add_generation_prompt=True)
-        turn = self._ids(conversation, index + 1)
-        if turn[: len(prompt)] != prompt or whole[: len(prompt)] != prompt:
-            raise self._no_prefix(conversation, index)
-        if whole[: len(turn)] != turn:
+        prompt = self._text(conversation, index, add_generation_prompt=True)
+        is_last = index + 1 == len(conversation.turns)
+        turn = whole if is_last else self._text(conversation, index + 1)
+        if not whole.startswith(prompt) or not turn.startswith(prompt):
             raise RowError(
-                "template_not_prefix_safe",
+                NOT_PREFIX_SAFE,
+                "the chat template renders the messages before this turn differently when they "
+                "are served, so training on it would not match serving.",
+                path=path,
+                hint='Give the turn "weight": 0, or use one row for each answer.',
+            )
+        if not whole.startswith(turn):
+            raise RowError(
+                NOT_PREFIX_SAFE,
                 "the chat template renders this turn differently once more messages follow, so "
                 "training on it would not match serving.",
                 path=path,
                 hint='Give it "weight": 0, or end the row here (one row for each answer).',
             )
-        last = self._guard.last_special(turn, len(prompt))
-        if (
-            last is None
-            or turn[last] not in self.stop_ids
-            or str(self._tokenizer.decode(turn[last + 1 :])).strip()
-        ):
-            raise RowError(
-                "no_end_of_turn",
-                "the chat template does not close this turn with an end-of-turn token, so the "
-                "model would never learn to stop.",
-                path=path,
-                hint="Use a base model whose chat template ends assistant turns.",
-            )
-        return len(prompt), last + 1
+        return Turn(len(prompt), len(turn), path)
 
-    def _no_prefix(self, conversation: _Conversation, index: int) -> RowError:
-        prompt = self._text(conversation, index, add_generation_prompt=True)
-        if self._text(conversation, len(conversation.turns)).startswith(prompt):
-            return RowError(
-                "answer_merges_with_prompt",
-                "the answer's first characters merge with the end of the prompt into one token.",
-                path=f"messages[{index}].content",
-                hint="Remove white space at its start; if there is none, the template is at fault.",
+    def _marked_turns(self, conversation: _Conversation, learned: list[int]) -> list[Turn]:
+        """Return where the template itself says that the learned turns are."""
+        text, spans = self._generations(conversation)
+        speakers = [
+            index for index, turn in enumerate(conversation.turns) if turn["role"] == "assistant"
+        ]
+        if len(spans) != len(speakers):
+            raise RowError(
+                NOT_PREFIX_SAFE,
+                f"the chat template marks {len(spans)} generations for {len(speakers)} assistant "
+                "messages.",
+                path="messages",
+                hint="Use one row for each answer.",
             )
-        return RowError(
-            "template_not_prefix_safe",
-            "the chat template renders the messages before this turn differently when they are "
-            "served, so training on it would not match serving.",
-            path=f"messages[{index}]",
-            hint='Give the turn "weight": 0, or use one row for each answer.',
-        )
+        if conversation.guarded:
+            spans = [
+                (len(self._guard.swap(text[:start])), len(self._guard.swap(text[:end])))
+                for start, end in spans
+            ]
+        return [
+            Turn(start, end, f"messages[{index}]")
+            for index, (start, end) in zip(speakers, spans, strict=True)
+            if index in learned
+        ]
 
     def _conversation(
         self, messages: list[ChatMessage], tools: list[JsonObject] | None
@@ -309,48 +329,34 @@ class ChatRenderer:
         except RowError:
             return False  # the template asks for what was left out, so it knows it
 
-    def _ids(
-        self,
-        conversation: _Conversation,
-        n_turns: int,
-        *,
-        add_generation_prompt: bool = False,
-    ) -> list[int]:
-        text = self._text(conversation, n_turns, add_generation_prompt=add_generation_prompt)
-        if conversation.guarded:
-            return self._guard.encode(text)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+    def _template(self, conversation: _Conversation) -> ChatTemplate:
+        source = self._tokenizer.get_chat_template(tools=conversation.tools)
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(source, self._tokenizer.special_tokens_map)
+        return self._templates[source]
 
     def _text(
-        self,
-        conversation: _Conversation,
-        n_turns: int,
-        *,
-        add_generation_prompt: bool = False,
+        self, conversation: _Conversation, n_turns: int, *, add_generation_prompt: bool = False
     ) -> str:
-        if not self._tokenizer.chat_template:
-            raise RowError(
-                "no_chat_template",
-                "the base model has no chat template.",
-                hint="Use an instruction-tuned base model.",
-            )
-        try:
-            text = self._tokenizer.apply_chat_template(
+        """Return the first `n_turns` as text, ready to encode."""
+        with row_errors():
+            text = self._template(conversation).render(
                 conversation.turns[:n_turns],
-                tools=list(conversation.tools) if conversation.tools else None,
+                conversation.tools,
                 add_generation_prompt=add_generation_prompt,
-                tokenize=False,
             )
-        except _TEMPLATE_FAILURES as error:
-            reason = str(error)[:200] or type(error).__name__
-            raise RowError(
-                "template_error",
-                f"the chat template refuses this conversation: {reason}.".replace("..", "."),
-                path="messages",
-                hint="Check the order of the roles; templates want user and assistant in turn.",
-            ) from error
-        return str(text)
+        return self._guard.swap(text) if conversation.guarded else text
+
+    def _generations(self, conversation: _Conversation) -> tuple[str, list[tuple[int, int]]]:
+        with row_errors():
+            return self._template(conversation).generations(conversation.turns, conversation.tools)
+
+
+def _or_error(function: Callable[..., _Value], *arguments: object) -> _Value | RowError:
+    try:
+        return function(*arguments)
+    except RowError as error:
+        return error
 
 
 def _require_content(message: ChatMessage, index: int) -> None:

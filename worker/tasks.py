@@ -11,6 +11,7 @@ from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
 from models.registry import job_runs, jobs, uploads
+from models.registry.job_files import DataDemand
 from models.settings import WorkerSettings
 from models.storage import ObjectStore
 from models.tables import Job
@@ -42,11 +43,12 @@ def expire_uploads(database: Database, store: ObjectStore) -> None:
 def advance_jobs(database: Database) -> int:
     """Queue (or fail) the jobs whose files are linted by now; return how many moved."""
     with database.write() as session:
-        return jobs.advance_validated(session, _forms_of)
+        return jobs.advance_validated(session, _demand_of)
 
 
-def _forms_of(spec: TrainingSpec) -> frozenset[str]:
-    return objectives.get_objective(spec.objective["type"]).forms
+def _demand_of(spec: TrainingSpec) -> DataDemand:
+    objective = objectives.get_objective(spec.objective["type"])
+    return DataDemand(objective.forms, objective.closed_labels)
 
 
 class TrainingRun:

@@ -9,12 +9,16 @@ user wrote, and encoding the content piece by piece would change the tokens arou
 4. a copy of the tokenizer, in which every special token is called by its alias, encodes it: what
    the template wrote gets its id, and the names are ordinary text.
 
+Text without such names is encoded by the tokenizer itself.
+
 Masks and aliases are digits only, so that no ``trim``, ``lower`` or ``tojson`` of a template
 changes them.
 """
 
 import json
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +27,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _Value = TypeVar("_Value")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of a text, and the half-open span of its characters that each stands for."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
 
 
 class TokenGuard:
@@ -41,6 +53,7 @@ class TokenGuard:
             if token.special:
                 special[token.content] = token_id
         self._ids = frozenset(special.values())
+        self._by_name = special
         self._masks = {name: f"{secret}1{special[name]:09d}" for name in special}
         self._aliases = {name: f"{secret}2{special[name]:09d}" for name in special}
         longest_first = sorted(special, key=len, reverse=True)
@@ -68,18 +81,41 @@ class TokenGuard:
             return {self._mask(key): self._mask(item) for key, item in value.items()}
         return [self._mask(item) for item in value] if isinstance(value, list) else value
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a template's output over masked content."""
-        swapped = self._swappable.sub(lambda match: self._swaps[match[0]], text)
-        ids: list[int] = self._renamed.encode(swapped, add_special_tokens=False).ids
-        return ids
+    def swap(self, text: str) -> str:
+        """Return a template's output over masked content as `encode` takes it (step 3)."""
+        return self._swappable.sub(lambda match: self._swaps[match[0]], text)
 
-    def last_special(self, ids: list[int], start: int) -> int | None:
-        """Return the index of the last special token of `ids` at or after `start`, if any."""
+    def encode(self, texts: Sequence[str], *, guarded: bool) -> list[Encoded]:
+        """Encode texts as they are; `guarded` ones have been through `swap`."""
+        tokenizer = self._renamed if guarded else self._plain
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def last_special(self, encoding: Encoded, start: int, end: int) -> int | None:
+        """Return the index in `start` … `end` (half open) of the last special token, if any."""
+        ids = encoding.ids
         return next(
-            (index for index in range(len(ids) - 1, start - 1, -1) if ids[index] in self._ids),
-            None,
+            (index for index in range(end - 1, start - 1, -1) if ids[index] in self._ids), None
         )
+
+    def is_written_out(self, token_id: int, text: str) -> bool:
+        """Return whether `text` is the name (or alias) of this token, not a word unknown to it."""
+        name = text.strip()
+        return token_id in (self._by_name.get(name), self._by_alias.get(name))
+
+    @cached_property
+    def _by_alias(self) -> dict[str, int]:
+        return {alias: self._by_name[name] for name, alias in self._aliases.items()}
+
+    @cached_property
+    def _plain(self) -> "Tokenizer":
+        """The tokenizer without truncation and padding, which some files of models switch on."""
+        from tokenizers import Tokenizer
+
+        plain = Tokenizer.from_str(self._tokenizer.backend_tokenizer.to_str())
+        plain.no_truncation()
+        plain.no_padding()
+        return plain
 
     @cached_property
     def _renamed(self) -> "Tokenizer":

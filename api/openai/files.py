@@ -1,6 +1,5 @@
 """``/v1/files``."""
 
-from functools import partial
 from typing import Annotated, Literal
 from urllib.parse import quote
 
@@ -15,7 +14,6 @@ from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, WriteSe
 from api.openai import translate
 from api.openai.schemas import PURPOSES
 from api.services import Services
-from models.db import after_commit
 from models.domain.base import JsonObject
 from models.domain.generation import PreviewRequest
 from models.domain.reports import DataOptions, DatasetReport
@@ -170,9 +168,8 @@ def lint_anew(
     file_id: str, body: DataOptions, session: WriteSession, services: ServicesDep, caller: CallerDep
 ) -> JsonObject:
     """Read a data set again, with another shape or other columns."""
-    file, keys = files.read_anew(session, caller.project_id, file_id, body)
-    for key in keys:
-        after_commit(session, f"delete {key}", partial(services.store.delete, key))
+    file, freed = files.read_anew(session, caller.project_id, file_id, body)
+    actions.discard(session, services, freed)
     services.bell.ring_after_commit(session)
     return translate.file_body(file)
 

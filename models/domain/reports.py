@@ -64,6 +64,7 @@ class DatasetReport(Frozen):
     columns: dict[str, str] = Field(default_factory=dict)
     evidence: list[str] = Field(default_factory=list)
     labels: dict[str, int] = Field(default_factory=dict)
+    labels_are_cut: bool = False
     data_sha256: str = ""
 
 
@@ -103,6 +104,8 @@ class AdapterManifest(Frozen):
 
     `digest` is the sha256 over the adapter's own files (see ``worker/training/publish.py``); it is
     the adapter's identity everywhere: slot, cache directory, ``system_fingerprint``.
+    `chat_template` is the source that its rows were rendered with (of several named ones, JSON);
+    it and the tokenizer's digest tell for ever what text the adapter was taught in.
     """
 
     format: Literal["tunery-adapter-1"] = "tunery-adapter-1"
@@ -112,6 +115,8 @@ class AdapterManifest(Frozen):
     base_fingerprint: str
     vocab_size: int
     template_sha256: str
+    chat_template: str = ""
+    tokenizer_sha256: str = ""
     method: str
     objective: str
     precision: JsonObject

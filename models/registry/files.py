@@ -11,10 +11,19 @@ from models.domain.reports import DataOptions, DatasetReport
 from models.domain.status import FileStatus, JobStatus
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
 from models.registry.page import Cursor, Page, page
+from models.storage import token_prefix
 from models.tables import File, Job
 
 TRAINABLE = "fine-tune"
 MAX_DETAILS = 8000
+
+
+@dataclass(frozen=True, slots=True)
+class Freed:
+    """Objects that no row refers to any more: keys, and prefixes of whole folders."""
+
+    keys: list[str]
+    prefixes: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +69,8 @@ def list_page(
     return page(session, query, File, (File.created_at, File.id), cursor)
 
 
-def delete(session: Session, project_id: str, file_id: str) -> list[str]:
-    """Remove the row of a file that no unfinished job uses; return the keys that are free now.
+def delete(session: Session, project_id: str, file_id: str) -> Freed:
+    """Remove the row of a file that no unfinished job uses; return the objects that are free now.
 
     Raises:
         NotFoundError: there is no such file.
@@ -76,9 +85,9 @@ def delete(session: Session, project_id: str, file_id: str) -> list[str]:
             code="file_in_use",
         )
     session.execute(sql_delete(File).where(File.id == file.id))
-    keys = _lint_keys(file)
+    freed = _made_by_lint(session, file)
     n_sharing = session.scalar(select(func.count()).where(File.object_key == file.object_key))
-    return keys if n_sharing else [file.object_key, *keys]
+    return freed if n_sharing else Freed([file.object_key, *freed.keys], freed.prefixes)
 
 
 def _unfinished_user(session: Session, file: File) -> str | None:
@@ -95,8 +104,8 @@ def _unfinished_user(session: Session, file: File) -> str | None:
 
 def read_anew(
     session: Session, project_id: str, file_id: str, options: DataOptions
-) -> tuple[File, list[str]]:
-    """Have a data set linted again with other options; return it and the keys that are free now.
+) -> tuple[File, Freed]:
+    """Have a data set linted again with other options; return it and what objects are free now.
 
     Raises:
         NotFoundError: there is no such file.
@@ -116,7 +125,7 @@ def read_anew(
             param="file_id",
             code="file_in_use",
         )
-    keys = _lint_keys(file)
+    freed = _made_by_lint(session, file)
     session.execute(
         update(File)
         .where(File.id == file.id)
@@ -133,12 +142,18 @@ def read_anew(
         )
     )
     session.refresh(file)
-    return file, keys
+    return file, freed
 
 
-def _lint_keys(file: File) -> list[str]:
+def _made_by_lint(session: Session, file: File) -> Freed:
+    """Return the objects made from a file; tokenised rows only if no other file has its content."""
     keys = (file.findings_key, file.rows_key, file.cleaned_key)
-    return [key for key in keys if key is not None]
+    same_content = select(File.id).where(File.data_sha256 == file.data_sha256, File.id != file.id)
+    is_last = file.data_sha256 is not None and session.scalar(same_content.limit(1)) is None
+    return Freed(
+        [key for key in keys if key is not None],
+        [token_prefix(file.data_sha256)] if is_last and file.data_sha256 else [],
+    )
 
 
 def claim_unvalidated(session: Session, lease_seconds: float) -> File | None:

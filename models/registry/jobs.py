@@ -1,7 +1,6 @@
 """Jobs as their owner sees them: create, find, cancel. The worker's side is ``job_runs``."""
 
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import ColumnElement, CursorResult, select, update
@@ -9,13 +8,13 @@ from sqlalchemy.orm import Session
 
 from models.db import db_now
 from models.domain.base import JsonObject
-from models.domain.reports import DatasetReport
-from models.domain.status import EventLevel, FileStatus, JobStatus, sources_of
+from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, NotFoundError
-from models.registry import events
+from models.registry import events, job_files
+from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
-from models.tables import File, Job, new_id
+from models.tables import Job, new_id
 
 
 def create(
@@ -129,18 +128,11 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
-@dataclass(frozen=True, slots=True)
-class _FileProblem:
-    code: str
-    message: str
-    param: str
-
-
-def advance_validated(session: Session, forms_of: Callable[[TrainingSpec], Collection[str]]) -> int:
+def advance_validated(session: Session, demand_of: Callable[[TrainingSpec], DataDemand]) -> int:
     """Move every job whose files are linted to ``queued`` or ``failed``; return how many.
 
     Args:
-        forms_of: Says which forms of rows a job's objective trains on.
+        demand_of: Says what a job's objective asks of its files.
     """
     waiting = session.scalars(
         select(Job)
@@ -151,50 +143,16 @@ def advance_validated(session: Session, forms_of: Callable[[TrainingSpec], Colle
     n_moved = 0
     for job in waiting:
         spec = TrainingSpec.model_validate(job.spec)
-        states = [
-            _file_state(session, file_id, param, spec, forms_of(spec))
-            for param, file_id in (
-                ("training_file", job.training_file),
-                ("validation_file", job.validation_file),
-            )
-            if file_id is not None
-        ]
-        if None in states:
+        verdict = job_files.judge(session, spec, demand_of(spec))
+        if verdict is None:
             continue
-        problem = next((state for state in states if isinstance(state, _FileProblem)), None)
-        if problem is None:
+        if isinstance(verdict, job_files.Problem):
+            end_as_failed(session, job.id, verdict.code, verdict.message, verdict.param)
+        else:
             move(session, job.id, JobStatus.QUEUED)
             events.append(session, job.id, "Files validated, moving job to queued state")
-        else:
-            end_as_failed(session, job.id, problem.code, problem.message, problem.param)
         n_moved += 1
     return n_moved
-
-
-def _file_state(
-    session: Session, file_id: str, param: str, spec: TrainingSpec, forms: Collection[str]
-) -> bool | _FileProblem | None:
-    """Return True when a file can be trained on, None while it is not linted, else the problem."""
-    file = session.get(File, file_id)
-    if file is None:
-        return _FileProblem("file_not_found", f"File {file_id} was deleted.", param)
-    if file.status == FileStatus.UPLOADED:
-        return None
-    report = DatasetReport.model_validate(file.report)
-    reason = file.status_details or "It has no usable row."
-    if report.n_valid_rows and (file.status == FileStatus.PROCESSED or spec.on_error == "skip"):
-        if report.form in forms:
-            return True
-        reason = (
-            f"Its rows are {report.form} rows ({report.shape}); objective "
-            f"'{spec.objective['type']}' trains on {', '.join(sorted(forms))} rows."
-        )
-    what = "training" if param == "training_file" else "validation"
-    return _FileProblem(
-        "invalid_file_format",
-        f"The job failed due to a file format error in the {what} file. {reason}",
-        param,
-    )
 
 
 def end_as_failed(

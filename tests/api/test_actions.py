@@ -4,11 +4,15 @@ import unicodedata
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 from api.actions import display_name
 from models.db import Database
 from models.domain.status import JobStatus
 from models.registry import jobs
+from models.settings import Settings
+from models.storage import open_store, token_key
+from models.tables import File
 from tests.api.calls import ROW, expect, new_job, upload
 
 
@@ -63,3 +67,26 @@ def test_the_bytes_of_a_file_stay_when_its_deletion_is_rolled_back(
     monkeypatch.setattr("api.actions.after_commit", broken)
     expect(client.delete(f"/v1/files/{file_id}"), 500, None, "internal_error")
     assert client.get(f"/v1/files/{file_id}/content").content == ROW
+
+
+@pytest.mark.parametrize("route", ["delete", "lint anew"])
+def test_tokenised_rows_go_with_the_last_file_of_their_content(
+    client: TestClient, database: Database, settings: Settings, route: str
+) -> None:
+    store = open_store(settings.storage)
+    twins = [upload(client, ROW + b"\n" * n).json()["id"] for n in range(2)]
+    with database.write() as session:
+        session.execute(update(File).values(data_sha256="d" * 64))
+    store.put(token_key("d" * 64, "k"), b"tokens")
+    store.put(token_key("e" * 64, "k"), b"tokens of other rows")
+
+    def drop(file_id: str) -> None:
+        if route == "delete":
+            assert client.delete(f"/v1/files/{file_id}").is_success
+        else:
+            assert client.post(f"/v1/files/{file_id}/lint", json={}).is_success
+
+    drop(twins[0])
+    assert len(store.list("tokens")) == 2
+    drop(twins[1])
+    assert [info.key for info in store.list("tokens")] == [token_key("e" * 64, "k")]

@@ -14,6 +14,7 @@ from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError, NotFoundError
 from models.registry import adapters, base_models, events, job_runs, jobs, tenancy
+from models.registry.job_files import DataDemand
 from models.settings import DatabaseSettings
 from models.tables import Event, File, Job
 
@@ -197,7 +198,7 @@ def test_a_job_waits_for_its_file_and_obeys_the_policy(
         )
         job_id = jobs.create(session, project.id, spec, None).id
     with database.write() as session:
-        jobs.advance_validated(session, lambda spec: {"chat"})
+        jobs.advance_validated(session, lambda spec: DataDemand(frozenset({"chat"})))
     assert state(database, job_id).status == expected
 
 

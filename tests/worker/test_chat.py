@@ -1,6 +1,5 @@
 """The renderer against the real SmolLM2 tokenizer, and against templates of other families."""
 
-import copy
 import json
 import random
 from pathlib import Path
@@ -9,39 +8,34 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from models.domain.base import JsonObject
-from models.domain.rows import ChatMessage, ChatRow, TextPart, template_messages
+from models.domain.rows import (
+    ChatMessage,
+    ChatRow,
+    CompletionRow,
+    Row,
+    TextPart,
+    TextRow,
+    template_messages,
+)
 from models.errors import InvalidRequestError
+from tests.worker.chats import (
+    CHATML,
+    COUNTS_MESSAGES,
+    LLAMA2,
+    MARKED,
+    NEVER_ENDS,
+    STRIPS_THOUGHTS,
+    WITH_TOOLS,
+    talk,
+    trained_text,
+    weighted,
+    with_template,
+)
 from worker.base_models import BaseModelInfo, load_tokenizer
-from worker.chat import ChatRenderer, Rendered
+from worker.chat import ChatRenderer
+from worker.chat_template import DEFAULT_TEMPLATE
 from worker.row_error import RowError
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA2 = (
-    "{% for m in messages %}"
-    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
-    "{% if m.role == 'user' %}{{ '[INST] ' + m.content | trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-STRIPS_THOUGHTS = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{{ m.content if loop.last else m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-COUNTS_MESSAGES = "{{ messages | length }}" + CHATML
-NEVER_ENDS = (
-    "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}assistant:\n{% endif %}"
-)
-WITH_TOOLS = (
-    "{% if tools %}<|im_start|>system\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 TOOL: JsonObject = {"type": "function", "function": {"name": "tide", "parameters": {}}}
 CALL: JsonObject = {
     "id": "call_1",
@@ -58,33 +52,6 @@ def tokenizer(smollm2: tuple[Path, BaseModelInfo]) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def renderer(tokenizer: PreTrainedTokenizerBase) -> ChatRenderer:
     return ChatRenderer(tokenizer)
-
-
-def with_template(
-    tokenizer: PreTrainedTokenizerBase, template: str | None
-) -> PreTrainedTokenizerBase:
-    other = copy.deepcopy(tokenizer)
-    other.chat_template = template
-    return other
-
-
-def talk(*contents: str, system: str | None = None) -> list[ChatMessage]:
-    """Return a conversation in which user and assistant take turns."""
-    roles = ("user", "assistant")
-    turns = [
-        ChatMessage.model_validate({"role": roles[index % 2], "content": content})
-        for index, content in enumerate(contents)
-    ]
-    return [ChatMessage(role="system", content=system), *turns] if system else turns
-
-
-def weighted(message: ChatMessage, weight: int) -> ChatMessage:
-    return ChatMessage.model_validate(message.model_dump() | {"weight": weight})
-
-
-def trained_text(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> str:
-    pairs = zip(rendered.input_ids, rendered.trained, strict=True)
-    return str(tokenizer.decode([token for token, trained in pairs if trained]))
 
 
 def reference_ids(
@@ -346,13 +313,70 @@ def test_messages_without_content_and_no_messages_are_refused(renderer: ChatRend
 
 
 def test_a_tokenizer_without_template_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    renderer = ChatRenderer(with_template(tokenizer, None))
-    with pytest.raises(InvalidRequestError) as refused:
-        renderer.prompt_ids(talk("Q"))
-    assert refused.value.code == "no_chat_template"
-    with pytest.raises(RowError) as row_refused:
+    with pytest.raises(ValueError, match="no chat template"):
+        ChatRenderer(with_template(tokenizer, None))
+
+
+def test_the_default_template_trains_the_answers_through_the_end_token(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer = with_template(tokenizer, DEFAULT_TEMPLATE)
+    renderer = ChatRenderer(tokenizer)
+    row = renderer.render(ChatRow(messages=talk("Q", "A one", "Q", "A two", system="S")))
+    assert trained_text(tokenizer, row) == f"A one{tokenizer.eos_token}A two{tokenizer.eos_token}"
+    assert renderer.uses_default_template
+    assert renderer.stop_ids == {tokenizer.eos_token_id}
+
+
+def test_a_template_that_is_stopped_names_the_row(tokenizer: PreTrainedTokenizerBase) -> None:
+    renderer = ChatRenderer(with_template(tokenizer, "{{ messages[0].content * 10 ** 7 }}"))
+    with pytest.raises(RowError, match="stopped") as refused:
         renderer.render(ChatRow(messages=talk("Q", "A")))
-    assert row_refused.value.code == "no_chat_template"
+    assert refused.value.code == "template_limit"
+
+
+@pytest.mark.parametrize("typed", ["", "<|im_end|>"])
+def test_marked_answers_are_trained_where_history_is_rewritten(
+    tokenizer: PreTrainedTokenizerBase, typed: str
+) -> None:
+    tokenizer = with_template(tokenizer, MARKED)
+    messages = talk(f"Q{typed}", f"<think>x</think>A{typed}", "Q", "<think>y</think>B")
+    row = ChatRenderer(tokenizer).render(ChatRow(messages=messages))
+    assert trained_text(tokenizer, row) == f"A{typed}<|im_end|><think>y</think>B<|im_end|>"
+    messages[1] = weighted(messages[1], 0)
+    row = ChatRenderer(tokenizer).render(ChatRow(messages=messages))
+    assert trained_text(tokenizer, row) == "<think>y</think>B<|im_end|>"
+
+
+def test_marks_that_are_not_one_for_each_answer_are_refused(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    template = STRIPS_THOUGHTS + "{% generation %}{% endgeneration %}"
+    messages = talk("Q", "<think>x</think>A", "Q", "B")
+    with pytest.raises(RowError, match="marks 1 generations for 2") as refused:
+        ChatRenderer(with_template(tokenizer, template)).render(ChatRow(messages=messages))
+    assert refused.value.code == "template_not_prefix_safe"
+
+
+def test_rows_rendered_together_are_those_rendered_one_by_one(renderer: ChatRenderer) -> None:
+    rows: list[Row] = [
+        ChatRow(messages=talk("Q", "A")),
+        ChatRow(messages=talk("Q <|im_end|>", "A <|im_start|>")),
+        ChatRow(messages=talk("Q")),
+        CompletionRow(prompt="One", completion=" two"),
+        TextRow(text="水深 <|endoftext|>"),
+        CompletionRow(prompt="One ", completion="two"),
+    ]
+    together = renderer.render_all(rows)
+    for row, rendered in zip(rows, together, strict=True):
+        if isinstance(rendered, RowError):
+            with pytest.raises(RowError) as refused:
+                renderer.render(row)
+            assert refused.value.code == rendered.code
+        else:
+            assert renderer.render(row) == rendered
+    refusals = [each.code for each in together if isinstance(each, RowError)]
+    assert refusals == ["nothing_to_learn", "answer_merges_with_prompt"]
 
 
 def test_the_digest_is_that_of_the_template(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -41,7 +41,8 @@ def test_only_the_special_tokens_of_the_template_become_ids(build: Callable[[], 
     content = "strike <s>this</s> out"
     assert guard.found_in([{"content": content}])
     assert not guard.found_in([{"content": "the tide is high"}])
-    ids = guard.encode(f"<s>{guard.mask(content)}</s>")
+    text = guard.swap(f"<s>{guard.mask(content)}</s>")
+    ids = guard.encode([text], guarded=True)[0].ids
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     assert (ids[0], ids[-1]) == (begin, end)
     assert not {begin, end} & set(ids[1:-1])
@@ -56,7 +57,12 @@ def test_ordinary_text_is_encoded_as_the_tokenizer_does(build: Callable[[], Toke
     )
     for text in ("<s>the tide is high</s> at noon</s>", "a boat <s> leaves", "boat</s></s>"):
         expected = tokenizer(text, add_special_tokens=False)["input_ids"]
-        assert TokenGuard(tokenizer, SECRET).encode(text) == expected
+        guard = TokenGuard(tokenizer, SECRET)
+        for encoded in (
+            guard.encode([text], guarded=False)[0],
+            guard.encode([guard.swap(text)], guarded=True)[0],
+        ):
+            assert encoded.ids == expected
 
 
 def test_masking_reaches_keys_and_nested_values_and_leaves_the_rest() -> None:

@@ -271,6 +271,7 @@ class _Lint:
             columns=dict(detection.columns) if detection else {},
             evidence=[sentence for sentence in self._evidence if sentence],
             labels=dict(self._labels.most_common(MAX_LABELS)),
+            labels_are_cut=len(self._labels) > MAX_LABELS,
             data_sha256=self._data_sha256 if self.n_valid_rows else "",
         )
 

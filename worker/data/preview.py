@@ -17,7 +17,7 @@ from worker.row_error import RowError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from worker.chat import Rendered
+    from worker.masker import Rendered
 
 BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
 """Upper ends of the histogram's bins, in tokens; longer rows are in the last one as well."""

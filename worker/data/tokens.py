@@ -29,6 +29,9 @@ _NOTES = b"tunery"
 _CODE = (
     "models.domain.rows",
     "worker.chat",
+    "worker.chat_template",
+    "worker.masker",
+    "worker.template_sandbox",
     "worker.token_guard",
     "worker.data.splits",
     "worker.data.tokens",

@@ -7,6 +7,7 @@ the seed and the epoch, so that a resumed run sees what an uninterrupted one wou
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal, Protocol
 
 import numpy as np
@@ -14,10 +15,12 @@ import numpy as np
 from models.domain.reports import MAX_FINDINGS, RowFinding
 from models.domain.rows import Row
 from models.errors import TrainingFailedError
-from worker.chat import Rendered
+from worker.masker import Rendered
 from worker.row_error import RowError
 from worker.training.objectives.base import Example
 
+CHUNK_ROWS = 256
+"""So many rows are tokenised together, which uses all cores."""
 POOL_BATCHES = 50
 """At most so many batches are sorted by length together; more would make every epoch alike."""
 
@@ -25,7 +28,7 @@ POOL_BATCHES = 50
 class Renderer(Protocol):
     """The part of ``worker.chat.ChatRenderer`` that is needed here."""
 
-    def render(self, row: Row) -> Rendered: ...
+    def render_all(self, rows: Sequence[Row]) -> list[Rendered | RowError]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +89,12 @@ def build_dataset(
         TrainingFailedError: a row is at fault and the policy is to fail, or no row is left (code
             ``invalid_file_format``; the message has the first `MAX_FINDINGS` faults).
     """
-    builder = _Builder(renderer, policy, sink)
-    for line, row in rows:
-        builder.add(line, row)
+    builder = _Builder(policy, sink)
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, CHUNK_ROWS)):
+        rendered = renderer.render_all([row for _, row in chunk])
+        for (line, _), each in zip(chunk, rendered, strict=True):
+            builder.add(line, each)
     what = param.replace("_", " ")
     if builder.n_faults:
         sentences = " ".join(finding.sentence() for finding in builder.faults)
@@ -110,21 +116,18 @@ def _format_error(what: str, param: str, reason: str) -> TrainingFailedError:
 
 
 class _Builder:
-    """Sorts rows into examples, rows left out, and faults."""
+    """Sorts rendered rows into examples, rows left out, and faults."""
 
-    def __init__(self, renderer: Renderer, policy: RowPolicy, sink: Sink) -> None:
+    def __init__(self, policy: RowPolicy, sink: Sink) -> None:
         self.counts = RowCounts()
         self.faults: list[RowFinding] = []
         self.n_faults = 0
-        self._renderer = renderer
         self._policy = policy
         self._sink = sink
 
-    def add(self, line: int, row: Row) -> None:
-        try:
-            rendered = self._renderer.render(row)
-        except RowError as error:
-            self._refuse(error.finding(line))
+    def add(self, line: int, rendered: Rendered | RowError) -> None:
+        if isinstance(rendered, RowError):
+            self._refuse(rendered.finding(line))
             return
         limit = self._policy.max_length
         n_ids = len(rendered.input_ids)

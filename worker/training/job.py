@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from models.db import Database
 from models.domain.reports import CheckpointManifest, DatasetReport, StepMetrics
+from models.domain.rows import ChatRow
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError, UnprocessableError
@@ -92,7 +93,12 @@ class JobRun:
         with around.database.write() as session:
             base_models.record_identity(session, base)
         tokenizer = load_tokenizer(directory)
-        renderer = ChatRenderer(tokenizer)
+        renderer, tokenizer_digest = ChatRenderer(tokenizer), tokenizer_sha256(tokenizer)
+        if renderer.uses_default_template and source.training.form == ChatRow.form:
+            self._reporter.warn(
+                f"Base model {base.name} has no chat template; conversations are written in "
+                "Tunery's default one, which the adapter keeps and is served with."
+            )
         train, valid = load_examples(
             source.training,
             source.validation,
@@ -102,7 +108,7 @@ class JobRun:
                 around.store,
                 around.scratch,
                 renderer,
-                tokenizer_sha256(tokenizer),
+                tokenizer_digest,
                 self._reporter.warn,
             ),
         )
@@ -119,6 +125,8 @@ class JobRun:
             data_sha256=source.training.data_sha256,
             base=base,
             template_sha256=renderer.template_sha256,
+            chat_template=renderer.template_source,
+            tokenizer_sha256=tokenizer_digest,
         )
         publisher = Publisher(around.database, around.store, run)
         self._start_or_resume(trainer, run)
@@ -254,6 +262,5 @@ def _data_file(session: Session, file_id: str, param: Param) -> DataFile:
         # Another attempt will find it linted: a worker does so within seconds.
         raise RuntimeError(f"File {file_id} is not linted yet.")
     report = DatasetReport.model_validate(file.report)
-    return DataFile(
-        file_id, param, file.rows_key, file.data_sha256, report.n_rows - report.n_valid_rows
-    )
+    n_faulty = report.n_rows - report.n_valid_rows
+    return DataFile(file_id, param, file.rows_key, file.data_sha256, n_faulty, report.form)

@@ -30,13 +30,14 @@ N_SHARED_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One linted file of a job: where its usable rows are, and how many rows were not usable."""
+    """One linted file of a job: where its usable rows are, how many were not, and their form."""
 
     file_id: str
     param: Param
     normalised_key: str
     data_sha256: str
     n_faulty: int
+    form: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,10 +101,10 @@ class _Loader:
         key = self._key(part)
         path = self._tools.scratch / f"tokens-{part.file.param}-{part.name}.arrow"
         try:
-            fetch_file(self._tools.store, token_key(key), path)
+            fetch_file(self._tools.store, key, path)
         except ObjectNotFoundError:
             self._build(part, path)
-            put_file(self._tools.store, token_key(key), path)
+            put_file(self._tools.store, key, path)
         file = TokenFile(path)
         counts = RowCounts(**file.notes)
         counts.n_skipped += part.file.n_faulty if part.name != "validation" else 0
@@ -114,7 +115,7 @@ class _Loader:
 
     def _key(self, part: _Part) -> str:
         is_split = part.name != "all"
-        return TokenKey(
+        key = TokenKey(
             data_sha256=part.file.data_sha256,
             tokenizer_sha256=self._tools.tokenizer_sha256,
             template_sha256=self._tools.renderer.template_sha256,
@@ -124,7 +125,8 @@ class _Loader:
             part=part.name,
             split=self._spec.validation_split if is_split else 0.0,
             seed=self._spec.seed if is_split else 0,
-        ).digest()
+        )
+        return token_key(key.data_sha256, key.digest())
 
     def _build(self, part: _Part, path: Path) -> None:
         rows = self._rows(part)

@@ -66,6 +66,8 @@ class RunIdentity:
     data_sha256: str
     base: BaseModelInfo
     template_sha256: str
+    chat_template: str
+    tokenizer_sha256: str
 
     @property
     def spec_sha256(self) -> str:
@@ -178,6 +180,8 @@ class Publisher:
             base_fingerprint=run.base.fingerprint,
             vocab_size=run.base.vocab_size,
             template_sha256=run.template_sha256,
+            chat_template=run.chat_template,
+            tokenizer_sha256=run.tokenizer_sha256,
             method=run.spec.peft["type"],
             objective=run.spec.objective["type"],
             precision=run.spec.precision.model_dump(mode="json"),

@@ -13,6 +13,7 @@ from models.db import Database
 from models.domain.reports import StepMetrics
 from models.domain.training import TrainingSpec
 from models.registry import base_models, files, job_runs, jobs, metrics
+from models.registry.job_files import DataDemand
 from models.settings import (
     DatabaseSettings,
     ModelSettings,
@@ -102,7 +103,7 @@ class Service:
         spec = TrainingSpec.model_validate({**fields, **changes})
         with self.database.write() as session:
             jobs.create(session, PROJECT, spec, None)
-            jobs.advance_validated(session, lambda spec: {"chat"})
+            jobs.advance_validated(session, lambda spec: DataDemand(frozenset({"chat"})))
         return self.claim()
 
     def requeue(self, job: Job) -> Job:

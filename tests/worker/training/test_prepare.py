@@ -33,7 +33,7 @@ def make_file(tmp_path: Path) -> Callable[..., DataFile]:
         report = lint(path, LintOptions(), Outputs(tmp_path / "rows.arrow"))
         key = f"datasets/{param}/rows.arrow"
         put_file(LocalStore(tmp_path / "objects"), key, tmp_path / "rows.arrow")
-        return DataFile(f"file-{param}", param, key, report.data_sha256, 0)
+        return DataFile(f"file-{param}", param, key, report.data_sha256, 0, report.form)
 
     return make
 

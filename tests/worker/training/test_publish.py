@@ -48,6 +48,8 @@ def publisher(service: Service, trainer: Trainer) -> Publisher:
         data_sha256="a" * 64,
         base=BASE,
         template_sha256="b" * 64,
+        chat_template="{{ messages }}",
+        tokenizer_sha256="c" * 64,
     )
     return Publisher(service.database, service.store, run)
 

@@ -63,6 +63,8 @@ class Objective(Plugin, ABC):
     Params: ClassVar[type[ObjectiveParams]]
     forms: ClassVar[frozenset[str]]
     """Forms of rows (``models.domain.rows``) that can be trained with it."""
+    closed_labels: ClassVar[bool] = False
+    """Whether the labels of the training file are all there can be, as in classification."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], pad_id: int, device: str) -> Batch:
