@@ -356,7 +356,7 @@ def _or_error(function: Callable[..., _Value], *arguments: object) -> _Value | R
     try:
         return function(*arguments)
     except RowError as error:
-        return error
+        return error.with_traceback(None)  # its frames hold the very list that it is put into
 
 
 def _require_content(message: ChatMessage, index: int) -> None:
