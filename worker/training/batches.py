@@ -207,17 +207,22 @@ def epoch_batches(
     return batches
 
 
-def micro_batches(examples: Sequence[Example], token_budget: int) -> Iterator[list[Example]]:
+def micro_batches(
+    examples: Sequence[Example], token_budget: int, *, pads: bool
+) -> Iterator[list[Example]]:
     """Split the examples of one step, longest first, so that none holds more than `token_budget`.
 
-    The budget counts padded tokens; an example that alone exceeds it makes a batch of its own.
+    If `pads`, the budget counts padding as well. An example that alone exceeds it makes a batch of
+    its own.
     """
     group: list[Example] = []
+    n_tokens = 0
     for example in sorted(examples, key=lambda example: -len(example.input_ids)):
-        longest = len(group[0].input_ids) if group else 0
-        if group and longest * (len(group) + 1) > token_budget:
+        n_ids = len(group[0].input_ids) if pads and group else len(example.input_ids)
+        if group and n_tokens + n_ids > token_budget:
             yield group
-            group = []
+            group, n_tokens = [], 0
         group.append(example)
+        n_tokens += n_ids
     if group:
         yield group

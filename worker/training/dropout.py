@@ -11,11 +11,29 @@ _LANES = 4
 _LEVELS = 2**16
 
 
-class LaneDropout(nn.Module):
-    """Zero each element with probability `p`, rounded to 1/65536, and scale the rest by 1/(1 − p).
+def keep_scale(x: torch.Tensor, p: float, generator: torch.Generator | None) -> torch.Tensor:
+    """Return a tensor like `x`: 0 with probability `p`, rounded to 1/65536, else 1/(1 − p).
 
-    Draws from torch's global generator, so that a saved generator state repeats it. On any other
-    device than a CPU it is torch's own dropout.
+    Args:
+        x: Gives shape, dtype and device.
+        p: In (0, 1).
+        generator: Of the device of `x`; torch's global one if None.
+    """
+    if x.device.type != "cpu":
+        kept = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
+        return kept.div_(1 - p)
+    n_dropped = min(_LEVELS - 1, max(1, round(p * _LEVELS)))
+    n_draws = -(-x.numel() // _LANES)
+    bits = torch.empty(n_draws, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    lanes = bits.view(torch.int16)[: x.numel()].view(x.shape)
+    kept = lanes >= n_dropped - _LEVELS // 2
+    return kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - n_dropped))
+
+
+class LaneDropout(nn.Module):
+    """Zero each element with probability `p` and scale the rest by 1/(1 − p), by `keep_scale`.
+
+    Draws from torch's global generator, so that a saved generator state repeats it.
     """
 
     def __init__(self, p: float) -> None:
@@ -23,17 +41,7 @@ class LaneDropout(nn.Module):
         if not 0 < p < 1:
             raise ValueError(f"p is {p}; it must be between 0 and 1.")
         self.p = p
-        self._n_dropped_levels = min(_LEVELS - 1, max(1, round(p * _LEVELS)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return a tensor like `x`; in evaluation mode, `x` itself."""
-        if not self.training:
-            return x
-        if x.device.type != "cpu":
-            return nn.functional.dropout(x, self.p)
-        n_draws = -(-x.numel() // _LANES)
-        bits = torch.empty(n_draws, dtype=torch.int64).random_(-(2**63), None)
-        lanes = bits.view(torch.int16)[: x.numel()].view(x.shape)
-        kept = lanes >= self._n_dropped_levels - _LEVELS // 2
-        scale = _LEVELS / (_LEVELS - self._n_dropped_levels)
-        return x * kept.to(x.dtype).mul_(scale)
+        return x * keep_scale(x, self.p, None) if self.training else x

@@ -30,7 +30,9 @@ from worker.base_models import load_tokenizer, materialise, pick_device
 from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
 from worker.training import checkpoint, methods, objectives
+from worker.training.forward import choose_forward
 from worker.training.loop import Outcome, Stop, Task, Trainer
+from worker.training.memory import can_cache_weights
 from worker.training.model import build_model
 from worker.training.objectives.base import Example
 from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
@@ -113,9 +115,13 @@ class JobRun:
             ),
         )
         spec = self._resolve(source.spec, len(train), base.n_parameters)
-        trainer = Trainer(
-            _task(directory, spec, train, valid, pad_id=int(tokenizer.pad_token_id or 0))
-        )
+        task, reason = _task(directory, spec, train, valid, pad_id=int(tokenizer.pad_token_id or 0))
+        if reason is not None:
+            self._reporter.warn(
+                f"Base model {base.name} cannot be trained without padding ({reason}); its own "
+                "forward pass is used, which is slower and gives the same result."
+            )
+        trainer = Trainer(task)
         run = RunIdentity(
             job_id=self._job_id,
             attempt=self._attempt,
@@ -235,13 +241,17 @@ def _task(
     valid: Sequence[Example],
     *,
     pad_id: int,
-) -> Task:
+) -> tuple[Task, str | None]:
+    """Return what is trained, and why not packed if so."""
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
     device = pick_device("auto")
     model = build_model(directory, spec.precision, method, params, seed=spec.seed, device=device)
-    return Task(
+    cache = can_cache_weights(model, device)
+    forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)
+    task = Task(
         model=model,
+        forward=forward,
         method=method,
         method_params=params,
         objective=objectives.get_objective(spec.objective["type"]),
@@ -249,9 +259,9 @@ def _task(
         spec=spec,
         train=train,
         valid=valid,
-        pad_id=pad_id,
         device=device,
     )
+    return task, reason
 
 
 def _data_file(session: Session, file_id: str, param: Param) -> DataFile:

@@ -21,8 +21,8 @@ from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, TrainingFailedError
 from worker.training.batches import epoch_batches, micro_batches
 from worker.training.methods.base import Method, MethodParams
-from worker.training.model import autocast, trainable_parameters
-from worker.training.objectives.base import Example, Objective, ObjectiveParams
+from worker.training.model import trainable_parameters
+from worker.training.objectives.base import Example, LanguageForward, Objective, ObjectiveParams
 from worker.training.schedule import rate_factor
 
 TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 16384}
@@ -73,6 +73,7 @@ class Task:
     """What is trained on what. `spec` is resolved; `valid` is empty without a validation file."""
 
     model: PeftModel
+    forward: LanguageForward
     method: Method
     method_params: MethodParams
     objective: Objective
@@ -80,7 +81,6 @@ class Task:
     spec: TrainingSpec
     train: Sequence[Example]
     valid: Sequence[Example]
-    pad_id: int
     device: str
 
 
@@ -106,7 +106,7 @@ class Trainer:
 
     Args:
         task: What is trained.
-        token_budget: Most padded tokens in one forward pass; by device when omitted.
+        token_budget: Most tokens in one forward pass; by device when omitted.
 
     Raises:
         InvalidRequestError: early stopping without a validation file.
@@ -238,10 +238,9 @@ class Trainer:
         # Sums stay on the device, so that a GPU is waited for once a step.
         loss = torch.zeros((), dtype=torch.float64, device=task.device)
         n_correct = torch.zeros((), dtype=torch.int64, device=task.device)
-        for group in micro_batches(examples, self._token_budget):
-            batch = task.objective.collate(group, task.pad_id, task.device)
-            with autocast(task.spec.precision, task.device):
-                sums = task.objective.loss(task.model, batch, task.objective_params)
+        for group in micro_batches(examples, self._token_budget, pads=task.forward.pads):
+            batch = task.objective.collate(group, task.device)
+            sums = task.objective.loss(task.forward, batch, task.objective_params)
             if backward:
                 (sums.loss / n_trained).backward()
             loss += sums.loss.detach()

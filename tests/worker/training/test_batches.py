@@ -169,15 +169,17 @@ def test_grouping_by_length_saves_most_of_the_padding() -> None:
     assert padded(epoch_batches(lengths, 8, 0, 0)) < 1.10 < 1.5 < padded(in_file_order)
 
 
-def test_micro_batches_stay_within_the_budget_and_lose_nothing() -> None:
+@pytest.mark.parametrize("pads", [False, True])
+def test_micro_batches_stay_within_the_budget_and_lose_nothing(pads: bool) -> None:
     examples = make_examples(30)
-    groups = list(micro_batches(examples, 64))
+    groups = list(micro_batches(examples, 64, pads=pads))
     for group in groups:
-        assert len(group) * max(len(example.input_ids) for example in group) <= 64
+        lengths = [len(example.input_ids) for example in group]
+        assert (len(group) * max(lengths) if pads else sum(lengths)) <= 64
     assert sorted(e.line for group in groups for e in group) == list(range(1, 31))
     assert len(groups) < 15
 
 
 def test_an_example_beyond_the_budget_stands_alone() -> None:
     examples = make_examples(4)
-    assert [len(group) for group in micro_batches(examples, 1)] == [1, 1, 1, 1]
+    assert [len(group) for group in micro_batches(examples, 1, pads=False)] == [1, 1, 1, 1]

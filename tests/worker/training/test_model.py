@@ -16,6 +16,7 @@ from worker.base_models import BaseModelInfo, load_tokenizer, nf4_bits_per_param
 from worker.chat import ChatRenderer
 from worker.training import methods, objectives
 from worker.training.batches import RowPolicy, build_dataset
+from worker.training.forward import choose_forward
 from worker.training.loop import Task, Trainer
 from worker.training.model import (
     build_model,
@@ -56,8 +57,11 @@ def examples(smollm2: tuple[Path, BaseModelInfo]) -> list[Example]:
 
 def make_nf4_trainer(model: PeftModel, examples: list[Example], **changes: Any) -> Trainer:
     spec = make_spec(precision=Precision().model_dump(), **changes)
+    forward, reason = choose_forward(model, spec.precision, "cpu", 0, cache_weights=False)
+    assert reason is None
     task = Task(
         model=model,
+        forward=forward,
         method=methods.get_method("lora"),
         method_params=methods.parse_params(spec.peft),
         objective=objectives.get_objective("sft"),
@@ -65,7 +69,6 @@ def make_nf4_trainer(model: PeftModel, examples: list[Example], **changes: Any) 
         spec=spec,
         train=examples,
         valid=(),
-        pad_id=0,
         device="cpu",
     )
     return Trainer(task)

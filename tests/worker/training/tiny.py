@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from models.domain.training import TrainingSpec
 from worker.training import methods, objectives
+from worker.training.forward import PaddedForward, choose_forward
 from worker.training.loop import Task, Trainer
-from worker.training.objectives.base import Example
+from worker.training.objectives.base import Example, LanguageForward
 
 VOCABULARY = 97
 
@@ -92,10 +93,18 @@ def make_trainer(
     valid: Sequence[Example] = (),
     model: LlamaForCausalLM | None = None,
     token_budget: int | None = None,
+    padded: bool = False,
 ) -> Trainer:
     spec = spec or make_spec()
+    adapted = attach(model or tiny_llama(), spec.peft, spec.seed)
+    if padded:
+        forward: LanguageForward = PaddedForward(adapted, spec.precision, "cpu", 0)
+    else:
+        forward, reason = choose_forward(adapted, spec.precision, "cpu", 0, cache_weights=False)
+        assert reason is None
     task = Task(
-        model=attach(model or tiny_llama(), spec.peft, spec.seed),
+        model=adapted,
+        forward=forward,
         method=methods.get_method(spec.peft["type"]),
         method_params=methods.parse_params(spec.peft),
         objective=objectives.get_objective(spec.objective["type"]),
@@ -103,7 +112,6 @@ def make_trainer(
         spec=spec,
         train=make_examples(8) if train is None else train,
         valid=valid,
-        pad_id=0,
         device="cpu",
     )
     return Trainer(task, token_budget)

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from models.domain.base import Parameters
 from worker.training.plugins import Plugin
@@ -11,7 +11,6 @@ from worker.training.plugins import Plugin
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from peft import PeftModel
 
 
 class ObjectiveParams(Parameters):
@@ -32,17 +31,20 @@ class Example:
     n_trained: int
 
 
+IGNORED = -100
+"""The target of a position where nothing is learned."""
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Examples side by side, right-padded: int64 [B, T] each.
+    """Examples one after another, without padding: int64 [T] each, rows of `lengths` tokens.
 
-    `targets` holds, at each position, the id that it has to predict, or −100 where nothing is
-    learnt.
+    `targets` holds, at each position, the id that it has to predict, or `IGNORED`.
     """
 
     input_ids: "torch.Tensor"
-    attention_mask: "torch.Tensor"
     targets: "torch.Tensor"
+    lengths: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,16 @@ class LossSum:
     n_correct: "torch.Tensor"
 
 
+class LanguageForward(Protocol):
+    """How batches go through a causal language model (``worker.training.forward``)."""
+
+    pads: bool
+    """Whether short rows of a micro-batch cost as much as its longest."""
+
+    def cross_entropy(self, batch: Batch) -> LossSum:
+        """Return Σ −log p(target), in nats, and the arg-max hits of the batch."""
+
+
 class Objective(Plugin, ABC):
     """One loss over one kind of rows."""
 
@@ -67,9 +79,9 @@ class Objective(Plugin, ABC):
     """Whether the labels of the training file are all there can be, as in classification."""
 
     @abstractmethod
-    def collate(self, examples: Sequence[Example], pad_id: int, device: str) -> Batch:
-        """Pad examples to the longest of them and put them on `device`."""
+    def collate(self, examples: Sequence[Example], device: str) -> Batch:
+        """Put examples one after another, on `device`."""
 
     @abstractmethod
-    def loss(self, model: "PeftModel", batch: Batch, params: Any) -> LossSum:
+    def loss(self, forward: LanguageForward, batch: Batch, params: Any) -> LossSum:
         """Return sums over the batch's trained tokens; the loop divides by the step's."""

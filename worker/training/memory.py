@@ -1,0 +1,50 @@
+"""How much memory this process may still take, whoever limits it."""
+
+import resource
+from pathlib import Path
+
+import psutil
+import torch
+from torch import nn
+
+_CGROUP = Path("/sys/fs/cgroup")
+CACHE_SHARE = 0.25
+"""Dequantised weights may take so much of the free memory."""
+
+
+def free_bytes(device: str = "cpu") -> int:
+    """Return what can still be allocated: of the GPU, or of the machine, its cgroup and rlimits."""
+    if torch.device(device).type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + unused
+    own = psutil.Process().memory_info()
+    limits = [psutil.virtual_memory().available]
+    for kind, used in ((resource.RLIMIT_AS, own.vms), (resource.RLIMIT_DATA, own.rss)):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            limits.append(max(0, soft - used))
+    group = _free_in_cgroup()
+    return min(limits if group is None else [*limits, group])
+
+
+def _free_in_cgroup() -> int | None:
+    """Return what the container's limit leaves (cgroup version 2), or None without one."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        used = int((_CGROUP / "memory.current").read_text())
+    except OSError:
+        return None  # no cgroup file system, or version 1
+    return None if limit == "max" else max(0, int(limit) - used)
+
+
+def can_cache_weights(model: nn.Module, device: str) -> bool:
+    """Tell whether the NF4 weights of `model` may be kept dequantised, in 2 bytes a parameter."""
+    if torch.device(device).type != "cpu":
+        return False  # a GPU dequantises faster than it reads memory, which is scarce there
+    n_weights = sum(
+        2 * parameter.numel()
+        for parameter in model.parameters()
+        if hasattr(parameter, "quant_state")  # two weights a byte
+    )
+    return 2 * n_weights <= CACHE_SHARE * free_bytes(device)

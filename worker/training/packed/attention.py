@@ -1,0 +1,219 @@
+"""Attention within each row of a packed batch, and nowhere else.
+
+Registered with ``transformers`` under `NAME`; a model whose attention goes through its interface
+then needs no mask. Short rows on a CPU take explicit grouped-query products, whose backward pass
+is several times faster than that of the flash kernel there (specs: training, section 2); all other
+rows take ``scaled_dot_product_attention``, one call each.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from worker.training.packed import layout
+from worker.training.packed.layout import Bucket
+
+NAME = "tunery_packed"
+EXPLICIT_UP_TO = 1024
+"""Longest row, in tokens, for which the whole matrix of probabilities is kept."""
+
+
+class UnsupportedAttentionError(RuntimeError):
+    """The model asks for a kind of attention that is not built here."""
+
+
+def register() -> None:
+    """Make `NAME` known to ``transformers``; doing so again changes nothing."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, packed_attention)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Return no mask inside a packed pass, else that of ``sdpa``."""
+    from transformers.masking_utils import sdpa_mask
+
+    mask: torch.Tensor | None = None if layout.is_active() else sdpa_mask(*args, **kwargs)
+    return mask
+
+
+def packed_attention(  # noqa: PLR0913 - the interface of transformers
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend within the rows of the active layout; without one, as ``sdpa`` does.
+
+    Args:
+        module: The attention layer; its ``is_causal`` (True if absent) decides the direction.
+        query: [1, H, T, D].
+        key: [1, K, T, D], where K divides H.
+        value: [1, K, T, D].
+        attention_mask: None; packing needs none.
+        scaling: Factor of the scores; 1/√D if None.
+        dropout: Share of the probabilities to drop.
+        sliding_window: How many positions a token sees, its own included.
+
+    Returns:
+        [1, T, H, D], and None for the probabilities.
+
+    Raises:
+        UnsupportedAttentionError: soft-capped scores, attention sinks, or a mask.
+    """
+    if not layout.is_active():
+        return _plain_attention(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            **options,
+        )
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if options.get(name)]
+    if unknown or attention_mask is not None or query.shape[0] != 1:
+        raise UnsupportedAttentionError(", ".join(unknown) or "a mask or several rows")
+    is_causal = bool(options.get("is_causal", getattr(module, "is_causal", True)))
+    rows = layout.current()
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    windowed = sliding_window is not None and rows.longest > sliding_window
+    if (
+        query.device.type == "cpu"
+        and rows.longest <= EXPLICIT_UP_TO
+        and is_causal
+        and not windowed
+        and not dropout
+    ):
+        output: torch.Tensor = _ExplicitAttention.apply(query, key, value, scale, rows.buckets)
+        return output, None
+    parts = []
+    for start, end in rows.spans:
+        mask = _window_mask(end - start, sliding_window, query.device) if windowed else None
+        parts.append(
+            functional.scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, start:end],
+                value[:, :, start:end],
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=is_causal and mask is None,
+                scale=scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+        )
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _plain_attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, *args, **kwargs)
+
+
+def _window_mask(n: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return bool [n, n], True where position i may see j: 0 ≤ i − j < window."""
+    ones = torch.ones(n, n, dtype=torch.bool, device=device)
+    return ones.tril() & ones.triu(1 - window) if window is not None else ones.tril()
+
+
+@lru_cache(maxsize=8)
+def _future(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return [size, size] with −∞ where a position would see a later one, else 0."""
+    return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
+
+
+def _add_future(scores: torch.Tensor) -> torch.Tensor:
+    n = scores.shape[-1]
+    size = max(64, 1 << (n - 1).bit_length())  # few sizes, so that few masks are kept
+    return scores.add_(_future(size, scores.dtype)[:n, :n])
+
+
+class _ExplicitAttention(torch.autograd.Function):
+    """softmax(s·QKᵀ)·V for buckets of rows; the G = H / K queries of a key head are one product.
+
+    The spare places at the end of a bucket's shorter rows need no mask: they come after all that is
+    real, so no real position sees them, and their own results are left out.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        buckets: list[Bucket],
+    ) -> torch.Tensor:
+        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+        n_tokens, n_heads, width = query.shape
+        n_keys = key.shape[1]
+        output = query.new_empty(n_tokens, n_heads, width)
+        saved = []
+        for bucket in buckets:
+            queries = _heads_first(query, bucket, n_keys).mul_(scale)
+            keys, values = (_heads_first(each, bucket, n_keys) for each in (key, value))
+            scores = torch.bmm(queries, keys.transpose(1, 2))
+            scores = _add_future(scores.view(len(keys), -1, bucket.n, bucket.n))
+            shares = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+            shares = shares.view(len(keys), -1, bucket.n)
+            _tokens_first(torch.bmm(shares, values), bucket, output)
+            saved += [queries, keys, values, shares]
+        ctx.save_for_backward(*saved)
+        ctx.scale, ctx.buckets, ctx.n_keys = scale, buckets, n_keys
+        return output[None]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        saved, n_keys = ctx.saved_tensors, ctx.n_keys
+        gradient = gradient[0]
+        n_tokens, n_heads, width = gradient.shape
+        to_query = gradient.new_empty(n_tokens, n_heads, width)
+        to_key = gradient.new_empty(n_tokens, n_keys, width)
+        to_value = torch.empty_like(to_key)
+        for index, bucket in enumerate(ctx.buckets):
+            queries, keys, values, shares = saved[4 * index : 4 * index + 4]
+            outer = _heads_first(gradient, bucket, n_keys, spare=0.0)
+            _tokens_first(torch.bmm(shares.transpose(1, 2), outer), bucket, to_value)
+            to_shares = torch.bmm(outer, values.transpose(1, 2))
+            to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
+            back = torch.bmm(to_scores, keys).mul_(ctx.scale)
+            _tokens_first(back, bucket, to_query)
+            _tokens_first(torch.bmm(to_scores.transpose(1, 2), queries), bucket, to_key)
+        heads_first = (each.transpose(0, 1)[None] for each in (to_query, to_key, to_value))
+        return (*heads_first, None, None)
+
+
+def _heads_first(
+    x: torch.Tensor, bucket: Bucket, n_keys: int, *, spare: float | None = None
+) -> torch.Tensor:
+    """Return a copy [S·K, G·n, D] of the rows of a bucket from x [T, K·G, D]."""
+    width = x.shape[-1]
+    rows = x.index_select(0, bucket.gather)
+    if spare is not None and len(bucket.spare):
+        rows.index_fill_(0, bucket.spare, spare)
+    split = rows.view(bucket.n_rows, bucket.n, n_keys, -1, width).permute(0, 2, 3, 1, 4)
+    return split.reshape(bucket.n_rows * n_keys, -1, width)
+
+
+def _tokens_first(x: torch.Tensor, bucket: Bucket, out: torch.Tensor) -> None:
+    """Write x [S·K, G·n, D] to the tokens of the bucket in out [T, K·G, D]."""
+    split = x.view(bucket.n_rows, -1, bucket.n, out.shape[-1])
+    rows = split.transpose(1, 2).reshape(-1, *out.shape[1:])
+    target = out[bucket.start : bucket.end]
+    if len(bucket.spare):
+        torch.index_select(rows, 0, bucket.real, out=target)
+    else:
+        target.copy_(rows)

@@ -1,0 +1,75 @@
+"""The language-model head and its loss, for the positions that have a label, a chunk at a time.
+
+Logits of a large vocabulary are the largest tensor of training. Here only a chunk of them exists at
+a time and none is kept: the gradient of the hidden states is made in the forward pass.
+"""
+
+from typing import Any
+
+import torch
+
+CHUNK_BYTES = 48 << 20
+"""About what the logits of one chunk take."""
+BLOCK_BYTES = 16 << 20
+"""About what the float32 probabilities made at a time take; what fits a cache is faster."""
+
+
+def summed_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return Σ −log softmax(W h + b)[target], in nats, and how many targets are the arg-max.
+
+    Args:
+        hidden: [N, D], of the positions that have a target.
+        weight: [V, D], frozen.
+        bias: [V], frozen, or None.
+        targets: int64 [N].
+
+    Returns:
+        Scalars: float32 with a graph behind it, and int64.
+    """
+    wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
+    loss, n_correct = _SummedCrossEntropy.apply(hidden, weight, bias, targets, wants_gradient)
+    return loss, n_correct
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        wants_gradient: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        to_hidden = torch.empty_like(hidden) if wants_gradient else None
+        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
+        n_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        n_rows = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+        n_block = max(8, BLOCK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], n_rows):
+            rows = hidden[start : start + n_rows]
+            logits = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+            wanted = targets[start : start + n_rows, None]
+            for block, labels in zip(logits.split(n_block), wanted.split(n_block), strict=True):
+                top, best = block.max(-1, keepdim=True)
+                shares = torch.softmax(block, -1, dtype=torch.float32)
+                # −log p(label) = z(best) − z(label) − log p(best), and p(best) never underflows.
+                margin = top.float() - block.gather(1, labels).float()
+                loss += (margin - shares.gather(1, best).log()).sum(dtype=torch.float64)
+                n_correct += (best == labels).sum()
+                if to_hidden is not None:
+                    shares.scatter_add_(1, labels, torch.full_like(margin, -1.0))
+                    block.copy_(shares)  # what is left of the logits is their gradient
+            if to_hidden is not None:
+                torch.mm(logits, weight, out=to_hidden[start : start + n_rows])
+        if to_hidden is not None:
+            ctx.save_for_backward(to_hidden)
+        ctx.mark_non_differentiable(n_correct)
+        return loss.float(), n_correct
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
+        (to_hidden,) = ctx.saved_tensors
+        return to_hidden * gradient.to(to_hidden.dtype), None, None, None, None

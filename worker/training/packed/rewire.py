@@ -1,0 +1,152 @@
+"""Swap the forward passes of a PEFT model's modules for packed ones, keeping modules and names.
+
+Which modules share an input is not guessed from their names (`siblings`), and the swap of a norm or
+of a gated feed-forward stays only if it gives the same on random input. Outside of a packed pass
+every module is its own again.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from worker.training.packed import layout, rope
+from worker.training.packed.frozen import FrozenWeight
+from worker.training.packed.gated_mlp import SiluProduct
+from worker.training.packed.layout import Layout
+from worker.training.packed.lora import LinearGroup
+from worker.training.packed.norm import RmsNorm
+from worker.training.packed.siblings import (
+    PROBE_TOKENS,
+    SharedInput,
+    Sibling,
+    base_layer,
+    groups_by_input,
+    pairs_of,
+)
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+"""Largest relative error of a swapped module against its own forward pass."""
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(slots=True)
+class Rewired:
+    """What was swapped. `missed` names adapted modules that keep PEFT's own forward pass."""
+
+    n_groups: int = 0
+    n_norms: int = 0
+    n_gated: int = 0
+    has_rope: bool = False
+    missed: list[str] = field(default_factory=list)
+
+
+def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
+    """Swap what can be swapped in `model`, in place.
+
+    Args:
+        model: On its device, with its adapter attached and active.
+        cache_weights: Keep NF4 weights dequantised (see `FrozenWeight`).
+    """
+    done = Rewired()
+    scratch: dict[torch.Size, torch.Tensor] = {}
+    places: dict[nn.Module, tuple[LinearGroup, int]] = {}
+    for modules in groups_by_input(model):
+        layers = [base_layer(module) for module in modules]
+        frozen = FrozenWeight(layers, scratch, cache=cache_weights)
+        group = LinearGroup(frozen, pairs_of(modules))
+        shared = SharedInput(group, len(modules))
+        for index, module in enumerate(modules):
+            places[module] = (group, index)
+            _replace(module, Sibling(shared, module, index))
+        done.n_groups += 1
+    done.has_rope = rope.install(model.get_base_model())
+    adapter = model.active_adapter
+    for name, module in model.named_modules():
+        if module not in places and isinstance(module, LoraLayer):
+            done.missed.append(name)
+        norm = _norm_forward(module)
+        if norm is not None and _swap(module, norm, module.weight.shape[0], adapter):
+            done.n_norms += 1
+        gated = _gated_forward(module, places)
+        if gated is not None and _swap(module, gated, module.gate_proj.in_features, adapter):
+            done.n_gated += 1
+    return done
+
+
+def _norm_forward(module: nn.Module) -> Forward | None:
+    """Return the packed pass of what looks like a frozen RMS normalisation."""
+    weight, epsilon = getattr(module, "weight", None), _epsilon(module)
+    if (
+        epsilon is None
+        or not isinstance(weight, torch.Tensor)
+        or weight.dim() != 1
+        or weight.requires_grad
+        or getattr(module, "bias", None) is not None
+        or "RMSNorm" not in type(module).__name__
+    ):
+        return None
+    return lambda x: RmsNorm.apply(x, weight, epsilon)
+
+
+def _epsilon(module: nn.Module) -> float | None:
+    for name in ("variance_epsilon", "eps"):
+        value = getattr(module, name, None)
+        if isinstance(value, float):
+            return value
+    return None
+
+
+def _gated_forward(
+    module: nn.Module, places: dict[nn.Module, tuple[LinearGroup, int]]
+) -> Forward | None:
+    """Return the packed pass of what looks like ``down(silu(gate x) · up x)``."""
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    known = [places[part] for part in parts if isinstance(part, nn.Module) and part in places]
+    if len(known) != len(parts):
+        return None
+    (both, first), (also, second), (down, place) = known
+    alone = len(both.frozen.outputs) == 2 and len(down.frozen.outputs) == 1
+    if both is not also or (first, second, place) != (0, 1, 0) or not alone:
+        return None
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        training = module.training
+        return down(SiluProduct.apply(both(x, training=training)), training=training)
+
+    return forward
+
+
+def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
+    module.forward = forward  # shadows the class's own
+
+
+def _swap(module: nn.Module, forward: Forward, width: int, adapter: str) -> bool:
+    """Replace the forward pass of `module` if both give the same on random input."""
+    own = module.forward
+    some = next(each for each in module.parameters() if each.is_floating_point())
+    base = next((each for each in module.parameters() if not each.requires_grad), some)
+    dtype = base.dtype if base.is_floating_point() else torch.bfloat16
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(some.device, dtype)
+    was_training = module.training
+    module.eval()
+    with torch.no_grad():
+        expected = own(x).float()
+        with layout.active(Layout.of([PROBE_TOKENS], adapter)):
+            error = (forward(x).float() - expected).norm() / expected.norm()
+    module.train(was_training)
+    if not error <= TOLERANCE[dtype]:
+        return False
+
+    def packed(x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = forward(x) if layout.is_active() else own(x)
+        return result
+
+    _replace(module, packed)
+    return True

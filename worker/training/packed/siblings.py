@@ -1,0 +1,122 @@
+"""Linear layers that read the same input, found by watching one forward pass, taken together."""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from worker.training.packed import layout
+from worker.training.packed.lora import LinearGroup, Pair
+
+PROBE_TOKENS = 8
+
+
+def groups_by_input(model: PeftModel) -> list[list[nn.Module]]:
+    """Return the linear layers that can be taken, each with those that read the same tensor."""
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))
+        for module in model.modules()
+        if _can_take(module)
+    ]
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    n_calls = {module: 0 for module, _ in calls}
+    for module, _ in calls:
+        n_calls[module] += 1
+    once = [(module, x) for module, x in calls if n_calls[module] == 1 and x.dim() > 1]
+    return [
+        [module for module, _ in run]
+        for _, run in groupby(once, key=lambda call: (id(call[1]), _kind(call[0])))
+    ]
+
+
+def base_layer(module: nn.Module) -> nn.Linear:
+    """Return the frozen layer below an adapted module."""
+    layer = module.base_layer if isinstance(module, LoraLayer) else module
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _can_take(module: nn.Module) -> bool:
+    """Tell whether a module is plain LoRA on a linear layer that is not split, tied or merged."""
+    if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
+        return False
+    layer = module.base_layer
+    plain = type(layer) is nn.Linear or type(layer).__name__ == "Linear4bit"
+    return (
+        plain
+        and not module.merged
+        and not any(module.use_dora.values())
+        and not any(module.lora_bias.values())
+        and not any(getattr(module, "lora_variant", {}).values())
+        and not layer.weight.requires_grad
+    )
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    weight = base_layer(module).weight
+    return weight.dtype, weight.device, hasattr(weight, "quant_state")
+
+
+def pairs_of(modules: list[nn.Module]) -> dict[str, tuple[Pair | None, ...]]:
+    """Return for each adapter its matrices in each of the modules."""
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    names = {name for layer in layers for name in layer.lora_A}
+    return {name: tuple(_pair(layer, name) for layer in layers) for name in names}
+
+
+def _pair(layer: LoraLayer, name: str) -> Pair | None:
+    if name not in layer.lora_A:
+        return None
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    assert isinstance(a, nn.Parameter)
+    assert isinstance(b, nn.Parameter)
+    p = float(getattr(layer.lora_dropout[name], "p", 0.0))
+    return Pair(a, b, float(layer.scaling[name]), p)
+
+
+class SharedInput:
+    """Computes a group at its first layer and hands the others their share."""
+
+    def __init__(self, group: LinearGroup, n_layers: int) -> None:
+        self.group = group
+        self._n_layers = n_layers
+        self._x: torch.Tensor | None = None
+        self._outputs: list[torch.Tensor] = []
+        self._n_taken = 0
+
+    def take(self, x: torch.Tensor, index: int, *, training: bool) -> torch.Tensor:
+        if self._x is not x:
+            self._x, self._n_taken = x, 0
+            whole = self.group(x, training=training)
+            self._outputs = list(whole.split(self.group.frozen.outputs, -1))
+        output = self._outputs[index]
+        self._n_taken += 1
+        if self._n_taken == self._n_layers:
+            self._x, self._outputs = None, []
+        return output
+
+
+class Sibling:
+    """The forward pass of one layer of a group; PEFT's own outside of a packed pass."""
+
+    def __init__(self, shared: SharedInput, module: nn.Module, index: int) -> None:
+        self._shared = shared
+        self._module = module
+        self._own = module.forward
+        self._index = index
+
+    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not layout.is_active():
+            result: torch.Tensor = self._own(x, *args, **kwargs)
+            return result
+        return self._shared.take(x, self._index, training=self._module.training)
