@@ -213,10 +213,15 @@ def micro_batches(
     """Split the examples of one step, longest first, so that none holds more than `token_budget`.
 
     If `pads`, the budget counts padding as well. An example that alone exceeds it makes a batch of
-    its own.
+    its own. Without padding the batches get about equal sizes.
     """
     group: list[Example] = []
     n_tokens = 0
+    if not pads:
+        whole = sum(len(example.input_ids) for example in examples)
+        n_groups = -(-whole // token_budget)
+        longest = max(len(example.input_ids) for example in examples)
+        token_budget = min(token_budget, whole // n_groups + longest // 2)
     for example in sorted(examples, key=lambda example: -len(example.input_ids)):
         n_ids = len(group[0].input_ids) if pads and group else len(example.input_ids)
         if group and n_tokens + n_ids > token_budget:

@@ -25,7 +25,7 @@ from worker.training.model import trainable_parameters
 from worker.training.objectives.base import Example, LanguageForward, Objective, ObjectiveParams
 from worker.training.schedule import rate_factor
 
-TOKENS_PER_MICRO_BATCH = {"cpu": 4096, "cuda": 16384}
+TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 VALIDATIONS_PER_EPOCH = 10
 
 

@@ -129,16 +129,14 @@ def _window_mask(n: int, window: int | None, device: torch.device) -> torch.Tens
     return ones.tril() & ones.triu(1 - window) if window is not None else ones.tril()
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _future(size: int, dtype: torch.dtype) -> torch.Tensor:
     """Return [size, size] with −∞ where a position would see a later one, else 0."""
     return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
 
 
 def _add_future(scores: torch.Tensor) -> torch.Tensor:
-    n = scores.shape[-1]
-    size = max(64, 1 << (n - 1).bit_length())  # few sizes, so that few masks are kept
-    return scores.add_(_future(size, scores.dtype)[:n, :n])
+    return scores.add_(_future(scores.shape[-1], scores.dtype))
 
 
 class _ExplicitAttention(torch.autograd.Function):

@@ -1,17 +1,19 @@
 """LoRA on linear layers that read the same input, as one node of the graph.
 
 For each layer ``y = W x + b + s · B A dropout(x)`` (arXiv 2106.09685, equation 3). Compared with
-the same in separate modules: W is read once for all siblings, no gradient of W or b is ever formed,
-only x and A x are kept for the backward pass, and where x needs no gradient (below the first
-adapter) none is computed. The rows of a batch may belong to different adapters.
+the same in separate modules: no gradient of W or b is ever formed, only x and A x are kept for the
+backward pass, and where x needs no gradient (below the first adapter) none is computed. The rows of
+a batch may belong to different adapters.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from worker.training.dropout import keep_scale
 from worker.training.packed import layout
@@ -31,13 +33,32 @@ class Pair:
 class LinearGroup:
     """Layers with one input: their frozen weights, and the pairs of each adapter by its name."""
 
-    def __init__(self, frozen: FrozenWeight, pairs: dict[str, tuple[Pair | None, ...]]) -> None:
-        self.frozen = frozen
+    def __init__(
+        self, weights: list[FrozenWeight], pairs: dict[str, tuple[Pair | None, ...]]
+    ) -> None:
+        self.weights = weights
+        self.outputs = [weight.outputs for weight in weights]
         self.pairs = pairs
-        self._columns = {name: _columns_of(frozen.outputs, row) for name, row in pairs.items()}
+        self._columns = {name: _columns_of(self.outputs, row) for name, row in pairs.items()}
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         """Return [..., all outputs] for x [..., inputs] under the active layout."""
+        parts, parameters = self._parts(x.dtype, training)
+        output: torch.Tensor = _Product.apply(x, self.weights, parts, *parameters)
+        return output
+
+    def gated(self, both: torch.Tensor, *, training: bool) -> torch.Tensor:
+        """Return the products of ``silu(gate) · up`` for both [..., 2 · inputs], side by side.
+
+        The gated feed-forward of arXiv 2002.05202. Its activation is made again in the backward
+        pass instead of being kept.
+        """
+        parts, parameters = self._parts(both.dtype, training)
+        output: torch.Tensor = _GatedProduct.apply(both, self.weights, parts, *parameters)
+        return output
+
+    def _parts(self, dtype: torch.dtype, training: bool) -> tuple[list["_Part"], list[Any]]:
+        """Return what each segment is multiplied with, and the parameters behind it."""
         parts, parameters = [], []
         for segment in layout.current().segments:
             columns = self._columns[segment.adapter]
@@ -48,17 +69,29 @@ class LinearGroup:
             a = [column.pair.a for column in columns]
             b = [column.pair.b for column in columns]
             # A fused optimizer changes weights without telling, so no cast outlives its pass.
-            cast = _Cast(
-                torch.cat([each.detach() for each in a]).to(x.dtype), _cast_all(b, x.dtype)
+            parts.append(
+                _Part(
+                    slice(segment.start, segment.end),
+                    columns,
+                    torch.cat([each.detach() for each in a]).to(dtype),
+                    [each.detach().to(dtype) for each in b],
+                    seed,
+                )
             )
-            parts.append(_Part(segment.start, segment.end, columns, cast, seed))
             parameters += [*a, *b]
-        output: torch.Tensor = _Product.apply(x, self.frozen, parts, *parameters)
-        return output
+        return parts, parameters
 
 
-def _columns_of(outputs: list[int], pairs: tuple[Pair | None, ...]) -> list["_Column"]:
-    """Return the pairs of an adapter with the places of their outputs and hidden values."""
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """One layer of a group: its pair, the columns of its output, and those of its ``A x``."""
+
+    pair: Pair
+    output: slice
+    hidden: slice
+
+
+def _columns_of(outputs: list[int], pairs: tuple[Pair | None, ...]) -> list[_Column]:
     columns = []
     output = hidden = 0
     for width, pair in zip(outputs, pairs, strict=True):
@@ -72,114 +105,149 @@ def _columns_of(outputs: list[int], pairs: tuple[Pair | None, ...]) -> list["_Co
     return columns
 
 
-def _cast_all(matrices: list[nn.Parameter], dtype: torch.dtype) -> list[torch.Tensor]:
-    return [matrix.detach().to(dtype) for matrix in matrices]
-
-
-@dataclass(frozen=True, slots=True)
-class _Cast:
-    """The A of several layers, stacked, and their B, in the dtype of the product."""
-
-    a: torch.Tensor
-    b: list[torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """One layer of a group: its pair, the columns of its output, and those of its ``A x``."""
-
-    pair: Pair
-    output: slice
-    hidden: slice
-
-
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One segment; `seed` starts the random numbers of its dropout, if there is any.
+    """One segment: its rows, its layers, and their matrices in the dtype of the product.
 
-    The seed comes from torch's generator, whose state is part of a checkpoint. The backward pass
-    draws the same numbers again, which is cheaper than keeping them.
+    `a` is the A of all layers, one below the other. `seed` starts the random numbers of the
+    dropout, if there is any: it comes from torch's generator, whose state is part of a checkpoint.
+    The backward pass draws the same numbers again, which is cheaper than keeping them.
     """
 
-    start: int
-    end: int
+    rows: slice
     columns: list[_Column]
-    cast: _Cast
+    a: torch.Tensor
+    b: list[torch.Tensor]
     seed: int | None
 
-    def keeps(self, rows: torch.Tensor) -> Iterator[torch.Tensor | float]:
+    def keeps(self, x: torch.Tensor) -> Iterator[torch.Tensor | float]:
         """Yield what each layer's input is multiplied with."""
         assert self.seed is not None
-        generator = torch.Generator(rows.device).manual_seed(self.seed)
+        generator = torch.Generator(x.device).manual_seed(self.seed)
         for column in self.columns:
             p = column.pair.dropout
-            yield keep_scale(rows, p, generator) if p else 1.0
+            yield keep_scale(x, p, generator) if p else 1.0
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, frozen: FrozenWeight, parts: list[_Part], *_: Any
+        ctx: Any, x: torch.Tensor, weights: list[FrozenWeight], parts: list[_Part], *_: Any
     ) -> torch.Tensor:
-        flat = x.reshape(-1, frozen.inputs)
-        weight = frozen.get()
-        if frozen.bias is None:
-            output = flat @ weight.t()
-        else:
-            output = torch.addmm(frozen.bias, flat, weight.t())
-        saved = [flat]
-        for part in parts:
-            rows, a, b = flat[part.start : part.end], part.cast.a, part.cast.b
-            if part.seed is None:
-                hidden = rows @ a.t()
-            else:
-                hidden = torch.cat(
-                    [
-                        (rows * keep) @ a[column.hidden].t()
-                        for column, keep in zip(part.columns, part.keeps(rows), strict=True)
-                    ],
-                    1,
-                )
-            for column, up in zip(part.columns, b, strict=True):
-                output[part.start : part.end, column.output].addmm_(
-                    hidden[:, column.hidden], up.t(), alpha=column.pair.scale
-                )
-            saved.append(hidden)
-        ctx.save_for_backward(*saved)
-        ctx.frozen, ctx.parts, ctx.shape = frozen, parts, x.shape
+        flat = x.reshape(-1, weights[0].inputs)
+        output, hidden = _multiply(flat, weights, parts)
+        ctx.save_for_backward(flat, *hidden)
+        ctx.weights, ctx.parts, ctx.shape = weights, parts, x.shape
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        flat, *hidden_of_parts = ctx.saved_tensors
+        flat, *hidden = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        to_x = gradient @ ctx.frozen.get() if ctx.needs_input_grad[0] else None
-        gradients: list[torch.Tensor] = []
-        for part, hidden in zip(ctx.parts, hidden_of_parts, strict=True):
-            rows, span = flat[part.start : part.end], slice(part.start, part.end)
-            to_hidden = torch.empty_like(hidden)
-            to_b = []
-            for column, up in zip(part.columns, part.cast.b, strict=True):
-                outer = gradient[span, column.output]
-                to_hidden[:, column.hidden] = (outer @ up).mul_(column.pair.scale)
-                to_b.append((outer.t() @ hidden[:, column.hidden]).float())
-                to_b[-1].mul_(column.pair.scale)
-            back = to_x[span] if to_x is not None else None
-            gradients += [*_down_gradients(part, rows, to_hidden, back), *to_b]
+        to_x = _input_gradient(gradient, ctx.weights) if ctx.needs_input_grad[0] else None
+        gradients = _adapter_gradients(flat, gradient, ctx.parts, hidden, to_x)
         return (to_x.view(ctx.shape) if to_x is not None else None, None, None, *gradients)
 
 
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, both: torch.Tensor, weights: list[FrozenWeight], parts: list[_Part], *_: Any
+    ) -> torch.Tensor:
+        flat = both.reshape(-1, both.shape[-1])
+        gate, up = flat.chunk(2, -1)
+        output, hidden = _multiply(functional.silu(gate).mul_(up), weights, parts)
+        ctx.save_for_backward(flat, *hidden)
+        ctx.weights, ctx.parts, ctx.shape = weights, parts, both.shape
+        return output.view(*both.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        flat, *hidden = ctx.saved_tensors
+        gate, up = flat.chunk(2, -1)
+        gradient = gradient.reshape(-1, gradient.shape[-1])
+        active = functional.silu(gate)
+        to_product = _input_gradient(gradient, ctx.weights)
+        gradients = _adapter_gradients(active * up, gradient, ctx.parts, hidden, to_product)
+        to_both = torch.empty_like(flat)
+        to_gate, to_up = to_both.chunk(2, -1)
+        torch.mul(to_product, active, out=to_up)
+        to_gate.copy_(torch.ops.aten.silu_backward(to_product.mul_(up), gate))
+        return to_both.view(ctx.shape), None, None, *gradients
+
+
+def _multiply(
+    x: torch.Tensor, weights: list[FrozenWeight], parts: list[_Part]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Return the outputs [T, all outputs] for x [T, inputs], and ``A x`` of each part."""
+    output = x.new_empty(x.shape[0], sum(weight.outputs for weight in weights))
+    for weight, columns in _columns(weights):
+        torch.mm(x, weight.get().t(), out=output[:, columns])
+        if weight.bias is not None:
+            output[:, columns].add_(weight.bias)
+    hidden_of_parts = []
+    for part in parts:
+        rows = x[part.rows]
+        if part.seed is None:
+            hidden = rows @ part.a.t()
+        else:
+            hidden = torch.cat(
+                [
+                    (rows * keep) @ part.a[column.hidden].t()
+                    for column, keep in zip(part.columns, part.keeps(rows), strict=True)
+                ],
+                1,
+            )
+        for column, b in zip(part.columns, part.b, strict=True):
+            output[part.rows, column.output].addmm_(
+                hidden[:, column.hidden], b.t(), alpha=column.pair.scale
+            )
+        hidden_of_parts.append(hidden)
+    return output, hidden_of_parts
+
+
+def _columns(weights: list[FrozenWeight]) -> list[tuple[FrozenWeight, slice]]:
+    ends = accumulate((weight.outputs for weight in weights), initial=0)
+    return [(weight, slice(*span)) for weight, span in zip(weights, pairwise(ends), strict=True)]
+
+
+def _input_gradient(gradient: torch.Tensor, weights: list[FrozenWeight]) -> torch.Tensor:
+    """Return what the frozen weights send back, [T, inputs]."""
+    (first, columns), *others = _columns(weights)
+    to_x = gradient[:, columns] @ first.get()
+    for weight, columns in others:
+        to_x.addmm_(gradient[:, columns], weight.get())
+    return to_x
+
+
+def _adapter_gradients(
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    parts: list[_Part],
+    hidden_of_parts: list[torch.Tensor],
+    to_x: torch.Tensor | None,
+) -> list[torch.Tensor]:
+    """Return the gradients of A and B of each part, and add what the adapters send to `to_x`."""
+    gradients: list[torch.Tensor] = []
+    for part, hidden in zip(parts, hidden_of_parts, strict=True):
+        to_hidden = torch.empty_like(hidden)
+        to_b = []
+        for column, b in zip(part.columns, part.b, strict=True):
+            outer = gradient[part.rows, column.output]
+            to_hidden[:, column.hidden] = (outer @ b).mul_(column.pair.scale)
+            to_b.append((outer.t() @ hidden[:, column.hidden]).float().mul_(column.pair.scale))
+        back = to_x[part.rows] if to_x is not None else None
+        gradients += [*_down_gradients(part, x[part.rows], to_hidden, back), *to_b]
+    return gradients
+
+
 def _down_gradients(
-    part: _Part,
-    rows: torch.Tensor,
-    to_hidden: torch.Tensor,
-    back: torch.Tensor | None,
+    part: _Part, rows: torch.Tensor, to_hidden: torch.Tensor, back: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """Return the gradients of the A of a part, and add that of its input to `back`."""
-    a = part.cast.a
     if part.seed is None:
         if back is not None:
-            back.addmm_(to_hidden, a)
+            back.addmm_(to_hidden, part.a)
         to_a = (to_hidden.t() @ rows).float()
         return [to_a[column.hidden] for column in part.columns]
     gradients = []
@@ -187,5 +255,5 @@ def _down_gradients(
         mine = to_hidden[:, column.hidden]
         gradients.append((mine.t() @ (rows * keep)).float())
         if back is not None:
-            back.add_((mine @ a[column.hidden]).mul_(keep))
+            back.add_((mine @ part.a[column.hidden]).mul_(keep))
     return gradients

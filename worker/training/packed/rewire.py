@@ -16,7 +16,6 @@ from torch import nn
 
 from worker.training.packed import layout, rope
 from worker.training.packed.frozen import FrozenWeight
-from worker.training.packed.gated_mlp import SiluProduct
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup
 from worker.training.packed.norm import RmsNorm
@@ -54,12 +53,10 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
         cache_weights: Keep NF4 weights dequantised (see `FrozenWeight`).
     """
     done = Rewired()
-    scratch: dict[torch.Size, torch.Tensor] = {}
     places: dict[nn.Module, tuple[LinearGroup, int]] = {}
     for modules in groups_by_input(model):
-        layers = [base_layer(module) for module in modules]
-        frozen = FrozenWeight(layers, scratch, cache=cache_weights)
-        group = LinearGroup(frozen, pairs_of(modules))
+        weights = [FrozenWeight(base_layer(each), cache=cache_weights) for each in modules]
+        group = LinearGroup(weights, pairs_of(modules))
         shared = SharedInput(group, len(modules))
         for index, module in enumerate(modules):
             places[module] = (group, index)
@@ -111,13 +108,13 @@ def _gated_forward(
     if len(known) != len(parts):
         return None
     (both, first), (also, second), (down, place) = known
-    alone = len(both.frozen.outputs) == 2 and len(down.frozen.outputs) == 1
+    alone = len(both.outputs) == 2 and len(down.outputs) == 1
     if both is not also or (first, second, place) != (0, 1, 0) or not alone:
         return None
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         training = module.training
-        return down(SiluProduct.apply(both(x, training=training)), training=training)
+        return down.gated(both(x, training=training), training=training)
 
     return forward
 

@@ -98,7 +98,7 @@ class SharedInput:
         if self._x is not x:
             self._x, self._n_taken = x, 0
             whole = self.group(x, training=training)
-            self._outputs = list(whole.split(self.group.frozen.outputs, -1))
+            self._outputs = list(whole.split(self.group.outputs, -1))
         output = self._outputs[index]
         self._n_taken += 1
         if self._n_taken == self._n_layers:

@@ -31,7 +31,8 @@ def make_group(dropout: float = 0.0) -> tuple[LinearGroup, list[nn.Linear]]:
         ),
         "two": (make_pair(5, 3), make_pair(4, 4), None),
     }
-    return LinearGroup(FrozenWeight(layers, {}, cache=False), pairs), layers
+    weights = [FrozenWeight(layer, cache=False) for layer in layers]
+    return LinearGroup(weights, pairs), layers
 
 
 def reference(
@@ -124,7 +125,7 @@ def test_the_product_runs_in_the_dtype_of_the_base_and_gradients_stay_wide(
 ) -> None:
     layers = [nn.Linear(INPUTS, 5, dtype=dtype).requires_grad_(False)]
     pair = make_pair(5, 1)
-    group = LinearGroup(FrozenWeight(layers, {}, cache=False), {"one": (pair,)})
+    group = LinearGroup([FrozenWeight(layers[0], cache=False)], {"one": (pair,)})
     with layout.active(Layout.of([3], "one")):
         output = group(torch.randn(1, 3, INPUTS, dtype=dtype), training=True)
         output.sum().backward()
@@ -145,3 +146,24 @@ def test_a_change_of_the_weights_is_seen_by_the_next_pass() -> None:
         torch.testing.assert_close(output, reference(x, layers, group.pairs["one"]))
         output.sum().backward()
         optimizer.step()  # does not raise the weights' version counters
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_gated_product_is_that_of_the_gated_input(dropout: float) -> None:
+    group, _ = make_group(dropout)
+    both = torch.randn(1, 5, 2 * INPUTS, requires_grad=True)
+    twin = both.detach().clone().requires_grad_()
+    gate, up = twin.chunk(2, -1)
+    with layout.active(Layout.of([5], "one")):
+        torch.manual_seed(4)
+        found = group.gated(both, training=True)
+        torch.manual_seed(4)
+        expected = group(nn.functional.silu(gate) * up, training=True)
+    torch.testing.assert_close(found, expected)
+    pairs = [pair for pair in group.pairs["one"] if pair is not None]
+    parameters = [matrix for pair in pairs for matrix in (pair.a, pair.b)]
+    outer = torch.randn(found.shape)
+    found_gradients = torch.autograd.grad(found, [both, *parameters], outer)
+    expected_gradients = torch.autograd.grad(expected, [twin, *parameters], outer)
+    for one, other in zip(found_gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other)

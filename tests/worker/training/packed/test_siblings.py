@@ -14,13 +14,13 @@ from worker.training.packed.siblings import SharedInput
 @pytest.fixture
 def shared() -> SharedInput:
     layers = [nn.Linear(3, outputs).requires_grad_(False) for outputs in (2, 4)]
-    frozen = FrozenWeight(layers, {}, cache=False)
-    return SharedInput(LinearGroup(frozen, {"one": (None, None)}), 2)
+    weights = [FrozenWeight(layer, cache=False) for layer in layers]
+    return SharedInput(LinearGroup(weights, {"one": (None, None)}), 2)
 
 
 def product(shared: SharedInput, x: torch.Tensor) -> torch.Tensor:
-    frozen = shared.group.frozen
-    return nn.functional.linear(x, frozen.get(), frozen.bias)
+    parts = [nn.functional.linear(x, each.get(), each.bias) for each in shared.group.weights]
+    return torch.cat(parts, -1)
 
 
 def test_each_layer_gets_its_part_and_nothing_is_kept_after_the_last(shared: SharedInput) -> None:
