@@ -214,12 +214,15 @@ def run_ours(folder: Path, precision: str) -> None:
     by_step = iter(rows.batches * 1000)
     trainer._batches = lambda epoch: [next(by_step)] * trainer.steps_per_epoch  # type: ignore[assignment]
     copy_init_ours(task.model, folder)
-    say(ready=True)
 
     class Turns:
         turn = (0.0, 0.0)
+        is_ready = False
 
         def __call__(self) -> Stop | None:
+            if not self.is_ready:
+                self.is_ready = True
+                say(ready=True)
             self.turn = wait_for_turn()
             return None
 

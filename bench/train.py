@@ -31,6 +31,7 @@ N_ROWS, BATCH = 320, 8
 CONTESTANTS = ("ours", "plain", "trl best", "trl default")
 QUICK_CONTESTANTS = ("ours", "plain", "trl default")
 N_WARM = 2
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 SUBJECTS = [
     *("the harbour crane", "a night ferry", "the bread oven", "a tide table", "the fish market"),
     *("an old lighthouse", "the boat yard", "a school garden", "the water tower", "a rope store"),

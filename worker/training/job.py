@@ -121,7 +121,7 @@ class JobRun:
                 f"Base model {base.name} cannot be trained without padding ({reason}); its own "
                 "forward pass is used, which is slower and gives the same result."
             )
-        trainer = Trainer(task)
+        trainer = Trainer(task, warn=self._reporter.warn)
         run = RunIdentity(
             job_id=self._job_id,
             attempt=self._attempt,

@@ -13,6 +13,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from peft import PeftModel
 
@@ -20,6 +21,7 @@ from models.domain.reports import StepMetrics
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, TrainingFailedError
 from worker.training.batches import epoch_batches, micro_batches
+from worker.training.memory import is_out_of_memory
 from worker.training.methods.base import Method, MethodParams
 from worker.training.model import trainable_parameters
 from worker.training.objectives.base import Example, LanguageForward, Objective, ObjectiveParams
@@ -107,12 +109,18 @@ class Trainer:
     Args:
         task: What is trained.
         token_budget: Most tokens in one forward pass; by device when omitted.
+        warn: Takes sentences that the owner of the job should read.
 
     Raises:
         InvalidRequestError: early stopping without a validation file.
     """
 
-    def __init__(self, task: Task, token_budget: int | None = None) -> None:
+    def __init__(
+        self,
+        task: Task,
+        token_budget: int | None = None,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
         spec = task.spec
         numbers = spec.hyperparameters
         assert spec.is_resolved
@@ -125,6 +133,7 @@ class Trainer:
                 "early_stopping needs a validation_file to judge by.", param="early_stopping"
             )
         self.task = task
+        self._warn = warn
         self.progress = Progress()
         self.batch_size = numbers.batch_size
         self.checkpoint_steps = spec.checkpoint_steps
@@ -168,6 +177,7 @@ class Trainer:
         """
         saved = self.progress.step
         metrics: StepMetrics | None = None
+        self._probe_memory()
         if self.progress.step == 0 and self.task.valid:
             scores = self.evaluate(self.task.valid)
             loss = self._finite_validation(scores)
@@ -193,6 +203,51 @@ class Trainer:
                 saved = metrics.step
         return Outcome.CANCELLED if asked() is Stop.CANCEL else Outcome.FINISHED
 
+    def _probe_memory(self) -> None:
+        """Run the largest micro-batch there can be, so that what does not fit shows at once.
+
+        It leaves nothing behind but a heap that is large enough, and perhaps a lower token budget.
+        """
+        if self.progress.step >= self.total_steps:
+            return
+        lengths = np.array([len(example.input_ids) for example in self.task.train])
+        rows = np.argsort(-lengths, kind="stable")[: self.batch_size]
+        largest = [self.task.train[int(row)] for row in rows]
+        self.task.model.train()
+        with torch.random.fork_rng():
+            self._fitting(largest, only_first=True)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _fitting(self, examples: Sequence[Example], *, only_first: bool = False) -> Scores:
+        """Return the sums of a training step; where memory runs out, try again in smaller parts.
+
+        The step's rows and its loss stay the same, since nothing was updated; more micro-batches
+        make it up. Dropout draws other numbers then.
+
+        Raises:
+            What torch raises when memory runs out even for one row at a time.
+        """
+        while True:
+            try:
+                return self._sums(examples, backward=True, only_first=only_first)
+            except (RuntimeError, MemoryError) as error:
+                longest = max(len(example.input_ids) for example in examples)
+                if not is_out_of_memory(error) or self._token_budget < longest:
+                    raise
+                reason = str(error).partition("\n")[0][:200]
+            # Outside of the handler, whose error holds the tensors of the failed pass.
+            self.optimizer.zero_grad(set_to_none=True)
+            self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
+            self._warn(
+                f"Memory ran out in step {self.progress.step + 1} ({reason}); from now on a step "
+                f"is computed in parts of at most {self._token_budget:,} tokens. Its rows, its "
+                "loss and the order of the data stay the same."
+            )
+
+    def _largest_group(self, examples: Sequence[Example]) -> int:
+        groups = micro_batches(examples, self._token_budget, pads=self.task.forward.pads)
+        return max(sum(len(example.input_ids) for example in group) for group in groups)
+
     def _step(self) -> StepMetrics:
         """Make one optimizer update and return what it measured."""
         started = time.perf_counter()
@@ -201,7 +256,7 @@ class Trainer:
         examples = [self.task.train[row] for row in self._batches(epoch)[at]]
         optimizer = self.task.spec.optimizer
         self.task.model.train()
-        scores = self._sums(examples, backward=True)
+        scores = self._fitting(examples)
         self._require_finite(scores.mean_loss, "loss", examples)
         if index == 0:
             self._require_gradients()
@@ -231,8 +286,13 @@ class Trainer:
             tokens_per_second=n_tokens / max(time.perf_counter() - started, 1e-9),
         )
 
-    def _sums(self, examples: Sequence[Example], *, backward: bool) -> Scores:
-        """Run `examples` through the model; `backward` adds the gradient of their mean loss."""
+    def _sums(
+        self, examples: Sequence[Example], *, backward: bool, only_first: bool = False
+    ) -> Scores:
+        """Run `examples` through the model; `backward` adds the gradient of their mean loss.
+
+        With `only_first`, the first micro-batch, which is a largest one, is all that is run.
+        """
         task = self.task
         n_trained = sum(example.n_trained for example in examples)
         # Sums stay on the device, so that a GPU is waited for once a step.
@@ -245,6 +305,8 @@ class Trainer:
                 (sums.loss / n_trained).backward()
             loss += sums.loss.detach()
             n_correct += sums.n_correct
+            if only_first:
+                break
         return Scores(float(loss), int(n_correct), n_trained)
 
     def _validate(self, step: int) -> dict[str, float]:

@@ -38,6 +38,14 @@ def _free_in_cgroup() -> int | None:
     return None if limit == "max" else max(0, int(limit) - used)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory could not be allocated."""
+    # On a CPU torch raises a plain RuntimeError, recognisable by its text only.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
 def can_cache_weights(model: nn.Module, device: str) -> bool:
     """Tell whether the NF4 weights of `model` may be kept dequantised, in 2 bytes a parameter."""
     if torch.device(device).type != "cpu":

@@ -162,7 +162,9 @@ def failure_of(error: Exception) -> TuneryError | None:
         return None
     if isinstance(error, TuneryError):
         return error
-    if _is_out_of_memory(error):
+    from worker.training.memory import is_out_of_memory
+
+    if is_out_of_memory(error):
         return TrainingFailedError(
             "The worker ran out of memory. Lower max_seq_length or peft.r, or use a worker with "
             "more memory.",
@@ -174,15 +176,6 @@ def failure_of(error: Exception) -> TuneryError | None:
             code="storage_full",
         )
     return None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    # On a CPU torch raises a plain RuntimeError, recognisable by its text only.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
 
 
 if __name__ == "__main__":

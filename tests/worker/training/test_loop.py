@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_number_ends_the_job_and_names_step_and_rows() -> None
         def loss(self, *args: Any) -> Any:
             self.n_calls += 1
             sums = loss(*args)
-            factor = math.nan if self.n_calls == 2 else 1.0
+            factor = math.nan if self.n_calls == 3 else 1.0  # the first is the probe
             return type(sums)(sums.loss * factor, sums.n_correct)
 
     object.__setattr__(trainer.task, "objective", Broken())
@@ -278,3 +278,64 @@ def test_what_the_reporter_raises_ends_the_run() -> None:
     with pytest.raises(LeaseLostError):
         trainer.run(Lost(), lambda *_: None, lambda: None)
     assert trainer.progress.step == 1
+
+
+class Scarce:
+    """An objective that finds no memory for more than `most` tokens at a time."""
+
+    def __init__(self, objective: Any, most: int) -> None:
+        self.collate = objective.collate
+        self._loss = objective.loss
+        self._most = most
+        self.sizes: list[int] = []
+
+    def loss(self, forward: Any, batch: Any, params: Any) -> Any:
+        n_tokens = len(batch.input_ids)
+        if n_tokens > self._most:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 1 TB")
+        self.sizes.append(n_tokens)
+        return self._loss(forward, batch, params)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_job_that_runs_out_of_memory_goes_on_in_smaller_parts(padded: bool) -> None:
+    def run(most: int) -> tuple[Log, list[str], Scarce]:
+        warnings: list[str] = []
+        trainer = make_trainer(warn=warnings.append, padded=padded)
+        scarce = Scarce(trainer.task.objective, most)
+        object.__setattr__(trainer.task, "objective", scarce)
+        outcome, log = train(trainer)
+        assert outcome is Outcome.FINISHED
+        return log, warnings, scarce
+
+    plenty, silence, _ = run(10_000)
+    little, warnings, scarce = run(30)
+    assert silence == []
+    assert warnings
+    assert all("Memory ran out" in warning for warning in warnings)
+    assert max(scarce.sizes) <= 30
+    assert [point.tokens for point in little.points] == [point.tokens for point in plenty.points]
+    for one, other in zip(little.points, plenty.points, strict=True):
+        assert one.train_loss == pytest.approx(other.train_loss, rel=1e-4)
+
+
+def test_a_row_that_does_not_fit_by_itself_ends_the_job() -> None:
+    trainer = make_trainer()
+    object.__setattr__(trainer.task, "objective", Scarce(trainer.task.objective, 3))
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        train(trainer)
+
+
+def test_the_probe_of_memory_leaves_no_trace() -> None:
+    trainer, other = (make_trainer(make_spec(peft=lora(dropout=0.3))) for _ in range(2))
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    trainer._probe_memory()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(parameter.grad is None for parameter in trainer.parameters.values())
+    torch.manual_seed(5)
+    first = trainer._step()
+    torch.manual_seed(5)
+    second = other._step()
+    assert first.train_loss == second.train_loss
+    assert first.grad_norm == second.grad_norm

@@ -1,5 +1,6 @@
 """Free memory under every limit that a process can have."""
 
+import json
 import resource
 import subprocess
 import sys
@@ -53,3 +54,16 @@ def test_weights_are_cached_only_where_there_is_room(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(memory, "free_bytes", lambda device: 7999)
     assert not memory.can_cache_weights(model, "cpu")
     assert not memory.can_cache_weights(model, "cuda:0")
+
+
+def test_a_job_whose_batches_do_not_fit_succeeds_with_the_same_losses() -> None:
+    def run(megabytes: int) -> Any:
+        command = [sys.executable, "-m", "tests.worker.training.limited", str(megabytes)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    free, limited = run(0), run(100)
+    assert free["warnings"] == []
+    assert limited["warnings"]
+    assert limited["losses"] == pytest.approx(free["losses"], rel=1e-4)

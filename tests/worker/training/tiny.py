@@ -92,9 +92,10 @@ def make_trainer(
     train: Sequence[Example] | None = None,
     valid: Sequence[Example] = (),
     model: LlamaForCausalLM | None = None,
-    token_budget: int | None = None,
     padded: bool = False,
+    **options: Any,
 ) -> Trainer:
+    """`options` are the trainer's own: `token_budget`, `warn`."""
     spec = spec or make_spec()
     adapted = attach(model or tiny_llama(), spec.peft, spec.seed)
     if padded:
@@ -114,7 +115,7 @@ def make_trainer(
         valid=valid,
         device="cpu",
     )
-    return Trainer(task, token_budget)
+    return Trainer(task, **options)
 
 
 def digest_of_base(model: PeftModel) -> str:
