@@ -106,11 +106,11 @@ class Service:
             jobs.advance_validated(session, lambda spec: DataDemand(frozenset({"chat"})))
         return self.claim()
 
-    def requeue(self, job: Job) -> Job:
+    def requeue(self, job: Job, max_attempts: int = 5) -> Job:
         """What the parent does with a lost run; returns the job as its next attempt has it."""
         with self.database.write() as session:
             lost = job_runs.LostRun("worker_lost", "The trainer ended.")
-            job_runs.requeue(session, job.id, job.attempt, lost, max_attempts=5)
+            job_runs.requeue(session, job.id, job.attempt, lost, max_attempts)
         return self.claim()
 
     def claim(self) -> Job:

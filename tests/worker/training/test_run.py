@@ -18,6 +18,7 @@ import torch
 
 from models.errors import InvalidRequestError, UnavailableError
 from models.settings import child_environment
+from tests.worker.training.killed import Killer
 from tests.worker.training.service import Service
 from worker.training import exit_codes
 from worker.training.run import StopSignal, failure_of
@@ -172,3 +173,37 @@ def test_errors_end_the_job_only_where_another_attempt_would_meet_them_again(
 ) -> None:
     failure = failure_of(error)
     assert (failure.code if failure else None) == code
+
+
+def test_twenty_kills_cost_only_time(service: Service) -> None:
+    killer = Killer(service.settings, seed=20)
+    changes: dict[str, Any] = {
+        "checkpoint_steps": 1,
+        "hyperparameters": {"n_epochs": 50, "batch_size": 4},
+    }
+    undisturbed = service.submit(**changes)
+    assert killer.run(undisturbed.id, undisturbed.attempt) == exit_codes.DONE
+    job = service.submit(**changes)
+    n_kills = 0
+    codes = []
+    while n_kills < 20:
+        if n_kills % 2:
+            code = killer.kill_in_a_save(job.id, job.attempt)
+        else:
+            code = killer.kill_at_a_moment(job.id, job.attempt, most_seconds=1.5)
+        codes.append(code)
+        if code == exit_codes.DONE:
+            break
+        assert code == -signal.SIGKILL
+        n_kills += 1
+        job = service.requeue(job, max_attempts=100)
+    assert n_kills == 20, f"the job ended before all kills were made: {codes}"
+    assert killer.run(job.id, job.attempt) == exit_codes.DONE
+    digests = {row.job_id: row.digest for row in service.adapters()}
+    assert digests[job.id] == digests[undisturbed.id]
+    losses = {
+        each: [point.train_loss for point in service.trace(each)]
+        for each in (job.id, undisturbed.id)
+    }
+    assert losses[job.id] == losses[undisturbed.id]
+    assert len(losses[job.id]) == 150
