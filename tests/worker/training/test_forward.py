@@ -38,7 +38,7 @@ from transformers import (
 from models.domain.training import Precision
 from tests.worker.training.tiny import attach, lora, make_examples
 from worker.training.forward import PackedForward, PaddedForward, choose_forward, label_logits
-from worker.training.objectives.base import IGNORED, Batch, LanguageForward
+from worker.training.objectives.base import IGNORED, Batch, Example, LanguageForward
 from worker.training.objectives.sft import Sft
 from worker.training.packed import attention
 
@@ -134,6 +134,32 @@ def test_packed_rows_give_the_loss_and_the_gradients_of_padded_ones(family: Any)
     assert gradients.keys() == expected[2].keys()
     for name, gradient in gradients.items():
         assert_alike(gradient, expected[2][name])
+
+
+@pytest.mark.parametrize("sizes", [[1] * 8, [2] * 4, [4, 4]], ids=["1x8", "2x4", "4x2"])
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+def test_a_step_is_the_same_in_one_part_or_in_several(family: Any, sizes: list[int]) -> None:
+    model = build(family)
+    packed, _ = choose_forward(model, FP32, "cpu", 0, cache_weights=False)
+    examples = make_examples(8)
+
+    def gradients(parts: list[list[Example]]) -> tuple[float, dict[str, torch.Tensor]]:
+        model.zero_grad()
+        n_trained = sum(example.n_trained for example in examples)
+        loss = 0.0
+        for part in parts:
+            sums = packed.cross_entropy(Sft().collate(part, "cpu"))
+            (sums.loss / n_trained).backward()
+            loss += float(sums.loss.detach()) / n_trained
+        named = model.named_parameters()
+        return loss, {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    whole_loss, whole = gradients([examples])
+    remaining = iter(examples)
+    loss, found = gradients([[next(remaining) for _ in range(size)] for size in sizes])
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    for name, gradient in found.items():
+        assert_alike(gradient, whole[name])
 
 
 @pytest.mark.parametrize("family", UNPACKABLE.values(), ids=UNPACKABLE.keys())

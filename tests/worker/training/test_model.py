@@ -16,7 +16,7 @@ from worker.base_models import BaseModelInfo, load_tokenizer, nf4_bits_per_param
 from worker.chat import ChatRenderer
 from worker.training import methods, objectives
 from worker.training.batches import RowPolicy, build_dataset
-from worker.training.forward import choose_forward
+from worker.training.forward import PaddedForward, choose_forward
 from worker.training.loop import Task, Trainer
 from worker.training.model import (
     build_model,
@@ -24,7 +24,7 @@ from worker.training.model import (
     linear_shapes,
     trainable_parameters,
 )
-from worker.training.objectives.base import Example
+from worker.training.objectives.base import Example, LanguageForward
 
 N_LINEARS = 30 * 7
 
@@ -47,8 +47,12 @@ def nf4(smollm2: tuple[Path, BaseModelInfo]) -> PeftModel:
 
 @pytest.fixture(scope="module")
 def examples(smollm2: tuple[Path, BaseModelInfo]) -> list[Example]:
-    renderer = ChatRenderer(load_tokenizer(smollm2[0]))
-    rows = ((line, ChatRow.model_validate(row)) for line, row in enumerate(chat_rows(4), 1))
+    return render(smollm2[0], 4)
+
+
+def render(directory: Path, n_rows: int) -> list[Example]:
+    renderer = ChatRenderer(load_tokenizer(directory))
+    rows = ((line, ChatRow.model_validate(row)) for line, row in enumerate(chat_rows(n_rows), 1))
     policy = RowPolicy("fail", "error", 200)
     made: list[Example] = []
     build_dataset(rows, renderer, policy, "training_file", made)
@@ -170,3 +174,39 @@ def test_plain_precisions_keep_the_base_in_their_type(tmp_path: Path) -> None:
 def test_names_of_trained_weights_are_those_of_peft_files() -> None:
     names = trainable_parameters(attach(tiny_llama(), lora()))
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in names
+
+
+def test_packed_gradients_in_bfloat16_are_as_exact_as_pefts(
+    smollm2: tuple[Path, BaseModelInfo],
+) -> None:
+    """Against float32; the B are random, so that no gradient is 0 (specs: training, section 5)."""
+
+    batch = objectives.get_objective("sft").collate(render(smollm2[0], 32), "cpu")
+
+    def gradients(precision: str, *, packed: bool) -> dict[str, torch.Tensor]:
+        spec = Precision.model_validate({"type": precision})
+        model = build(smollm2[0], spec)
+        forward: LanguageForward = PaddedForward(model, spec, "cpu", 0)
+        if packed:
+            forward, reason = choose_forward(model, spec, "cpu", 0, cache_weights=False)
+            assert reason is None
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in trainable_parameters(model).items():
+                if ".lora_B." in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+        forward.cross_entropy(batch).loss.backward()
+        return {
+            name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None
+        }
+
+    exact = gradients("fp32", packed=False)
+    size = sum(gradient.square().sum() for gradient in exact.values())
+
+    def error(found: dict[str, torch.Tensor]) -> float:
+        gaps = ((found[name] - gradient).square().sum() for name, gradient in exact.items())
+        return float((sum(gaps) / size) ** 0.5)
+
+    ours, pefts = (error(gradients("bf16", packed=packed)) for packed in (True, False))
+    assert 0 < ours <= 1.25 * pefts
+    assert error(gradients("fp32", packed=True)) < 1e-4
