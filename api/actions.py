@@ -175,7 +175,7 @@ def submit_job(
     services: Services,
     caller: Caller,
     spec: TrainingSpec,
-    metadata: dict[str, str] | None,
+    metadata: JsonObject | None,
 ) -> Job:
     """Add a job for files and a base model that this project may use, and ring a worker.
 
@@ -198,8 +198,7 @@ def submit_job(
                 param=param,
                 code="invalid_file_purpose",
             )
-    pairs: JsonObject | None = dict(metadata) if metadata else None
-    job = jobs.create(session, caller.project_id, spec, pairs)
+    job = jobs.create(session, caller.project_id, spec, metadata or None)
     services.bell.ring_after_commit(session)
     return job
 

@@ -21,7 +21,9 @@ from api.cli import up as embedded
 from api.cli.chat import converse, say
 from api.cli.client import Client, connect
 from api.cli.home import Home
+from api.cli.job_diff import differences
 from models.db import Database
+from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 from models.errors import TuneryError
 from models.logs import configure_logging
@@ -187,6 +189,31 @@ def cancel_job(job_id: str, home: HomeOption = None) -> None:
         job = client.post(f"/fine_tuning/jobs/{job_id}/cancel")
         ending = job["status"] == JobStatus.CANCELLED
         console.print("Cancelled." if ending else "The job stops at its next step.")
+
+
+@jobs_app.command("rerun")
+def rerun_job(job_id: str, home: HomeOption = None) -> None:
+    """Submit a job once more, with the same files, seed and numbers."""
+    with _service(home) as client:
+        again = client.post(f"/fine_tuning/jobs/{job_id}/rerun")
+        console.print(f"Job {again['id']}. See it with 'tunery jobs watch {again['id']}'.")
+
+
+@app.command("diff")
+def diff_jobs(first: str, second: str, home: HomeOption = None) -> None:
+    """Show what two jobs differ in, and the metrics of their last checkpoints."""
+    with _service(home) as client:
+        rows = differences(*(_with_metrics(client, job_id) for job_id in (first, second)))
+        table = Table("field", first, second)
+        for name, one, other in rows:
+            table.add_row(name, str(one), str(other))
+        console.print(table if rows else "They differ in nothing.")
+
+
+def _with_metrics(client: Client, job_id: str) -> JsonObject:
+    job = client.get(f"/fine_tuning/jobs/{job_id}")
+    newest = client.get(f"/fine_tuning/jobs/{job_id}/checkpoints", limit=1)["data"]
+    return job | {"metrics": newest[0]["metrics"] if newest else None}
 
 
 @models_app.callback(invoke_without_command=True)

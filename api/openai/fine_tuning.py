@@ -10,6 +10,7 @@ from api.openai import translate
 from api.openai.schemas import JobCreate
 from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
+from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError
 from models.registry import checkpoints, events, jobs
 from models.registry.page import Cursor
@@ -78,6 +79,21 @@ def cancel_job(
     """Cancel a waiting job at once, a running one at its next step."""
     job = jobs.cancel(session, caller.project_id, job_id)
     return translate.job_body(job, services.settings.api.organization)
+
+
+@router.post("/{job_id}/rerun")
+def rerun_job(
+    job_id: str, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    """Submit a job once more: same files, same seed, and the numbers that "auto" had become.
+
+    On the same kind of machine it makes the same adapter, on a CPU bit for bit.
+    """
+    job = jobs.get(session, caller.project_id, job_id)
+    spec = TrainingSpec.model_validate(job.spec)
+    again = actions.submit_job(session, services, caller, spec, job.request_metadata)
+    events.append(session, again.id, f"Rerun of job {job_id}")
+    return translate.job_body(again, services.settings.api.organization)
 
 
 @router.get("/{job_id}/events")

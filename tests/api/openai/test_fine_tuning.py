@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from api.cli.job_diff import differences
 from models.db import Database
 from models.domain.status import JobStatus
+from models.domain.training import TrainingSpec
 from models.registry import jobs, tenancy
 from models.tables import Checkpoint, Job, Project
 from tests.api.calls import expect, new_job, upload
@@ -206,3 +208,30 @@ def test_checkpoints_show_openais_metrics_and_no_others(
     name = checkpoint["fine_tuned_model_checkpoint"]
     assert client.get(f"/v1/models/{name}").json()["root"] == "base"
     expect(client.delete(f"/v1/models/{name}"), 400, "model", "model_not_deletable")
+
+
+def test_a_rerun_is_the_same_job_with_the_numbers_that_auto_became(
+    client: TestClient, database: Database
+) -> None:
+    first = new_job(client, metadata={"team": "a"}, suffix="s").json()
+    with database.write() as session:
+        job = session.get_one(Job, first["id"])
+        job.spec = TrainingSpec.model_validate(job.spec).resolved(80, 10).model_dump(mode="json")
+    again = client.post(f"{URL}/{first['id']}/rerun").json()
+    assert again["id"] != first["id"]
+    assert again["status"] == "validating_files"
+    expected = client.get(f"{URL}/{first['id']}").json()
+    assert differences(expected, again) == []
+    assert again["hyperparameters"]["batch_size"] == 8
+    messages = [
+        event["message"] for event in client.get(f"{URL}/{again['id']}/events").json()["data"]
+    ]
+    assert f"Rerun of job {first['id']}" in messages
+
+
+def test_a_rerun_without_its_file_says_so(client: TestClient, database: Database) -> None:
+    job = new_job(client).json()
+    client.post(f"{URL}/{job['id']}/cancel")
+    assert client.delete(f"/v1/files/{job['training_file']}").is_success
+    expect(client.post(f"{URL}/{job['id']}/rerun"), 404, "training_file", "file_not_found")
+    expect(client.post(f"{URL}/ftjob-nothing/rerun"), 404, "fine_tuning_job_id", "job_not_found")
