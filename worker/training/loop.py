@@ -132,6 +132,7 @@ class Trainer:
             raise InvalidRequestError(
                 "early_stopping needs a validation_file to judge by.", param="early_stopping"
             )
+        task.objective.prepare(task.model, task.objective_params)
         self.task = task
         self._warn = warn
         self.progress = Progress()
@@ -139,10 +140,20 @@ class Trainer:
         self.checkpoint_steps = spec.checkpoint_steps
         self.steps_per_epoch = -(-len(task.train) // self.batch_size)
         self.total_steps = self.steps_per_epoch * numbers.n_epochs
-        self.parameters = trainable_parameters(task.model)
+        trainable = trainable_parameters(task.model)
+        factors = {name: task.method.rate_factor(name, task.method_params) for name in trainable}
+        # In the order of the optimizer's groups, by which a checkpoint knows them.
+        by_factor = sorted(trainable, key=lambda name: factors[name])
+        self.parameters = {name: trainable[name] for name in by_factor}
         self.learning_rate = spec.optimizer.learning_rate
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()),
+            [
+                {
+                    "params": [p for name, p in self.parameters.items() if factors[name] == factor],
+                    "rate_factor": factor,
+                }
+                for factor in sorted(set(factors.values()))
+            ],
             lr=self.learning_rate,
             betas=(spec.optimizer.beta1, spec.optimizer.beta2),
             weight_decay=spec.optimizer.weight_decay,
@@ -268,7 +279,7 @@ class Trainer:
             optimizer.schedule, index, self.total_steps, optimizer.warmup_ratio
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["rate_factor"]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens = sum(len(example.input_ids) for example in examples)

@@ -234,4 +234,9 @@ def test_a_rerun_without_its_file_says_so(client: TestClient, database: Database
     client.post(f"{URL}/{job['id']}/cancel")
     assert client.delete(f"/v1/files/{job['training_file']}").is_success
     expect(client.post(f"{URL}/{job['id']}/rerun"), 404, "training_file", "file_not_found")
-    expect(client.post(f"{URL}/ftjob-nothing/rerun"), 404, "fine_tuning_job_id", "fine_tuning_job_not_found")
+    expect(
+        client.post(f"{URL}/ftjob-nothing/rerun"),
+        404,
+        "fine_tuning_job_id",
+        "fine_tuning_job_not_found",
+    )

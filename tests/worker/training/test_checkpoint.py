@@ -30,6 +30,13 @@ class Losses(list[float]):
         self.append(metrics.train_loss)
 
 
+@pytest.fixture(params=[1.0, 16.0], ids=["one rate", "two rates"], autouse=True)
+def spec(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test with one group of parameters, and with LoRA+ and its two."""
+    peft = SPEC.peft | {"lora_plus_ratio": request.param}
+    monkeypatch.setattr(f"{__name__}.SPEC", SPEC.model_copy(update={"peft": peft}))
+
+
 def new_trainer() -> Trainer:
     return make_trainer(SPEC, valid=make_examples(4, seed=1))
 

@@ -280,6 +280,27 @@ def test_what_the_reporter_raises_ends_the_run() -> None:
     assert trainer.progress.step == 1
 
 
+def test_with_lora_plus_b_learns_so_many_times_as_fast() -> None:
+    def first_updates(ratio: float) -> dict[str, float]:
+        spec = make_spec(
+            peft=lora(lora_plus_ratio=ratio),
+            optimizer={"learning_rate": 0.001, "schedule": "constant", "warmup_ratio": 0.0},
+        )
+        trainer = make_trainer(spec)
+        before = {name: each.detach().clone() for name, each in trainer.parameters.items()}
+        for _ in range(2):  # A has no gradient as long as B is 0
+            trainer._step()
+        return {
+            name: float((each.detach() - before[name]).abs().max())
+            for name, each in trainer.parameters.items()
+        }
+
+    plain, plus = first_updates(1.0), first_updates(16.0)
+    for name, change in plain.items():
+        factor = 16 if ".lora_B." in name else 1
+        assert plus[name] == pytest.approx(factor * change, rel=0.2), name
+
+
 class Scarce:
     """An objective that finds no memory for more than `most` tokens at a time."""
 

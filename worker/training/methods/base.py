@@ -32,6 +32,10 @@ class Method(Plugin, ABC):
     def adapter_config(self, model: "PeftModel", params: Any, base_model: str) -> JsonObject:
         """Return ``adapter_config.json`` in PEFT's form; `base_model` is a name, never a path."""
 
+    def rate_factor(self, parameter: str, params: Any) -> float:
+        """Return what the learning rate is multiplied with for a trainable parameter."""
+        return 1.0
+
     @abstractmethod
     def learns_first(self, parameter: str) -> bool:
         """Tell whether a trainable parameter must have a gradient in the very first step."""

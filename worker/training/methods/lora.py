@@ -67,6 +67,10 @@ class LoraParams(MethodParams):
     use_rslora: StrictBool = Field(
         False, description="Rank-stabilised scaling alpha / √r (arXiv 2312.03732)."
     )
+    lora_plus_ratio: Annotated[float, Field(ge=1, le=100, strict=True)] = Field(
+        1.0,
+        description="LoRA+ (arXiv 2402.12354): B learns so many times as fast as A; 16 is usual.",
+    )
     init: Literal["default", "gaussian"] = Field(
         "default", description="How A starts: Kaiming-uniform, or Gaussian. B starts at 0."
     )
@@ -131,6 +135,9 @@ class Lora(Method):
             "task_type": "CAUSAL_LM",
             "use_rslora": params.use_rslora,
         }
+
+    def rate_factor(self, parameter: str, params: Any) -> float:
+        return params.lora_plus_ratio if ".lora_B." in parameter else 1.0
 
     def learns_first(self, parameter: str) -> bool:
         return ".lora_B." in parameter  # with B = 0, A's first gradient is exactly 0

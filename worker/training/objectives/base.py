@@ -11,6 +11,7 @@ from worker.training.plugins import Plugin
 if TYPE_CHECKING:
     import numpy as np
     import torch
+    from peft import PeftModel
 
 
 class ObjectiveParams(Parameters):
@@ -77,6 +78,9 @@ class Objective(Plugin, ABC):
     """Forms of rows (``models.domain.rows``) that can be trained with it."""
     closed_labels: ClassVar[bool] = False
     """Whether the labels of the training file are all there can be, as in classification."""
+
+    def prepare(self, model: "PeftModel", params: Any) -> None:
+        """Change `model` for training, once and in place; most objectives need nothing."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], device: str) -> Batch:

@@ -1,7 +1,9 @@
 """Supervised fine-tuning: mean cross-entropy over the trained tokens of an optimizer step."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
 
 from worker.training.objectives import register
 from worker.training.objectives.base import (
@@ -14,11 +16,18 @@ from worker.training.objectives.base import (
     ObjectiveParams,
 )
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class SftParams(ObjectiveParams):
     """Imitate the assistant's turns."""
 
     type: Literal["sft"] = "sft"
+    neftune_noise_alpha: Annotated[float, Field(ge=0, le=100, strict=True)] = Field(
+        0.0,
+        description="NEFTune (arXiv 2310.05914): noise on the embeddings in training; 5 is usual.",
+    )
 
 
 @register
@@ -26,6 +35,12 @@ class Sft(Objective):
     name: ClassVar[str] = "sft"
     Params: ClassVar[type[ObjectiveParams]] = SftParams
     forms: ClassVar[frozenset[str]] = frozenset({"chat", "completion", "text"})
+
+    def prepare(self, model: "PeftModel", params: Any) -> None:
+        if params.neftune_noise_alpha:
+            from worker.training.noise import add_embedding_noise
+
+            add_embedding_noise(model, params.neftune_noise_alpha)
 
     def collate(self, examples: Sequence[Example], device: str) -> Batch:
         import numpy as np
