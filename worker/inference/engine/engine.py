@@ -4,6 +4,7 @@
 fastest way, but an answer is, to the bit, the answer that the same request gets alone.
 """
 
+import inspect
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -87,6 +88,20 @@ class Engine(Protocol):
         """End all sequences with `EngineClosedError` and stop; returns when the thread is gone."""
 
 
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return what `model` calls its key-value cache: it was renamed in transformers 5.
+
+    Raises:
+        ValueError: it takes none. Models ignore arguments that they do not know, so that every
+            token would be answered as if nothing stood before it.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return name
+    raise ValueError(f"{type(model).__name__} takes no key-value cache.")
+
+
 class _Ticket:
     def __init__(self, sequences: list[Sequence], changed: Condition) -> None:
         self._sequences = sequences
@@ -122,6 +137,7 @@ class InterleavedEngine:
         max_waiting: int = 64,
     ) -> None:
         self._model = model
+        self._cache_argument = cache_argument(model)
         self._decode = decode
         self._stop_ids = frozenset(stop_ids)
         self._active = ActiveAdapter()
@@ -247,9 +263,9 @@ class InterleavedEngine:
         self._active.modules = sequence.lease.weights.modules if sequence.lease is not None else {}
         output = self._model(
             input_ids=torch.tensor([chunk], device=self._model.device),
-            cache=sequence.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: sequence.cache},
         )
         if sequence.pending:
             return None

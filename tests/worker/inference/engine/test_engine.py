@@ -21,7 +21,12 @@ from tests.worker.inference.tiny import (
     submit,
     tiny_llama,
 )
-from worker.inference.engine.engine import PREFILL_CHUNK, InterleavedEngine, Request
+from worker.inference.engine.engine import (
+    PREFILL_CHUNK,
+    InterleavedEngine,
+    Request,
+    cache_argument,
+)
 from worker.inference.engine.errors import (
     AdapterFormatError,
     AdapterPoolFullError,
@@ -302,3 +307,18 @@ def test_closing_ends_every_sequence_with_an_error_and_takes_no_more(tmp_path: P
 def test_an_empty_prompt_is_refused(engine: InterleavedEngine) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         engine.submit(Request((), GREEDY), lambda *_: None)
+
+
+def test_the_cache_goes_under_the_name_that_the_model_knows() -> None:
+    class Renamed(torch.nn.Module):
+        def forward(self, input_ids: Any, past_key_values: Any = None, **_: Any) -> None: ...
+
+    class Without(torch.nn.Module):
+        def forward(self, input_ids: Any, **_: Any) -> None: ...
+
+    renamed: Any = Renamed()
+    without: Any = Without()
+    assert cache_argument(tiny_llama()) in ("cache", "past_key_values")
+    assert cache_argument(renamed) == "past_key_values"
+    with pytest.raises(ValueError, match="no key-value cache"):
+        cache_argument(without)
