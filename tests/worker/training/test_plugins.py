@@ -72,6 +72,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "dropout": 0.05,
         "target_modules": "all-linear",
         "use_rslora": False,
+        "lora_plus_ratio": 1.0,
         "init": "default",
     }
     assert methods.parse_params({}) == LoraParams()
