@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ["api", "worker", "models"]
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
+MAX_TRACKED_BYTES = 500_000
 TENSOR_LIBRARIES = ["torch", "transformers", "peft", "bitsandbytes", "accelerate"]
 # Modules without a test file of their own: what they declare is tested where it is used.
 TESTED_ELSEWHERE = {
@@ -107,6 +108,17 @@ def test_no_module_at_the_top_of_a_package_is_named_like_a_library() -> None:
     names = {path.stem for top in PACKAGES for path in (ROOT / top).glob("*.py")}
     libraries = sys.stdlib_module_names | {"celery", "fastapi", "redis", *TENSOR_LIBRARIES}
     assert sorted((names - {"__init__", "__main__"}) & libraries) == []
+
+
+def test_nothing_large_is_tracked() -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True)
+    sizes = {
+        name: (ROOT / name).stat().st_size
+        for name in listed.stdout.decode().split("\0")
+        if (ROOT / name).is_file()
+    }
+    assert sizes
+    assert {name: size for name, size in sizes.items() if size > MAX_TRACKED_BYTES} == {}
 
 
 def test_modules_stay_short() -> None:
