@@ -36,45 +36,33 @@ from transformers import (
 )
 
 from models.domain.training import Precision
-from tests.worker.training.tiny import attach, lora, make_examples
+from tests.worker.training.tiny import SIZES, attach, lora, make_examples
 from worker.training.forward import PackedForward, PaddedForward, choose_forward, label_logits
 from worker.training.objectives.base import IGNORED, Batch, Example, LanguageForward
 from worker.training.objectives.sft import Sft
 from worker.training.packed import attention
 
 FP32 = Precision(type="fp32")
-COMMON: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ALONE = {key: value for key, value in COMMON.items() if key != "num_key_value_heads"}
+ALONE = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
 GPT2 = GPT2Config(vocab_size=97, n_positions=128, n_embd=32, n_layer=2, n_head=4)
 FAMILIES: dict[str, tuple[type[PreTrainedModel], Any]] = {
-    "llama": (LlamaForCausalLM, LlamaConfig(**COMMON)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
     "llama with biases": (
         LlamaForCausalLM,
-        LlamaConfig(**COMMON, attention_bias=True, mlp_bias=True),
+        LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     ),
-    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**COMMON)),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**COMMON, head_dim=8)),
-    "gemma": (GemmaForCausalLM, GemmaConfig(**COMMON, head_dim=8)),
-    "mistral": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=None)),
-    "mistral with a window": (MistralForCausalLM, MistralConfig(**COMMON, sliding_window=6)),
-    "phi": (PhiForCausalLM, PhiConfig(**COMMON)),
-    "phi3": (Phi3ForCausalLM, Phi3Config(**COMMON)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=8)),
+    "gemma": (GemmaForCausalLM, GemmaConfig(**SIZES, head_dim=8)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "mistral with a window": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
+    "phi": (PhiForCausalLM, PhiConfig(**SIZES)),
+    "phi3": (Phi3ForCausalLM, Phi3Config(**SIZES)),
     "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**ALONE)),
-    "cohere": (CohereForCausalLM, CohereConfig(**COMMON)),
+    "cohere": (CohereForCausalLM, CohereConfig(**SIZES)),
     "mixtral": (
         MixtralForCausalLM,
-        MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+        MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
     ),
 }
 UNPACKABLE: dict[str, tuple[type[PreTrainedModel], Any]] = {
@@ -82,7 +70,7 @@ UNPACKABLE: dict[str, tuple[type[PreTrainedModel], Any]] = {
         BloomForCausalLM,
         BloomConfig(vocab_size=97, hidden_size=32, n_layer=2, n_head=4),
     ),
-    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=0.5)),
+    "gemma2": (Gemma2ForCausalLM, Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=0.5)),
 }
 
 

@@ -17,6 +17,19 @@ from worker.training.loop import Task, Trainer
 from worker.training.objectives.base import Example, LanguageForward
 
 VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+"""Enough for a model of any family."""
 
 
 def tiny_llama(

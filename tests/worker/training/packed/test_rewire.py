@@ -7,19 +7,10 @@ import torch
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.worker.training.tiny import attach, lora
+from tests.worker.training.tiny import SIZES, attach, lora
 from worker.training.packed import rewire as module
 from worker.training.packed.rewire import rewire
 from worker.training.packed.siblings import groups_by_input
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
 
 
 def llama(**peft: Any) -> Any:
