@@ -120,7 +120,8 @@ def read_likenesses(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def _batches(path: Path) -> "Iterator[pa.RecordBatch]":
     import pyarrow as pa
 
-    with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
+    # Not mapped: pages of a mapped file count as memory of this process until they are taken away.
+    with pa.OSFile(str(path)) as source, pa.ipc.open_file(source) as reader:
         for index in range(reader.num_record_batches):
             yield reader.get_batch(index)
 

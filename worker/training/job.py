@@ -109,6 +109,7 @@ class JobRun:
             Tools(
                 around.store,
                 around.scratch,
+                directory,
                 renderer,
                 tokenizer_digest,
                 self._reporter.warn,

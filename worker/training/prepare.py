@@ -4,23 +4,28 @@ The rows come normalised from the lint, the tokens go to the object store under 
 everything they depend on (``worker.data.tokens``). A validation split is carved here if asked for.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import structlog
 
-from models.domain.rows import Row
 from models.domain.training import TrainingSpec
 from models.errors import TrainingFailedError
 from models.storage import ObjectNotFoundError, ObjectStore, fetch_file, put_file, token_key
 from worker.chat import ChatRenderer
 from worker.data import normalised, splits
-from worker.data.tokens import TokenFile, TokenKey, TokenWriter
-from worker.training.batches import RowCounts, RowPolicy, build_dataset
+from worker.data.tokens import TokenFile, TokenKey
+from worker.training.batches import RowCounts, RowPolicy
 from worker.training.objectives.base import Example
+from worker.training.tokenise import (
+    CHILD_FROM_BYTES,
+    TokeniseOrder,
+    tokenise,
+    tokenise_in_child,
+)
 
 log = structlog.get_logger(__name__)
 
@@ -42,10 +47,15 @@ class DataFile:
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """What rows are turned into tokens with; `warn` gets sentences for the job's events."""
+    """What rows are turned into tokens with.
+
+    `renderer` is that of the tokenizer in the directory `tokenizer`; `warn` gets sentences for the
+    job's events.
+    """
 
     store: ObjectStore
     scratch: Path
+    tokenizer: Path
     renderer: ChatRenderer
     tokenizer_sha256: str
     warn: Callable[[str], None]
@@ -129,22 +139,28 @@ class _Loader:
         return token_key(key.data_sha256, key.digest())
 
     def _build(self, part: _Part, path: Path) -> None:
-        rows = self._rows(part)
-        with TokenWriter(path) as writer:
-            counts = build_dataset(
-                rows, self._tools.renderer, self._policy, part.file.param, writer
-            )
-            writer.notes = asdict(counts)
+        rows = self._normalised(part.file)
+        order = TokeniseOrder(
+            rows=rows,
+            tokens=path,
+            policy=self._policy,
+            param=part.file.param,
+            chosen=self._chosen(part, rows),
+        )
+        if rows.stat().st_size < CHILD_FROM_BYTES:
+            tokenise(order, self._tools.renderer)
+        else:
+            tokenise_in_child(order, self._tools.tokenizer)
 
-    def _rows(self, part: _Part) -> Iterator[tuple[int, Row]]:
-        path = self._normalised(part.file)
+    def _chosen(self, part: _Part, rows: Path) -> Path | None:
+        """Return a file that says which rows are in this part of a split; None: all."""
         if part.name == "all":
-            return normalised.read_rows(path)
-        _, likenesses = normalised.read_likenesses(path)
+            return None
+        _, likenesses = normalised.read_likenesses(rows)
         mask = splits.held_out(likenesses, self._spec.validation_split, self._spec.seed)
-        if part.name == "train":
-            mask = ~mask
-        return _chosen(normalised.read_rows(path), mask)
+        path = self._tools.scratch / f"chosen-{part.file.param}-{part.name}.npy"
+        np.save(path, ~mask if part.name == "train" else mask)
+        return path
 
     def warn_of_leakage(self, train: DataFile, valid: DataFile) -> None:
         """Say which validation rows are also trained on: their loss shows memory, not learning."""
@@ -169,10 +185,6 @@ class _Loader:
             except ObjectNotFoundError as error:
                 raise file_gone(file.file_id, file.param) from error
         return path
-
-
-def _chosen(rows: Iterator[tuple[int, Row]], mask: np.ndarray) -> Iterator[tuple[int, Row]]:
-    return (row for row, is_chosen in zip(rows, mask, strict=True) if is_chosen)
 
 
 def file_gone(file_id: str, param: Param) -> TrainingFailedError:

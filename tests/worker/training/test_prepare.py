@@ -39,7 +39,8 @@ def make_file(tmp_path: Path) -> Callable[..., DataFile]:
 
 
 class Stage:
-    def __init__(self, folder: Path, renderer: ChatRenderer) -> None:
+    def __init__(self, folder: Path, tokenizer: Path, renderer: ChatRenderer) -> None:
+        self.tokenizer = tokenizer
         self.store = LocalStore(folder / "objects")
         self.warnings: list[str] = []
         self._folder = folder
@@ -57,7 +58,9 @@ class Stage:
         scratch = self._folder / f"scratch-{self._n_runs}"
         scratch.mkdir()
         tokenizer = tokenizer_sha256(self._renderer._tokenizer)
-        tools = Tools(self.store, scratch, self._renderer, tokenizer, self.warnings.append)
+        tools = Tools(
+            self.store, scratch, self.tokenizer, self._renderer, tokenizer, self.warnings.append
+        )
         both = load_examples(train, valid, spec, 64, tools)
         return [each.line for each in both[0]], [each.line for each in both[1]]
 
@@ -66,8 +69,8 @@ class Stage:
 
 
 @pytest.fixture
-def stage(tmp_path: Path, renderer: ChatRenderer) -> Stage:
-    return Stage(tmp_path, renderer)
+def stage(tmp_path: Path, smollm2: tuple[Path, BaseModelInfo], renderer: ChatRenderer) -> Stage:
+    return Stage(tmp_path, smollm2[0], renderer)
 
 
 def test_tokens_are_made_once_and_reused(
@@ -76,7 +79,7 @@ def test_tokens_are_made_once_and_reused(
     train = make_file("training_file", range(10))
     assert stage.load(train) == (list(range(1, 11)), [])
     assert stage.n_cached() == 1
-    monkeypatch.setattr(prepare, "build_dataset", None)
+    monkeypatch.setattr(prepare, "tokenise", None)
     assert stage.load(train) == (list(range(1, 11)), [])
 
 
@@ -121,3 +124,15 @@ def test_a_file_that_is_gone_is_named(stage: Stage, make_file: Callable[..., Dat
     with pytest.raises(TrainingFailedError) as gone:
         stage.load(train)
     assert (gone.value.code, gone.value.param) == ("file_not_found", "training_file")
+
+
+def test_large_files_are_tokenised_in_a_process_of_their_own(
+    stage: Stage, make_file: Callable[..., DataFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = make_file("training_file", range(10))
+    here = stage.load(train, validation_split=0.3)
+    for cached in stage.store.list("tokens"):
+        stage.store.delete(cached.key)
+    monkeypatch.setattr(prepare, "CHILD_FROM_BYTES", 0)
+    monkeypatch.setattr(prepare, "tokenise", None)
+    assert stage.load(train, validation_split=0.3) == here
