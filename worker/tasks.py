@@ -21,6 +21,8 @@ from worker.training import exit_codes, objectives
 log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 0.5
+WISH_SECONDS = 1.0
+"""How often a worker looks whether the owner of a running job wants it to stop."""
 
 
 def requeue_lost_jobs(database: Database, settings: WorkerSettings) -> int:
@@ -75,6 +77,7 @@ class TrainingRun:
         self._is_stopping = is_stopping
         self._cancelling = False
         self._draining = False
+        self._looked_at = time.monotonic()
         self._kill_at: float | None = None
         self._log = log.bind(job_id=job.id, attempt=job.attempt)
 
@@ -101,24 +104,24 @@ class TrainingRun:
             now = time.monotonic()
             if now - renewed >= self._settings.heartbeat_seconds and self._renew(now - renewed):
                 renewed = now
-            if self._is_stopping() and not self._draining:
-                self._draining = True
-                self._trainer.drain()
-                self._set_deadline()
+            elif now - self._looked_at >= WISH_SECONDS:
+                self._look()
+            if self._is_stopping():
+                self._drain()
             if self._kill_at is not None and now > self._kill_at:
                 self._log.warning("trainer_did_not_stop")
                 return self._trainer.kill()
         return exit_code
 
     def _renew(self, silent_seconds: float) -> bool:
-        """Renew the lease and obey a cancellation; say whether the database answered.
+        """Renew the lease and obey the owner; say whether the database answered.
 
         Past two thirds of the lease without an answer the run ends itself, since soon another
         worker may own the job.
         """
         try:
             with self._database.write() as session:
-                cancel_requested = job_runs.heartbeat(
+                wishes = job_runs.heartbeat(
                     session, self._job.id, self._job.attempt, self._settings.lease_seconds
                 )
         except LeaseLostError:
@@ -132,11 +135,33 @@ class TrainingRun:
             if silent_seconds > self._settings.lease_seconds * 2 / 3:
                 raise LeaseLostError("The database was silent for too long.") from error
             return False
-        if cancel_requested and not self._cancelling:
+        self._obey(wishes)
+        return True
+
+    def _look(self) -> None:
+        """See what the owner wants; where the database is silent, the heartbeat deals with it."""
+        self._looked_at = time.monotonic()
+        try:
+            with self._database.read() as session:
+                wishes = job_runs.wishes(session, self._job.id)
+        except SQLAlchemyError as error:
+            self._log.warning("wishes_unknown", error=str(error))
+            return
+        self._obey(wishes)
+
+    def _obey(self, wishes: job_runs.Wishes) -> None:
+        if wishes.cancel and not self._cancelling:
             self._cancelling = True
             self._trainer.cancel()
             self._set_deadline()
-        return True
+        elif wishes.pause:
+            self._drain()
+
+    def _drain(self) -> None:
+        if not self._draining:
+            self._draining = True
+            self._trainer.drain()
+            self._set_deadline()
 
     def _has_ended(self) -> bool:
         with self._database.read() as session:
@@ -154,9 +179,11 @@ class TrainingRun:
                     job_runs.finish_cancel(session, job_id, attempt)
                     return "cancelled"
                 if exit_code == exit_codes.DRAINED or self._draining:
-                    reason = "The worker is shutting down; the job goes back to the queue"
-                    job_runs.release(session, job_id, attempt, reason)
-                    return "released"
+                    reason = "The job goes back to the queue"
+                    if self._is_stopping():
+                        reason = f"The worker is shutting down. {reason}"
+                    status = job_runs.release(session, job_id, attempt, reason)
+                    return "paused" if status == JobStatus.PAUSED else "released"
                 lost = _reason(exit_code)
                 status = job_runs.requeue(
                     session, job_id, attempt, lost, self._settings.max_attempts

@@ -7,7 +7,8 @@ from models.domain.base import JsonObject
 OWN = frozenset(
     {
         *("id", "created_at", "finished_at", "started_at", "estimated_finish", "organization_id"),
-        *("fine_tuned_model", "result_files", "method", "attempt", "cancel_requested"),
+        *("fine_tuned_model", "result_files", "method", "attempt"),
+        *("cancel_requested", "pause_requested"),
     }
 )
 """Fields that are of one job alone, or say again what another says."""

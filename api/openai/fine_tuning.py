@@ -81,6 +81,25 @@ def cancel_job(
     return translate.job_body(job, services.settings.api.organization)
 
 
+@router.post("/{job_id}/pause")
+def pause_job(
+    job_id: str, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    """Pause a waiting job at once; a running one saves a checkpoint at its next step and stops."""
+    job = jobs.pause(session, caller.project_id, job_id)
+    return translate.job_body(job, services.settings.api.organization)
+
+
+@router.post("/{job_id}/resume")
+def resume_job(
+    job_id: str, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    """Put a paused job back into the queue; it goes on exactly where it stopped."""
+    job = jobs.resume(session, caller.project_id, job_id)
+    services.bell.ring_after_commit(session)
+    return translate.job_body(job, services.settings.api.organization)
+
+
 @router.post("/{job_id}/rerun")
 def rerun_job(
     job_id: str, session: WriteSession, services: ServicesDep, caller: CallerDep

@@ -159,6 +159,7 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "started_at": _seconds(job.started_at),
         "attempt": job.attempt,
         "cancel_requested": job.cancel_requested,
+        "pause_requested": job.pause_requested,
     }
 
 

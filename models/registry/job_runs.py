@@ -16,7 +16,7 @@ from models.domain.status import EventLevel, JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
 from models.registry import events
-from models.registry.jobs import end_as_failed, move
+from models.registry.jobs import end_as_failed, move, to_queue
 from models.tables import Checkpoint, Job, JobAttempt
 
 
@@ -81,17 +81,33 @@ def fence(session: Session, job_id: str, attempt: int, **values: Any) -> None:
         raise LeaseLostError(f"Attempt {attempt} of job {job_id} has lost its lease.")
 
 
-def heartbeat(session: Session, job_id: str, attempt: int, lease_seconds: float) -> bool:
-    """Renew the lease; return whether the owner has asked to cancel. Raises `LeaseLostError`."""
-    cancel_requested: bool | None = session.scalar(
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What the owner of a running job has asked for."""
+
+    cancel: bool
+    pause: bool
+
+
+def heartbeat(session: Session, job_id: str, attempt: int, lease_seconds: float) -> Wishes:
+    """Renew the lease; return what the owner has asked for. Raises `LeaseLostError`."""
+    found = session.execute(
         update(Job)
         .where(*_owned(job_id, attempt))
         .values(lease_until=db_now() + lease_seconds)
-        .returning(Job.cancel_requested)
-    )
-    if cancel_requested is None:
+        .returning(Job.cancel_requested, Job.pause_requested)
+    ).one_or_none()
+    if found is None:
         raise LeaseLostError(f"Attempt {attempt} of job {job_id} has lost its lease.")
-    return cancel_requested
+    return Wishes(found.cancel_requested, found.pause_requested)
+
+
+def wishes(session: Session, job_id: str) -> Wishes:
+    """Return what the owner has asked for, without renewing anything."""
+    job = session.execute(
+        select(Job.cancel_requested, Job.pause_requested).where(Job.id == job_id)
+    ).one()
+    return Wishes(job.cancel_requested, job.pause_requested)
 
 
 def has_ended(session: Session, job_id: str, attempt: int) -> bool:
@@ -124,11 +140,24 @@ def end_attempt(
     )
 
 
-def release(session: Session, job_id: str, attempt: int, reason: str) -> None:
-    """Give a running job back to the queue, as a stopping worker does; raises `LeaseLostError`."""
+def release(session: Session, job_id: str, attempt: int, reason: str) -> JobStatus:
+    """Give up a running job at a step: to the queue, or paused if its owner asked for that.
+
+    Args:
+        session: The caller's.
+        job_id: The job.
+        attempt: The fencing token.
+        reason: Why it goes back to the queue.
+
+    Raises:
+        LeaseLostError: the attempt does not own the job.
+    """
     fence(session, job_id, attempt)
-    move(session, job_id, JobStatus.QUEUED, lease_owner=None, lease_until=None)
-    events.append(session, job_id, reason)
+    job = session.get_one(Job, job_id, populate_existing=True)
+    status = to_queue(session, job_id, pause_requested=job.pause_requested)
+    if status == JobStatus.QUEUED:
+        events.append(session, job_id, reason)
+    return status
 
 
 def succeed(session: Session, job_id: str, attempt: int, **values: Any) -> None:
@@ -184,21 +213,15 @@ def requeue(
         )
         end_as_failed(session, job_id, lost.code, message, None)
         return JobStatus.FAILED
-    move(
-        session,
-        job_id,
-        JobStatus.QUEUED,
-        lease_owner=None,
-        lease_until=None,
-        fruitless_attempts=fruitless,
-    )
     events.append(
         session,
         job_id,
         f"{lost.reason} The job continues from step {reached}.",
         level=EventLevel.WARN,
     )
-    return JobStatus.QUEUED
+    return to_queue(
+        session, job_id, pause_requested=job.pause_requested, fruitless_attempts=fruitless
+    )
 
 
 def requeue_expired(session: Session, max_attempts: int) -> list[str]:

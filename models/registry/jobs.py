@@ -128,6 +128,71 @@ def cancel(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
+def pause(session: Session, project_id: str, job_id: str) -> Job:
+    """Pause a queued job at once; have the worker of a running one save a checkpoint and stop.
+
+    A job whose files are still being checked is paused as soon as they are.
+
+    Raises:
+        NotFoundError: no such job.
+        InvalidRequestError: it has ended, is paused already, or is being cancelled.
+    """
+    job = get(session, project_id, job_id)
+    session.refresh(job, with_for_update=True)
+    status = JobStatus(job.status)
+    if status.is_terminal or status == JobStatus.PAUSED or job.cancel_requested:
+        what = "is being cancelled" if job.cancel_requested else f"has status '{status}'"
+        raise InvalidRequestError(
+            f"Job {job_id} {what}; it cannot be paused.",
+            param="fine_tuning_job_id",
+            code="job_not_pausable",
+        )
+    if status == JobStatus.QUEUED:
+        to_queue(session, job_id, pause_requested=True)
+    elif not job.pause_requested:
+        session.execute(update(Job).where(Job.id == job_id).values(pause_requested=True))
+        when = "at its next step" if status == JobStatus.RUNNING else "once its files are checked"
+        events.append(session, job_id, f"Pause requested; the job pauses {when}")
+    session.refresh(job)
+    return job
+
+
+def resume(session: Session, project_id: str, job_id: str) -> Job:
+    """Put a paused job back into the queue; withdraw a pause that has not happened yet.
+
+    Raises:
+        NotFoundError: no such job.
+        InvalidRequestError: it is not paused.
+    """
+    job = get(session, project_id, job_id)
+    session.refresh(job, with_for_update=True)
+    if job.status == JobStatus.PAUSED:
+        move(session, job_id, JobStatus.QUEUED)
+        events.append(session, job_id, "Fine-tuning job resumed; it waits in the queue")
+    elif job.pause_requested and not JobStatus(job.status).is_terminal:
+        session.execute(update(Job).where(Job.id == job_id).values(pause_requested=False))
+        events.append(session, job_id, "The request to pause was withdrawn")
+    else:
+        raise InvalidRequestError(
+            f"Job {job_id} has status '{job.status}'; only a paused job can be resumed.",
+            param="fine_tuning_job_id",
+            code="job_not_resumable",
+        )
+    session.refresh(job)
+    return job
+
+
+def to_queue(session: Session, job_id: str, *, pause_requested: bool, **values: Any) -> JobStatus:
+    """Move a job to ``queued``, or to ``paused`` if its owner wants it to wait; say which."""
+    target = JobStatus.PAUSED if pause_requested else JobStatus.QUEUED
+    move(
+        session, job_id, target, pause_requested=False, lease_owner=None, lease_until=None, **values
+    )
+    if target == JobStatus.PAUSED:
+        events.append(session, job_id, "Fine-tuning job paused")
+    return target
+
+
 def advance_validated(session: Session, demand_of: Callable[[TrainingSpec], DataDemand]) -> int:
     """Move every job whose files are linted to ``queued`` or ``failed``; return how many.
 
@@ -149,8 +214,8 @@ def advance_validated(session: Session, demand_of: Callable[[TrainingSpec], Data
         if isinstance(verdict, job_files.Problem):
             end_as_failed(session, job.id, verdict.code, verdict.message, verdict.param)
         else:
-            move(session, job.id, JobStatus.QUEUED)
             events.append(session, job.id, "Files validated, moving job to queued state")
+            to_queue(session, job.id, pause_requested=job.pause_requested)
         n_moved += 1
     return n_moved
 

@@ -37,6 +37,7 @@ class Job(Created, Base):
     lease_owner: Mapped[str | None]
     lease_until: Mapped[float | None]
     cancel_requested: Mapped[bool] = mapped_column(default=False)
+    pause_requested: Mapped[bool] = mapped_column(default=False)
 
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]

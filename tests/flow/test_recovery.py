@@ -244,6 +244,24 @@ def test_a_running_job_is_cancelled_at_its_next_step(stage: Stage) -> None:
     assert stage.all(Adapter) == []
 
 
+def test_a_paused_job_goes_on_where_it_stopped(stage: Stage) -> None:
+    job_id = stage.submit()
+    with stage.worker():
+        stage.wait_for_job(job_id, lambda job: job.step >= 3, "some steps")
+        with stage.database.write() as session:
+            jobs.pause(session, stage.job(job_id).project_id, job_id)
+        paused = stage.wait_for_job(job_id, lambda job: job.status == JobStatus.PAUSED, "the pause")
+        assert stage.outcomes() == {1: "paused"}
+        newest = max(stage.all(Checkpoint), key=lambda checkpoint: checkpoint.step)
+        assert newest.step == paused.step < 2 * N_EPOCHS
+        with stage.database.write() as session:
+            jobs.resume(session, paused.project_id, job_id)
+        ended = stage.wait_for_job(job_id, lambda job: JobStatus(job.status).is_terminal, "the end")
+    assert ended.status == JobStatus.SUCCEEDED, stage.logs()
+    ran = {row.step: row.attempt for row in stage.all(Metric)}
+    assert ran == {step: 1 if step <= paused.step else 2 for step in range(1, 2 * N_EPOCHS + 1)}
+
+
 def test_jobs_start_without_a_broker(stage: Stage) -> None:
     stage.broker_url = f"redis+socket://{stage.folder / 'nobody.sock'}"
     job_id = stage.submit()

@@ -12,7 +12,7 @@ from api.cli.migrate import upgrade
 from models.db import Database, db_now
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.errors import LeaseLostError, NotFoundError
+from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
 from models.registry import adapters, base_models, events, job_runs, jobs, tenancy
 from models.registry.job_files import DataDemand
 from models.settings import DatabaseSettings
@@ -106,6 +106,59 @@ def test_a_write_of_an_older_attempt_changes_nothing(
     after = state(database, job_id)
     assert (after.status, after.attempt, after.step) == ("running", 2, before.step)
     assert after.lease_until == before.lease_until
+
+
+def pause(database: Database, job_id: str) -> str:
+    with database.write() as session:
+        return jobs.pause(session, tenancy.default_project(session).id, job_id).status
+
+
+def resume(database: Database, job_id: str) -> str:
+    with database.write() as session:
+        return jobs.resume(session, tenancy.default_project(session).id, job_id).status
+
+
+def test_a_queued_job_is_paused_at_once_and_not_claimed_until_resumed(database: Database) -> None:
+    job_id = queued(database)
+    assert pause(database, job_id) == "paused"
+    assert claim(database) is None
+    with pytest.raises(InvalidRequestError, match="has status 'paused'"):
+        pause(database, job_id)
+    assert resume(database, job_id) == "queued"
+    assert claim(database) is not None
+
+
+def test_a_running_job_pauses_when_its_worker_lets_it_go(database: Database) -> None:
+    job_id = queued(database)
+    claim(database)
+    assert pause(database, job_id) == "running"
+    with database.write() as session:
+        assert job_runs.heartbeat(session, job_id, 1, 30) == job_runs.Wishes(False, True)
+        assert job_runs.wishes(session, job_id) == job_runs.Wishes(False, True)
+        assert job_runs.release(session, job_id, 1, "x") == JobStatus.PAUSED
+    assert not state(database, job_id).pause_requested
+    assert resume(database, job_id) == "queued"
+
+
+def test_a_pause_outlives_the_worker_that_was_to_obey_it(database: Database) -> None:
+    job_id = queued(database)
+    claim(database)
+    pause(database, job_id)
+    expire(database, job_id)
+    with database.write() as session:
+        job_runs.requeue_expired(session, 3)
+    assert state(database, job_id).status == "paused"
+
+
+def test_a_pause_that_was_withdrawn_does_not_happen(database: Database) -> None:
+    job_id = queued(database)
+    claim(database)
+    pause(database, job_id)
+    assert resume(database, job_id) == "running"
+    with database.write() as session:
+        assert job_runs.release(session, job_id, 1, "x") == JobStatus.QUEUED
+    with pytest.raises(InvalidRequestError, match="only a paused job"):
+        resume(database, job_id)
 
 
 def test_a_live_lease_is_left_alone(database: Database) -> None:

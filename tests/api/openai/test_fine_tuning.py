@@ -143,6 +143,23 @@ def test_a_running_job_is_asked_to_stop_once_and_a_finished_one_never(
     assert client.get(f"{URL}/{job_id}").json()["status"] == "succeeded"
 
 
+def test_a_job_is_paused_and_resumed_by_its_owner_alone(
+    client: TestClient, database: Database
+) -> None:
+    job_id = new_job(client).json()["id"]
+    asked = client.post(f"{URL}/{job_id}/pause").json()
+    assert (asked["status"], asked["pause_requested"]) == ("validating_files", True)
+    again = client.post(f"{URL}/{job_id}/resume").json()
+    assert (again["status"], again["pause_requested"]) == ("validating_files", False)
+    expect(client.post(f"{URL}/{job_id}/resume"), 400, "fine_tuning_job_id", "job_not_resumable")
+    with database.write() as session:
+        assert jobs.move(session, job_id, JobStatus.QUEUED)
+    assert client.post(f"{URL}/{job_id}/pause").json()["status"] == "paused"
+    assert client.post(f"{URL}/{job_id}/resume").json()["status"] == "queued"
+    client.post(f"{URL}/{job_id}/cancel")
+    expect(client.post(f"{URL}/{job_id}/pause"), 400, "fine_tuning_job_id", "job_not_pausable")
+
+
 def test_jobs_are_paged_newest_first(client: TestClient) -> None:
     made = [new_job(client).json()["id"] for _ in range(3)]
     first = client.get(URL, params={"limit": 2}).json()
