@@ -206,7 +206,8 @@ def run_plain(folder: Path, precision: str) -> None:
 
 def run_ours(folder: Path, precision: str) -> None:
     """The trainer of this project as a job runs it, with its own choice of forward pass."""
-    from worker.training.loop import Stop, Trainer
+    from worker.training.loop import Trainer
+    from worker.training.task import Stop
 
     rows = Rows(folder, "grouped")
     task = our_task(folder, precision, rows)
@@ -248,10 +249,10 @@ def our_task(folder: Path, precision: str, rows: Rows) -> Any:
     from models.domain.training import TrainingSpec
     from worker.training import methods, objectives
     from worker.training.forward import choose_forward
-    from worker.training.loop import Task
     from worker.training.memory import can_cache_weights
     from worker.training.model import build_model
     from worker.training.objectives.base import Example
+    from worker.training.task import Task
 
     spec = TrainingSpec.model_validate(
         {

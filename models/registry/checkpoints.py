@@ -33,6 +33,12 @@ def newest_first(session: Session, job_id: str) -> Sequence[Checkpoint]:
     ).all()
 
 
+def best(rows: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Return the one with the lowest loss on the whole validation split, if any was judged."""
+    judged = [row for row in rows if "full_valid_loss" in row.metrics]
+    return min(judged, key=lambda row: float(row.metrics["full_valid_loss"]), default=None)
+
+
 def list_page(session: Session, job_id: str, cursor: Cursor) -> Page[Checkpoint]:
     query = select(Checkpoint).where(Checkpoint.job_id == job_id)
     return page(session, query, Checkpoint, (Checkpoint.step, Checkpoint.id), cursor)

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 from models.domain.base import Frozen, JsonObject
 from models.errors import TrainingFailedError
-from worker.training.loop import Progress, Trainer
+from worker.training.loop import Trainer
+from worker.training.task import Progress
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OPTIMIZER, RNG, TRAINER = "optimizer.safetensors", "rng.safetensors", "trainer.json"
@@ -69,7 +70,7 @@ def save(trainer: Trainer, directory: Path, base_model: str) -> None:
             (``storage_full``).
     """
     directory.mkdir(parents=True, exist_ok=True)
-    _require_room(trainer, directory)
+    require_room(trainer, directory)
     task = trainer.task
     adapter, state = directory / "adapter", directory / "state"
     adapter.mkdir()
@@ -140,7 +141,8 @@ def adapter_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     }
 
 
-def _require_room(trainer: Trainer, directory: Path) -> None:
+def require_room(trainer: Trainer, directory: Path) -> None:
+    """Raise `TrainingFailedError` where a disk has less than twice the room of a checkpoint."""
     n_weights = sum(parameter.numel() for parameter in trainer.parameters.values())
     needed = 2 * (3 * 4 * n_weights + SMALL_FILES_BYTES)
     free = shutil.disk_usage(directory).free

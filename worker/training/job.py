@@ -6,38 +6,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from models.db import Database
-from models.domain.reports import CheckpointManifest, DatasetReport, StepMetrics
+from models.domain.reports import DatasetReport, StepMetrics
 from models.domain.rows import ChatRow
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.errors import LeaseLostError, UnprocessableError
-from models.registry import base_models, checkpoints, job_runs
+from models.errors import LeaseLostError
+from models.registry import base_models, job_runs
 from models.settings import Settings
 from models.storage import (
-    MANIFEST,
-    ObjectNotFoundError,
     ObjectStore,
-    adapter_prefix,
-    fetch_file,
 )
-from models.tables import Checkpoint, File, Job
-from worker.adapter_format import parse_manifest
+from models.tables import File, Job
 from worker.base_models import load_tokenizer, materialise, pick_device
 from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
 from worker.training import checkpoint, methods, objectives
 from worker.training.forward import choose_forward
-from worker.training.loop import Outcome, Stop, Task, Trainer
+from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights
 from worker.training.model import build_model
 from worker.training.objectives.base import Example
 from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
 from worker.training.publish import Publisher, RunIdentity
 from worker.training.report import DatabaseReporter
+from worker.training.stored_checkpoints import StoredCheckpoints
+from worker.training.task import Outcome, Stop, Task
 
 log = structlog.get_logger(__name__)
 
@@ -136,12 +132,21 @@ class JobRun:
             tokenizer_sha256=tokenizer_digest,
         )
         publisher = Publisher(around.database, around.store, run)
-        self._start_or_resume(trainer, run)
+        checkpoint.require_room(trainer, around.scratch)
+        stored = StoredCheckpoints(
+            around.database, around.store, run, around.scratch, self._reporter.warn
+        )
+        self._current = stored.restore_newest(trainer)
+        if self._current is None:
+            checkpoint.seed_everything(run.spec.seed)
         outcome = trainer.run(self._reporter, self._saver(publisher, base.name), asked)
         self._reporter.flush()
         if outcome is Outcome.FINISHED:
-            assert self._current is not None
-            publisher.adapter(trainer, self._current, around.scratch / "verify")
+            last = trainer.progress
+            best = stored.restore_best(trainer) if spec.early_stopping else None
+            result = best or self._current
+            assert result is not None
+            publisher.adapter(trainer, result, around.scratch / "verify", last)
         return outcome
 
     def _load_source(self) -> _Source:
@@ -182,57 +187,6 @@ class JobRun:
             self._current = directory
 
         return save
-
-    def _start_or_resume(self, trainer: Trainer, run: RunIdentity) -> None:
-        """Restore the newest checkpoint that is complete and of this run; else start at step 0."""
-        with self._around.database.read() as session:
-            rows = checkpoints.newest_first(session, self._job_id)
-        for row in rows:
-            directory = self._around.scratch / f"resumed-{row.step}"
-            try:
-                self._fetch(row, run, directory)
-                checkpoint.restore(trainer, directory)
-            except (ObjectNotFoundError, UnprocessableError, ValueError) as error:
-                log.warning("checkpoint_unusable", step=row.step, error=str(error))
-                self._reporter.warn(
-                    f"The checkpoint of step {row.step} cannot be used ({error}); "
-                    "an older one is tried."
-                )
-                continue
-            self._current = directory
-            return
-        checkpoint.seed_everything(run.spec.seed)
-
-    def _fetch(self, row: Checkpoint, run: RunIdentity, directory: Path) -> None:
-        """Fetch all files of a checkpoint; every sha256 is compared.
-
-        Raises:
-            ObjectNotFoundError: an object is missing.
-            UnprocessableError: the adapter's manifest is inconsistent.
-            ValueError: anything else does not fit.
-        """
-        store = self._around.store
-        try:
-            manifest = CheckpointManifest.model_validate_json(
-                store.get(f"{row.object_prefix}/{MANIFEST}")
-            )
-        except ValidationError as error:
-            raise ValueError("its manifest is damaged") from error
-        found = (manifest.job_id, manifest.step, manifest.spec_sha256, manifest.adapter_digest)
-        if found != (self._job_id, row.step, run.spec_sha256, row.adapter_digest):
-            raise ValueError("its manifest is of another run")
-        prefix = adapter_prefix(row.adapter_digest)
-        adapter = parse_manifest(store.get(f"{prefix}/{MANIFEST}"))
-        if adapter.digest != row.adapter_digest:
-            raise ValueError("its adapter is another one")
-        for folder, where, listed in (
-            ("adapter", prefix, adapter.files),
-            ("state", row.object_prefix, manifest.files),
-        ):
-            (directory / folder).mkdir(parents=True, exist_ok=True)
-            for file in listed:
-                path = directory / folder / Path(file.name).name
-                fetch_file(store, f"{where}/{file.name}", path, sha256=file.sha256)
 
 
 def _task(

@@ -8,99 +8,23 @@ the trained tokens of *all* its rows, however many micro-batches it takes.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import torch
-from peft import PeftModel
 
 from models.domain.reports import StepMetrics
-from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, TrainingFailedError
 from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
-from worker.training.methods.base import Method, MethodParams
 from worker.training.model import trainable_parameters
-from worker.training.objectives.base import Example, LanguageForward, Objective, ObjectiveParams
+from worker.training.objectives.base import Example
 from worker.training.schedule import rate_factor
+from worker.training.task import Outcome, Progress, Reporter, Scores, Stop, Task
 
 TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
 VALIDATIONS_PER_EPOCH = 10
-
-
-class Stop(StrEnum):
-    """What somebody outside asks of the loop; it is obeyed between two steps."""
-
-    DRAIN = "drain"
-    CANCEL = "cancel"
-
-
-class Outcome(StrEnum):
-    FINISHED = "finished"
-    DRAINED = "drained"
-    CANCELLED = "cancelled"
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a run has done so far; part of every checkpoint.
-
-    `step` is also the cursor into the data, since the batches of an epoch follow from the seed.
-    `n_tokens` counts the tokens of all rows so far, padding excluded. `best_valid_loss` and
-    `n_without_improvement` belong to early stopping.
-    """
-
-    step: int = 0
-    n_tokens: int = 0
-    best_valid_loss: float | None = None
-    n_without_improvement: int = 0
-    stopped_early: bool = False
-
-
-class Reporter(Protocol):
-    """Where the loop tells of its steps; an implementation may raise to end the run."""
-
-    def untrained(self, loss: float, accuracy: float, total_steps: int) -> None:
-        """Take the scores of the validation split before the first step."""
-
-    def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None:
-        """Take the metrics of one step."""
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """What is trained on what. `spec` is resolved; `valid` is empty without a validation file."""
-
-    model: PeftModel
-    forward: LanguageForward
-    method: Method
-    method_params: MethodParams
-    objective: Objective
-    objective_params: ObjectiveParams
-    spec: TrainingSpec
-    train: Sequence[Example]
-    valid: Sequence[Example]
-    device: str
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """Sums over trained tokens."""
-
-    loss: float
-    n_correct: int
-    n_trained: int
-
-    @property
-    def mean_loss(self) -> float:
-        return self.loss / self.n_trained
-
-    @property
-    def accuracy(self) -> float:
-        return self.n_correct / self.n_trained
 
 
 class Trainer:
@@ -179,7 +103,7 @@ class Trainer:
         Args:
             reporter: Is told of every step.
             save: Called when a checkpoint is due: every ``checkpoint_steps`` steps, after the last
-                step, and before the loop drains.
+                step, before the loop drains, and after each step that early stopping judges.
             asked: Whether somebody wants the loop to stop; asked before every step.
 
         Raises:
@@ -205,14 +129,16 @@ class Trainer:
             metrics = metrics.model_copy(update=self._validate(metrics.step))
             self._judge(metrics)
             reporter.step(metrics, self.progress, self.total_steps)
-            if (
-                metrics.step % self.checkpoint_steps == 0
-                or metrics.step == self.total_steps
-                or self.progress.stopped_early
-            ):
+            if self._is_checkpoint_due(metrics):
                 save(self, metrics)
                 saved = metrics.step
         return Outcome.CANCELLED if asked() is Stop.CANCEL else Outcome.FINISHED
+
+    def _is_checkpoint_due(self, metrics: StepMetrics) -> bool:
+        step = metrics.step
+        # Early stopping goes back to the best step, so every one that was judged must be there.
+        judged = self.task.spec.early_stopping is not None and metrics.full_valid_loss is not None
+        return step % self.checkpoint_steps == 0 or step == self.total_steps or judged
 
     def _probe_memory(self) -> None:
         """Run the largest micro-batch there can be, so that what does not fit shows at once.

@@ -18,6 +18,11 @@ from models.domain.training import Precision
 from worker.base_models import load_model
 from worker.training.methods.base import Method, MethodParams
 
+PROBE_TOKENS = 16
+LOGITS_TOLERANCE = 1e-5
+"""Largest relative difference of the logits before and after an adapter went through the store."""
+_READ_BACK = "read_back"
+
 
 def build_model(
     directory: Path,
@@ -75,6 +80,32 @@ def linear_shapes(model: PeftModel) -> dict[str, tuple[int, int, bool]]:
             own_path = path.removesuffix(".base_layer")
             shapes[own_path] = (module.in_features, module.out_features, module is head)
     return shapes
+
+
+def gives_same_logits(model: PeftModel, directory: Path) -> bool:
+    """Tell whether the adapter in `directory`, read by PEFT, gives the logits of the one attached.
+
+    It is attached beside the other for a moment, so its configuration counts as its tensors do. A
+    packed model answers by its modules' own passes here.
+    """
+    base = model.get_base_model()
+    vocabulary = int(base.config.vocab_size)  # type: ignore[union-attr,arg-type]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (1, PROBE_TOKENS), generator=generator).to(model.device)
+    [own] = model.active_adapters
+    model.eval()
+    try:
+        with torch.no_grad():
+            trained = model(input_ids=ids, use_cache=False).logits
+            model.load_adapter(str(directory), _READ_BACK, is_trainable=False)
+            model.set_adapter(_READ_BACK)
+            found = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.set_adapter(own)
+        if _READ_BACK in model.peft_config:
+            model.delete_adapter(_READ_BACK)
+    error = (found.float() - trained.float()).norm() / trained.float().norm()
+    return bool(error <= LOGITS_TOLERANCE)
 
 
 def set_threads(jobs_at_a_time: int) -> None:

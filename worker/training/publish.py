@@ -40,7 +40,8 @@ from worker.inference.engine.errors import AdapterFormatError
 from worker.inference.engine.params import LinearShape
 from worker.training.checkpoint import STATE_FILES, adapter_tensors, library_versions
 from worker.training.loop import Trainer
-from worker.training.model import linear_shapes
+from worker.training.model import gives_same_logits, linear_shapes
+from worker.training.task import Progress
 
 KEPT_CHECKPOINTS = 2
 RESULTS_PURPOSE, RESULTS_NAME = "fine-tune-results", "step_metrics.csv"
@@ -125,10 +126,17 @@ class Publisher:
             )
         self._retire_checkpoints()
 
-    def adapter(self, trainer: Trainer, directory: Path, scratch: Path) -> str:
+    def adapter(self, trainer: Trainer, directory: Path, scratch: Path, last: Progress) -> str:
         """Publish the adapter in `directory`/adapter as the job's result and end the job well.
 
-        What the store holds is read back first and must be the trained weights, bit for bit.
+        What the store holds is read back first: it must be the trained weights, bit for bit, and
+        give the trainer's logits.
+
+        Args:
+            trainer: In the state that is published.
+            directory: Its files.
+            scratch: A directory that does not exist yet.
+            last: How far training came, which may be further.
 
         Returns:
             The ``ft:…`` name.
@@ -138,11 +146,10 @@ class Publisher:
                 (``adapter_not_servable``).
         """
         run = self._run
-        step = trainer.progress.step
-        manifest = self._adapter_manifest(directory / "adapter", step)
+        manifest = self._adapter_manifest(directory / "adapter", trainer.progress.step)
         put_adapter(self._store, directory / "adapter", manifest)
         self._verify(trainer, manifest, scratch)
-        results = self._put_results(step)
+        results = self._put_results(last.step)
         name = adapters.new_name(run.base.name, run.organization, run.spec.suffix)
         with self._database.write() as session:
             job_runs.fence(session, run.job_id, run.attempt)
@@ -165,7 +172,7 @@ class Publisher:
                 run.job_id,
                 run.attempt,
                 fine_tuned_model=name,
-                trained_tokens=trainer.progress.n_tokens,
+                trained_tokens=last.n_tokens,
                 result_file=results.id,
             )
         return name
@@ -260,6 +267,8 @@ class Publisher:
                     raise _not_servable(f"lora_{side} of {path} is not what was trained")
         if trained:
             raise _not_servable(f"{len(trained)} trained tensors are not in the file")
+        if not gives_same_logits(trainer.task.model, scratch):
+            raise _not_servable("read back, it does not give the logits that were trained")
 
     def _put_results(self, last_step: int) -> File:
         """Store the results file and return its row, not yet added."""
@@ -295,10 +304,8 @@ def results_csv(points: Sequence[StepMetrics]) -> bytes:
 def _kept(rows: Sequence[Checkpoint]) -> set[str]:
     """Return the ids of the checkpoints to keep: the newest, and the best on the validation set."""
     kept = {row.id for row in rows[:KEPT_CHECKPOINTS]}
-    judged = [row for row in rows if "full_valid_loss" in row.metrics]
-    if judged:
-        kept.add(min(judged, key=lambda row: float(row.metrics["full_valid_loss"])).id)
-    return kept
+    best = checkpoints.best(rows)
+    return kept if best is None else kept | {best.id}
 
 
 def _not_servable(detail: str) -> TrainingFailedError:

@@ -6,7 +6,7 @@ from models.db import Database
 from models.domain.reports import StepMetrics
 from models.domain.status import EventLevel
 from models.registry import events, job_runs, metrics
-from worker.training.loop import Progress
+from worker.training.task import Progress
 
 FLUSH_SECONDS = 1.0
 

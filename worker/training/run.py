@@ -33,7 +33,7 @@ from worker.training import exit_codes
 
 if TYPE_CHECKING:
     from worker.training.job import Surroundings
-    from worker.training.loop import Stop
+    from worker.training.task import Stop
 
     Asked = Callable[[], Stop | None]
 
@@ -60,7 +60,7 @@ class StopSignal:
             self._term = True
 
     def __call__(self) -> "Stop | None":
-        from worker.training.loop import Stop
+        from worker.training.task import Stop
 
         if self._int:
             return Stop.CANCEL
@@ -132,8 +132,8 @@ def run_job(settings: Settings, job_id: str, attempt: int, asked: "Asked") -> in
 
 def _attempt(around: "Surroundings", job_id: str, attempt: int, asked: "Asked") -> int:
     from worker.training.job import JobRun
-    from worker.training.loop import Outcome
     from worker.training.model import set_threads
+    from worker.training.task import Outcome
 
     set_threads(around.settings.worker.slots)
     try:

@@ -25,8 +25,8 @@ from models.storage import LocalStore, upload_key
 from models.tables import Adapter, Base, Checkpoint, Event, File, Job, Project
 from worker.lint_files import FileLinter
 from worker.training import methods, objectives
-from worker.training.loop import Stop
 from worker.training.run import run_job
+from worker.training.task import Stop
 
 PROJECT = "proj_test"
 

@@ -17,7 +17,8 @@ from models.errors import TrainingFailedError
 from tests.worker.training.tiny import lora, make_examples, make_spec, make_trainer
 from worker.training import checkpoint
 from worker.training.checkpoint import StateError
-from worker.training.loop import Outcome, Stop, Trainer
+from worker.training.loop import Trainer
+from worker.training.task import Outcome, Stop
 
 SPEC = make_spec(peft=lora(dropout=0.2), optimizer={"learning_rate": 0.01, "weight_decay": 0.1})
 

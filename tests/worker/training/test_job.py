@@ -1,5 +1,6 @@
 """Whole jobs in this process: real rows, a real store, a tiny model, every way to be cut off."""
 
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from models.storage import adapter_prefix, fetch_file, upload_key
 from models.tables import File
 from tests.worker.training.service import Service, chat_rows
 from worker.training import exit_codes
-from worker.training.loop import Stop
+from worker.training.task import Stop
 
 
 def stop_after(step: int, stop: Stop) -> Callable[[], Stop | None]:
@@ -251,6 +252,42 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(
     assert prefixes == {row.object_prefix for row in rows}
     kept = {key.split("/")[1] for key in service.keys("adapters")}
     assert kept == {row.adapter_digest for row in rows}
+
+
+def test_early_stopping_publishes_the_best_step_and_not_the_last(service: Service) -> None:
+    service.upload("file-valid", chat_rows(16)[12:])
+    job = service.submit(
+        validation_file="file-valid",
+        hyperparameters={"n_epochs": 12, "batch_size": 4},
+        optimizer={"learning_rate": 0.2, "schedule": "constant"},
+        early_stopping={"patience": 2},
+        checkpoint_steps=1000,
+    )
+    assert service.run(job) == exit_codes.DONE
+    trace = service.trace(job.id)
+    losses = {
+        point.step: point.full_valid_loss for point in trace if point.full_valid_loss is not None
+    }
+    best = min(losses, key=lambda step: losses[step])
+    assert best < trace[-1].step
+    (adapter,) = service.adapters()
+    assert adapter.manifest["step"] == best
+    kept = {row.step: row.adapter_digest for row in service.checkpoints(job.id)}
+    assert adapter.digest == kept[best] != kept[trace[-1].step]
+    done = service.job(job.id)
+    assert done.trained_tokens == sum(point.tokens for point in trace)
+    assert any(f"The adapter is that of step {best}" in each for each in service.messages(job.id))
+
+
+def test_a_full_disk_ends_the_job_before_its_first_step(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(".")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    job = service.submit()
+    assert service.run(job) == exit_codes.FAILED
+    failed = service.job(job.id)
+    assert (failed.error_code, failed.step) == ("storage_full", 0)
 
 
 def test_content_that_another_job_uses_is_not_deleted(service: Service) -> None:

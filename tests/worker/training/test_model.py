@@ -17,7 +17,7 @@ from worker.chat import ChatRenderer
 from worker.training import methods, objectives
 from worker.training.batches import RowPolicy, build_dataset
 from worker.training.forward import PaddedForward, choose_forward
-from worker.training.loop import Task, Trainer
+from worker.training.loop import Trainer
 from worker.training.model import (
     build_model,
     guard_quantised_weights,
@@ -25,6 +25,7 @@ from worker.training.model import (
     trainable_parameters,
 )
 from worker.training.objectives.base import Example, LanguageForward
+from worker.training.task import Task
 
 N_LINEARS = 30 * 7
 

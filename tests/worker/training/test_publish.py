@@ -1,5 +1,6 @@
 """What is checked before an adapter gets its name, and the results file."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,23 @@ def test_weights_that_changed_after_the_save_are_not_published(
     with torch.no_grad():
         next(iter(trainer.parameters.values())).add_(1e-6)
     with pytest.raises(TrainingFailedError, match="is not what was trained") as caught:
-        publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify")
+        publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify", trainer.progress)
     assert caught.value.code == "adapter_not_servable"
+    assert service.adapters() == []
+
+
+def test_a_configuration_that_changes_the_answers_is_not_published(
+    service: Service, trainer: Trainer, publisher: Publisher, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        for parameter in trainer.parameters.values():
+            parameter.copy_(torch.randn_like(parameter))
+    checkpoint.save(trainer, tmp_path / "state", "tiny")
+    path = tmp_path / "state" / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
+    with pytest.raises(TrainingFailedError, match="does not give the logits"):
+        publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify", trainer.progress)
     assert service.adapters() == []
 
 
@@ -81,7 +97,7 @@ def test_bytes_that_the_store_spoils_are_not_published(
 
     monkeypatch.setattr(type(service.store), "put", spoil)
     with pytest.raises(TrainingFailedError, match="has sha256"):
-        publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify")
+        publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify", trainer.progress)
     assert service.adapters() == []
 
 
@@ -89,7 +105,7 @@ def test_a_published_adapter_ends_the_job_in_the_same_transaction(
     service: Service, trainer: Trainer, publisher: Publisher, tmp_path: Path
 ) -> None:
     checkpoint.save(trainer, tmp_path / "state", "tiny")
-    name = publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify")
+    name = publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify", trainer.progress)
     (adapter,) = service.adapters()
     job = service.job(adapter.job_id)
     assert (adapter.name, job.fine_tuned_model, job.status) == (name, name, "succeeded")

@@ -7,8 +7,8 @@ import pytest
 from models.domain.reports import StepMetrics
 from models.errors import LeaseLostError
 from tests.worker.training.service import Service
-from worker.training.loop import Progress
 from worker.training.report import DatabaseReporter
+from worker.training.task import Progress
 
 
 def point(step: int) -> StepMetrics:

@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from models.domain.training import TrainingSpec
 from worker.training import methods, objectives
 from worker.training.forward import PaddedForward, choose_forward
-from worker.training.loop import Task, Trainer
+from worker.training.loop import Trainer
 from worker.training.objectives.base import Example, LanguageForward
+from worker.training.task import Task
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
