@@ -255,11 +255,15 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(
 
 
 def test_early_stopping_publishes_the_best_step_and_not_the_last(service: Service) -> None:
-    service.upload("file-valid", chat_rows(16)[12:])
+    unlike = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": "qzx vjk wyw!"}]}
+        for row in chat_rows(4)
+    ]
+    service.upload("file-valid", unlike)
     job = service.submit(
         validation_file="file-valid",
         hyperparameters={"n_epochs": 12, "batch_size": 4},
-        optimizer={"learning_rate": 0.2, "schedule": "constant"},
+        optimizer={"learning_rate": 0.01, "schedule": "constant"},
         early_stopping={"patience": 2},
         checkpoint_steps=1000,
     )
