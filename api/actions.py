@@ -180,6 +180,18 @@ def submit_job(
     """Add a job for files and a base model that this project may use, and ring a worker.
 
     Raises:
+        InvalidRequestError, NotFoundError: as `check_job`.
+    """
+    check_job(session, caller, spec)
+    job = jobs.create(session, caller.project_id, spec, metadata or None)
+    services.bell.ring_after_commit(session)
+    return job
+
+
+def check_job(session: Session, caller: Caller, spec: TrainingSpec) -> None:
+    """Make sure that a job's base model and files are there for this project.
+
+    Raises:
         InvalidRequestError: unknown base model, or a file that is no training data (names `param`).
         NotFoundError: a file that does not exist.
     """
@@ -198,9 +210,6 @@ def submit_job(
                 param=param,
                 code="invalid_file_purpose",
             )
-    job = jobs.create(session, caller.project_id, spec, metadata or None)
-    services.bell.ring_after_commit(session)
-    return job
 
 
 def delete_model(session: Session, services: Services, caller: Caller, name: str) -> None:

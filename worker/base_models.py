@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from models.domain.base import Frozen
+from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError, UnavailableError, UnprocessableError
 from models.settings import ModelSettings
 from models.storage import ObjectStore, fetch_file, fsync_directory, sha256_file
+from worker.base_shape import read_shape
 from worker.chat_template import DEFAULT_TEMPLATE
 
 if TYPE_CHECKING:
@@ -38,7 +40,10 @@ PRECISIONS = ("nf4", "bf16", "fp32")
 
 
 class BaseModelInfo(Frozen):
-    """What identifies frozen weights; `fingerprint` covers configuration, weights, vocabulary."""
+    """What identifies frozen weights; `fingerprint` covers configuration, weights, vocabulary.
+
+    `shape` is read from the weights each time and not kept in the record.
+    """
 
     name: str
     source: str
@@ -48,6 +53,7 @@ class BaseModelInfo(Frozen):
     vocab_size: int
     n_parameters: int
     max_length: int
+    shape: BaseShape | None = None
 
 
 def materialise(
@@ -83,7 +89,8 @@ def materialise(
                 fsync_directory(cache)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-    return target, BaseModelInfo.model_validate_json((target / RECORD).read_text())
+    info = BaseModelInfo.model_validate_json((target / RECORD).read_text())
+    return target, info.model_copy(update={"shape": read_shape(target)})
 
 
 @contextmanager

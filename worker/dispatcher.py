@@ -19,6 +19,7 @@ from models.storage import ObjectStore, open_store
 from worker import tasks
 from worker.launch import TrainerProcess
 from worker.lint_files import FileLinter
+from worker.measure import measure_next
 
 log = structlog.get_logger(__name__)
 
@@ -113,7 +114,7 @@ class _Slot(_Looker):
         with self._database.write() as session:
             job = job_runs.claim(session, self._worker, self._settings.lease_seconds)
         if job is None:
-            return False
+            return measure_next(self._database, self._stopping.is_set)
         trainer = self._warm()
         self._spare = None
         run = tasks.TrainingRun(self._database, self._settings, job, trainer, self._stopping.is_set)

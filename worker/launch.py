@@ -12,7 +12,7 @@ import sys
 from models.settings import child_environment
 
 # What a trainer has no use for must not be in its environment.
-_WITHHELD = ("TUNERY_BROKER__URL", "TUNERY_INFERENCE__TOKEN", "TUNERY_CLIENT__API_KEY")
+WITHHELD = ("TUNERY_BROKER__URL", "TUNERY_INFERENCE__TOKEN", "TUNERY_CLIENT__API_KEY")
 
 # Training allocates the same large tensors in every step. By default glibc gives their pages back
 # to the kernel each time and takes them anew; kept, and in huge pages, a step is a tenth faster.
@@ -35,7 +35,7 @@ class TrainerProcess:
             [sys.executable, "-m", "worker.training.run"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=child_environment(without=_WITHHELD) | ALLOCATOR,
+            env=child_environment(without=WITHHELD) | ALLOCATOR,
             start_new_session=True,
         )
 

@@ -16,7 +16,8 @@ from api.cli import migrate as migrations
 from api.cli import tune as tuning
 from api.cli import up as embedded
 from api.cli.chat import converse, say
-from api.cli.common import HomeOption, console, give_up, reported, service
+from api.cli.common import HomeOption, console, errors, give_up, reported, service
+from api.cli.estimate import show, wait_for_estimate
 from api.cli.home import Home
 from api.cli.job_commands import diff_jobs, jobs_app, watch_to_end
 from models.db import Database
@@ -100,6 +101,39 @@ def tune(  # noqa: PLR0913 (one argument for each option of the command)
         if not watch:
             return
         watch_to_end(client, job["id"])
+
+
+@app.command("estimate")
+def estimate_job(  # noqa: PLR0913 (one argument for each option of the command)
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Training data.")],
+    model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
+    validation: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="Held-out data.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, max=50)] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=256)] = None,
+    rank: Annotated[int | None, typer.Option(min=1, max=256, help="LoRA rank.")] = None,
+    precision: Annotated[str | None, typer.Option(help="nf4 (QLoRA), bf16 or fp32.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """Upload FILE and tell what training on it would take: time, memory, tokens, disk."""
+    with service(home) as client:
+        request = tuning.Request(
+            file,
+            model,
+            validation,
+            epochs=epochs,
+            batch_size=batch_size,
+            rank=rank,
+            precision=precision,
+        )
+        told = errors if as_json else console
+        found = wait_for_estimate(client, tuning.job_body(client, request, told), told)
+        if as_json:
+            console.print_json(data=found)
+        else:
+            show(found, console)
 
 
 @models_app.callback(invoke_without_command=True)

@@ -8,7 +8,7 @@ OWN = frozenset(
     {
         *("id", "created_at", "finished_at", "started_at", "estimated_finish", "organization_id"),
         *("fine_tuned_model", "result_files", "method", "attempt"),
-        *("cancel_requested", "pause_requested"),
+        *("cancel_requested", "pause_requested", "estimate", "measured"),
     }
 )
 """Fields that are of one job alone, or say again what another says."""

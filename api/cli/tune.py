@@ -34,6 +34,13 @@ class Request:
 
 def submit(client: Client, request: Request, console: Console) -> JsonObject:
     """Upload the files and create the job."""
+    job = client.post("/fine_tuning/jobs", job_body(client, request, console))
+    console.print(f"Created job {job['id']}", highlight=False)
+    return job
+
+
+def job_body(client: Client, request: Request, console: Console) -> JsonObject:
+    """Upload the files and return the body of the job."""
     body: dict[str, Any] = {"model": request.model}
     for field, path in (
         ("training_file", request.file),
@@ -60,9 +67,7 @@ def submit(client: Client, request: Request, console: Console) -> JsonObject:
         body["peft"] = {"type": "lora", "r": request.rank, "alpha": 2.0 * request.rank}
     if request.precision is not None:
         body["precision"] = {"type": request.precision}
-    job = client.post("/fine_tuning/jobs", body)
-    console.print(f"Created job {job['id']}", highlight=False)
-    return job
+    return body
 
 
 def watch(client: Client, job_id: str, console: Console) -> JsonObject:

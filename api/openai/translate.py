@@ -158,6 +158,8 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "total_steps": job.total_steps,
         "started_at": _seconds(job.started_at),
         "attempt": job.attempt,
+        "estimate": job.estimate,
+        "measured": job.measured,
         "cancel_requested": job.cancel_requested,
         "pause_requested": job.pause_requested,
     }

@@ -6,6 +6,7 @@ from typing import Protocol
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
 from models.tables import BaseModel
 
@@ -33,6 +34,9 @@ class Identity(Protocol):
 
     @property
     def max_length(self) -> int: ...
+
+    @property
+    def shape(self) -> BaseShape | None: ...
 
 
 def sync_catalog(session: Session, catalog: Mapping[str, str]) -> None:
@@ -81,5 +85,6 @@ def record_identity(session: Session, info: Identity) -> None:
             vocab_size=info.vocab_size,
             n_parameters=info.n_parameters,
             max_length=info.max_length,
+            shape=info.shape and info.shape.model_dump(mode="json"),
         )
     )

@@ -12,6 +12,7 @@ from sqlalchemy import CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
+from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
@@ -57,6 +58,10 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     events.append(session, job.id, message)
     session.refresh(job)
     return job
+
+
+def has_queued(session: Session) -> bool:
+    return session.scalar(select(Job.id).where(Job.status == JobStatus.QUEUED).limit(1)) is not None
 
 
 def _checkpoint_step(session: Session, job_id: str) -> int:
@@ -119,6 +124,19 @@ def has_ended(session: Session, job_id: str, attempt: int) -> bool:
 def record_spec(session: Session, job_id: str, attempt: int, spec: TrainingSpec) -> None:
     """Store the resolved specification: what was ``"auto"`` is a number from now on."""
     fence(session, job_id, attempt, spec=spec.model_dump(mode="json"))
+
+
+def record_estimate(session: Session, job_id: str, attempt: int, estimate: Estimate) -> None:
+    fence(session, job_id, attempt, estimate=estimate.model_dump(mode="json"))
+
+
+def record_measured(session: Session, job_id: str, attempt: int, measured: Measured) -> None:
+    """Note what an attempt has taken; history only, so it needs no fence."""
+    session.execute(
+        update(Job)
+        .where(Job.id == job_id, Job.attempt == attempt)
+        .values(measured=measured.model_dump(mode="json"))
+    )
 
 
 def record_trainer(session: Session, job_id: str, attempt: int, pid: int) -> None:

@@ -1,7 +1,7 @@
 """Typed rows; importing this package registers every table on ``Base.metadata``."""
 
 from models.tables.base import Base, new_id
-from models.tables.base_model import BaseModel
+from models.tables.base_model import BaseModel, BaseProbe
 from models.tables.file import File, Upload, UploadPart
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
@@ -13,6 +13,7 @@ __all__ = [
     "ApiKey",
     "Base",
     "BaseModel",
+    "BaseProbe",
     "Checkpoint",
     "Event",
     "File",

@@ -12,7 +12,8 @@ class Job(Created, Base):
     """The truth about one fine-tuning job.
 
     `attempt` is the fencing token: it grows with every claim, and a write of an older attempt
-    affects no row. `spec` is a dumped ``TrainingSpec``.
+    affects no row. `spec` is a dumped ``TrainingSpec``; `estimate` and `measured` are an
+    ``Estimate`` and a ``Measured``.
     """
 
     __tablename__ = "jobs"
@@ -50,6 +51,8 @@ class Job(Created, Base):
     error_code: Mapped[str | None]
     error_message: Mapped[str | None]
     error_param: Mapped[str | None]
+    estimate: Mapped[JsonObject | None]
+    measured: Mapped[JsonObject | None]
 
 
 class JobAttempt(Base):

@@ -3,6 +3,7 @@
 Everything comes from the renderer that trains (``worker.chat``): what is shown is learned.
 """
 
+from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
@@ -10,6 +11,7 @@ import orjson
 from pydantic import Field
 
 from models.domain.base import Frozen, JsonObject
+from models.domain.estimates import sample_of
 from models.domain.rows import Row
 from worker.data.normalised import canonical
 from worker.row_error import RowError
@@ -52,7 +54,10 @@ class RowPreview(Frozen):
 
 
 class TokenStatistics(Frozen):
-    """Tokens of all rows; `histogram` counts rows by the upper end of their bin."""
+    """Tokens of all rows; `histogram` counts rows by the upper end of their bin.
+
+    `lengths` is a sample in ascending order (``models.domain.estimates.sample_of``).
+    """
 
     n_rows: int = 0
     n_faulty: int = 0
@@ -61,6 +66,7 @@ class TokenStatistics(Frozen):
     longest: int = 0
     n_overlong: int = 0
     histogram: dict[int, int] = Field(default_factory=dict)
+    lengths: list[int] = Field(default_factory=list)
 
 
 def preview_row(
@@ -100,6 +106,7 @@ def count_tokens(
     rows: Iterable[tuple[int, Row]], renderer: Renderer, max_length: int
 ) -> TokenStatistics:
     """Render every row and add up; only numbers are held in memory."""
+    lengths = array("L")
     n_rows = n_faulty = n_tokens = n_trained = longest = n_overlong = 0
     histogram = dict.fromkeys(BINS, 0)
     for _, row in rows:
@@ -110,6 +117,7 @@ def count_tokens(
             n_faulty += 1
             continue
         length = len(rendered.input_ids)
+        lengths.append(length)
         n_tokens += length
         n_trained += sum(rendered.trained[:max_length])
         longest = max(longest, length)
@@ -123,4 +131,5 @@ def count_tokens(
         longest=longest,
         n_overlong=n_overlong,
         histogram={end: count for end, count in histogram.items() if count},
+        lengths=sample_of(lengths),
     )

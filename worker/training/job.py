@@ -24,6 +24,7 @@ from worker.base_models import load_tokenizer, materialise, pick_device
 from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
 from worker.training import checkpoint, methods, objectives
+from worker.training.cost import CostMeter
 from worker.training.forward import choose_forward
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights
@@ -86,6 +87,7 @@ class JobRun:
             TuneryError: the job cannot end well.
         """
         around, settings = self._around, self._around.settings
+        meter = CostMeter(around.database, self._job_id, self._attempt)
         source = self._load_source()
         directory, base = materialise(source.spec.model, settings.models, around.store)
         with around.database.write() as session:
@@ -137,9 +139,13 @@ class JobRun:
             around.database, around.store, run, around.scratch, self._reporter.warn
         )
         self._current = stored.restore_newest(trainer)
-        if self._current is None:
+        is_new = self._current is None
+        if is_new:
             checkpoint.seed_everything(run.spec.seed)
-        outcome = trainer.run(self._reporter, self._saver(publisher, base.name), asked)
+        assert base.shape is not None
+        meter.reckon(task, base.shape)
+        with meter.training():
+            outcome = trainer.run(self._reporter, self._saver(publisher, base.name), asked)
         self._reporter.flush()
         if outcome is Outcome.FINISHED:
             last = trainer.progress
@@ -147,6 +153,8 @@ class JobRun:
             result = best or self._current
             assert result is not None
             publisher.adapter(trainer, result, around.scratch / "verify", last)
+            if is_new:
+                meter.record(task)
         return outcome
 
     def _load_source(self) -> _Source:

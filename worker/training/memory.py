@@ -28,6 +28,13 @@ def free_bytes(device: str = "cpu") -> int:
     return min(limits if group is None else [*limits, group])
 
 
+def peak_bytes(device: str) -> int:
+    """Return the most memory that this process has held: of the GPU, or of the machine."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def _free_in_cgroup() -> int | None:
     """Return what the container's limit leaves (cgroup version 2), or None without one."""
     try:

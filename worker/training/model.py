@@ -108,6 +108,13 @@ def gives_same_logits(model: PeftModel, directory: Path) -> bool:
     return bool(error <= LOGITS_TOLERANCE)
 
 
+def describe_device(device: str) -> str:
+    """Return the kind of a device: what was measured on one of a kind holds for another."""
+    if torch.device(device).type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"CPU, {torch.get_num_threads()} threads"
+
+
 def set_threads(jobs_at_a_time: int) -> None:
     """Share the cores that this process may use between the jobs of one worker."""
     import os

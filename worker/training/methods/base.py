@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.domain.base import JsonObject, Parameters
+from models.domain.estimates import BaseShape
 from worker.training.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -31,6 +32,10 @@ class Method(Plugin, ABC):
     @abstractmethod
     def adapter_config(self, model: "PeftModel", params: Any, base_model: str) -> JsonObject:
         """Return ``adapter_config.json`` in PEFT's form; `base_model` is a name, never a path."""
+
+    @abstractmethod
+    def count_parameters(self, shape: BaseShape, params: Any) -> int:
+        """Return how many parameters `attach` would add to a base model of this shape."""
 
     def rate_factor(self, parameter: str, params: Any) -> float:
         """Return what the learning rate is multiplied with for a trainable parameter."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
 
 from models.domain.base import JsonObject
+from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
 from worker.training.methods import register
 from worker.training.methods.base import Method, MethodParams
@@ -135,6 +136,19 @@ class Lora(Method):
             "task_type": "CAUSAL_LM",
             "use_rslora": params.use_rslora,
         }
+
+    def count_parameters(self, shape: BaseShape, params: Any) -> int:
+        """Return Σ r · (inputs + outputs) over the targeted layers."""
+        names = params.target_modules
+        if names == "all-linear":
+            names = list(shape.layers)
+        n_columns = 0
+        for name in names:
+            last = name.rpartition(".")[2]
+            if (layer := shape.layers.get(last)) is not None:
+                n_layers = layer.count if name == last else 1
+                n_columns += n_layers * (layer.inputs + layer.outputs)
+        return int(params.r * n_columns)
 
     def rate_factor(self, parameter: str, params: Any) -> float:
         return params.lora_plus_ratio if ".lora_B." in parameter else 1.0
