@@ -78,11 +78,17 @@ def _look_up(services: Services, caller: Caller, spec: TrainingSpec) -> _Known:
         services.bell.ring_after_commit(session)
     with services.database.read() as session:
         file = files.get(session, caller.project_id, spec.training_file, param="training_file")
-        if file.report is None or file.rows_key is None:
+        if file.report is None:
             raise InvalidRequestError(
-                f"File {file.id} has no usable row, or is not checked yet; see its report.",
+                f"File {file.id} has not been checked yet; ask again in a moment.",
                 param="training_file",
                 code="file_not_linted",
+            )
+        if file.rows_key is None:
+            raise InvalidRequestError(
+                f"File {file.id} has no usable row; see its report.",
+                param="training_file",
+                code="no_usable_row",
             )
         base, row = base_models.get(session, spec.model), probes.get(session, spec.model, precision)
         if row is not None and row.failure is not None:

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -13,8 +14,10 @@ from models.db import Database
 from models.logs import configure_logging
 from models.registry import inference_servers, tenancy
 from models.registry.inference_servers import Announcement
-from models.settings import Settings
+from models.settings import Settings, WorkerSettings
+from models.storage import open_store
 from tests.api.fake_inference import FakeInference, running_fake
+from worker.lint_files import FileLinter
 
 LIMIT = 2000
 TOKEN = "secret-between-servers"
@@ -65,6 +68,19 @@ def client(settings: Settings, database: Database) -> Iterator[TestClient]:
     with TestClient(create_app(settings), raise_server_exceptions=False) as made:
         made.headers["authorization"] = f"Bearer {secret}"
         yield made
+
+
+@pytest.fixture
+def lint(database: Database, settings: Settings, tmp_path: Path) -> Any:
+    """Lint all uploads, as a worker does."""
+
+    def run() -> None:
+        worker = WorkerSettings(scratch_dir=tmp_path / "scratch")
+        linter = FileLinter(database, open_store(settings.storage), worker)
+        while linter.lint_next():
+            pass
+
+    return run
 
 
 @pytest.fixture

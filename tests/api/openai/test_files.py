@@ -13,12 +13,9 @@ from fastapi.testclient import TestClient
 from models.db import Database
 from models.domain.status import JobStatus
 from models.registry import jobs, tenancy
-from models.settings import Settings, WorkerSettings
-from models.storage import open_store
 from models.tables import Project
 from tests.api.calls import ROW, expect, new_job, upload
 from tests.api.conftest import LIMIT
-from worker.lint_files import FileLinter
 
 
 def stored(tmp_path: Path) -> list[Path]:
@@ -213,19 +210,6 @@ def test_a_file_whose_bytes_are_gone_says_so(client: TestClient, tmp_path: Path)
         path.unlink()
     response = client.get(f"/v1/files/{file_id}/content")
     assert "object store" in expect(response, 404, "file_id", "file_not_found")
-
-
-@pytest.fixture
-def lint(database: Database, settings: Settings, tmp_path: Path) -> Any:
-    """Lint all uploads, as a worker does."""
-
-    def run() -> None:
-        worker = WorkerSettings(scratch_dir=tmp_path / "scratch")
-        linter = FileLinter(database, open_store(settings.storage), worker)
-        while linter.lint_next():
-            pass
-
-    return run
 
 
 def objects(tmp_path: Path, folder: str = "files") -> list[Path]:

@@ -10,6 +10,7 @@ from peft import PeftModel
 
 from models.errors import InvalidRequestError
 from tests.worker.training.tiny import attach, lora, make_spec, make_trainer, tiny_llama
+from worker.base_shape import read_shape
 from worker.inference.engine.adapter_config import read_config
 from worker.training import checkpoint, methods
 from worker.training.dropout import LaneDropout
@@ -36,6 +37,19 @@ def test_the_number_of_trained_weights_follows_from_the_shapes() -> None:
     parameters = trainable_parameters(attach(tiny_llama(), lora(r=3)))
     one_layer = (64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3  # q, o; k, v; gate, up, down
     assert sum(parameter.numel() for parameter in parameters.values()) == 3 * 2 * one_layer
+
+
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["q_proj", "down_proj"], ["layers.1.mlp.up_proj"]]
+)
+def test_the_count_before_attaching_is_the_number_attached(tmp_path: Path, targets: object) -> None:
+    given = lora(r=3, target_modules=targets)
+    params = methods.parse_params(given)
+    model = tiny_llama()
+    model.save_pretrained(tmp_path)
+    expected = methods.get_method("lora").count_parameters(read_shape(tmp_path), params)
+    parameters = trainable_parameters(attach(model, given))
+    assert expected == sum(parameter.numel() for parameter in parameters.values())
 
 
 def test_adapter_weights_are_float32_on_a_bfloat16_base() -> None:

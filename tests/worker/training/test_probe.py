@@ -1,0 +1,28 @@
+"""The measurement itself, on a tiny model, and the arithmetic behind it."""
+
+import pytest
+
+from models.domain.training import Precision
+from tests.worker.training.service import Service
+from worker.training.probe import measure, non_negative_fit
+
+
+def test_a_fit_finds_the_coefficients() -> None:
+    features = [[1, 10, 100], [1, 20, 50], [1, 30, 10], [1, 5, 70]]
+    values = [sum(c * x for c, x in zip((0.5, 0.01, 2e-4), row, strict=True)) for row in features]
+    assert non_negative_fit(features, values) == pytest.approx([0.5, 0.01, 2e-4])
+
+
+def test_what_would_be_negative_is_left_out() -> None:
+    features = [[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]]
+    assert non_negative_fit(features, [3.0, 2.0, 1.0]) == pytest.approx([2.0, 0.0])
+
+
+def test_a_base_model_is_measured(service: Service) -> None:
+    found = measure(service.settings, "tiny", Precision(type="fp32"))
+    assert found.device.startswith("CPU, ")
+    assert found.n_adapter > 0
+    assert found.fixed_bytes > 50_000_000
+    assert found.token_seconds + found.batch_seconds + found.trained_seconds > 0
+    assert min(found.square_seconds, found.token_bytes, found.update_seconds) >= 0
+    assert 0 < found.forward_share < 1.5
