@@ -15,6 +15,7 @@ from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
 from models.domain.base import JsonObject
+from models.domain.generation import AdapterRef
 from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
@@ -168,6 +169,28 @@ def discard(session: Session, services: Services, freed: Freed) -> None:
         after_commit(session, f"delete {key}", partial(services.store.delete, key))
     for prefix in freed.prefixes:
         after_commit(session, f"delete {prefix}", partial(delete_tree, services.store, prefix))
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What training starts from: a base model, or an adapter on it and how that was trained."""
+
+    base_model: str
+    adapter: AdapterRef | None = None
+    spec: TrainingSpec | None = None
+
+
+def find_start(session: Session, caller: Caller, model: str) -> Start:
+    """Return what a job's ``model`` stands for; an adapter's or checkpoint's name goes on from it.
+
+    Raises:
+        NotFoundError: this project has no such fine-tuned model.
+    """
+    if not model.startswith("ft:"):
+        return Start(model)
+    resolved = adapters.resolve(session, caller.project_id, model)
+    job = session.get_one(Job, resolved.job_id)
+    return Start(resolved.base_model, resolved.adapter, TrainingSpec.model_validate(job.spec))
 
 
 def submit_job(

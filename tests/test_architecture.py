@@ -52,7 +52,6 @@ TESTED_ELSEWHERE = {
     "worker/data/records.py": "tests/worker/data/test_lint.py: every finding",
     "worker/training/methods/base.py": "tests/worker/training/methods",
     "worker/training/objectives/base.py": "tests/worker/training/objectives",
-    "worker/training/stored_checkpoints.py": "tests/worker/training/test_job.py: damaged, best",
     "worker/training/task.py": "tests/worker/training/test_loop.py",
     "worker/app.py": "tests/flow/test_recovery.py, with real processes",
     "worker/dispatcher.py": "tests/flow/test_recovery.py, with real processes",

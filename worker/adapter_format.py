@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from models.domain.reports import AdapterManifest, ManifestFile
 from models.errors import UnprocessableError
-from models.storage import MANIFEST, ObjectStore, adapter_prefix, put_file, sha256_file
+from models.storage import MANIFEST, ObjectStore, adapter_prefix, fetch_file, put_file, sha256_file
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 _DIGEST = re.compile(r"[0-9a-f]{40}")
@@ -91,6 +91,24 @@ def put_adapter(store: ObjectStore, directory: Path, manifest: AdapterManifest) 
     for file in manifest.files:
         put_file(store, f"{prefix}/{file.name}", directory / file.name)
     store.put(f"{prefix}/{MANIFEST}", manifest.model_dump_json(indent=2).encode())
+
+
+def fetch_adapter(store: ObjectStore, digest: str, directory: Path) -> AdapterManifest:
+    """Fetch an adapter's files into `directory`; every sha256 is compared.
+
+    Raises:
+        ObjectNotFoundError: an object is missing.
+        UnprocessableError: its manifest is inconsistent.
+        ValueError: a file or the whole is not what its digest says.
+    """
+    prefix = adapter_prefix(digest)
+    manifest = parse_manifest(store.get(f"{prefix}/{MANIFEST}"))
+    if manifest.digest != digest:
+        raise ValueError("its adapter is another one")
+    directory.mkdir(parents=True, exist_ok=True)
+    for file in manifest.files:
+        fetch_file(store, f"{prefix}/{file.name}", directory / file.name, sha256=file.sha256)
+    return manifest
 
 
 def invalid_adapter(reason: str, detail: str) -> UnprocessableError:

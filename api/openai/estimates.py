@@ -33,7 +33,7 @@ async def estimate_job(body: JobCreate, services: ServicesDep, caller: CallerDep
     It rests on measurements of the base model on a worker. The first request for a base model and
     precision asks for them and is answered 503, code ``not_measured_yet``, with Retry-After.
     """
-    spec = translate.training_spec(body)
+    spec = await run_in_threadpool(_spec, services, caller, body)
     known = await run_in_threadpool(_look_up, services, caller, spec)
     counted = await services.inference.preview(
         known.server_url,
@@ -48,6 +48,11 @@ async def estimate_job(body: JobCreate, services: ServicesDep, caller: CallerDep
     n_adapter = method.count_parameters(shape, methods.parse_params(spec.peft))
     found = estimate(spec, shape, n_adapter, rows, known.probe, known.corrections)
     return {"object": "fine_tuning.estimate", "model": spec.model} | found.model_dump()
+
+
+def _spec(services: Services, caller: Caller, body: JobCreate) -> TrainingSpec:
+    with services.database.read() as session:
+        return translate.training_spec(body, actions.find_start(session, caller, body.model))
 
 
 @dataclass(frozen=True, slots=True)

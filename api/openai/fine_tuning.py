@@ -22,10 +22,13 @@ router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class
 def create_job(
     body: JobCreate, session: WriteSession, services: ServicesDep, caller: CallerDep
 ) -> JsonObject:
-    """Submit a job; it starts as soon as its files are linted and a device is free."""
-    job = actions.submit_job(
-        session, services, caller, translate.training_spec(body), body.metadata
-    )
+    """Submit a job; it starts as soon as its files are linted and a device is free.
+
+    ``model`` is a base model, or a fine-tuned model or checkpoint to go on from.
+    """
+    start = actions.find_start(session, caller, body.model)
+    spec = translate.training_spec(body, start)
+    job = actions.submit_job(session, services, caller, spec, body.metadata)
     return translate.job_body(job, services.settings.api.organization)
 
 

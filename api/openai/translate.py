@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from api.actions import Start
 from api.openai.schemas import ChatRequest, JobCreate
 from models.domain.base import JsonObject
 from models.domain.generation import GenerateRequest, SamplingParams
@@ -78,11 +79,15 @@ def part_body(part: UploadPart) -> JsonObject:
     }
 
 
-def training_spec(body: JobCreate) -> TrainingSpec:
+def training_spec(body: JobCreate, start: Start) -> TrainingSpec:
     """Fill in the defaults of a job body; ``"auto"`` stays until the worker knows the data.
 
+    A job that goes on from an adapter has the adapter's `peft` and, unless it names another, its
+    precision.
+
     Raises:
-        InvalidRequestError: `peft` or `objective` is unknown or malformed (param names the field).
+        InvalidRequestError: `peft` or `objective` is unknown or malformed, or `peft` is not that of
+            the adapter to go on from (param names the field).
     """
     given = {
         name: value
@@ -100,17 +105,36 @@ def training_spec(body: JobCreate) -> TrainingSpec:
         )
         if (value := getattr(body, name)) is not None
     }
+    if start.spec is not None:
+        given.setdefault("precision", start.spec.precision)
     return TrainingSpec(
-        model=body.model,
+        model=start.base_model,
+        init_adapter=start.adapter,
         training_file=body.training_file,
         validation_file=body.validation_file,
         suffix=body.suffix or "",
         seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
         hyperparameters=body.resolved_hyperparameters,
         objective=objectives.parse_params(body.objective or {"type": "sft"}).model_dump(),
-        peft=methods.parse_params(body.peft or {"type": "lora"}).model_dump(),
+        peft=_peft(body.peft, start),
         **given,
     )
+
+
+def _peft(given: JsonObject | None, start: Start) -> JsonObject:
+    if start.spec is None:
+        return methods.parse_params(given or {"type": "lora"}).model_dump()
+    own = start.spec.peft
+    wanted = methods.parse_params(own | (given or {})).model_dump()
+    free = methods.get_method(own["type"]).may_change
+    for name, value in wanted.items():
+        if name not in free and value != own.get(name):
+            raise InvalidRequestError(
+                f"peft.{name} is {value!r}; the adapter to go on from has {own.get(name)!r}, which "
+                "cannot change. Leave 'peft' out, or start from the base model.",
+                param=f"peft.{name}",
+            )
+    return wanted
 
 
 def job_body(job: Job, organization: str) -> JsonObject:
@@ -126,7 +150,7 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "object": "fine_tuning.job",
         "created_at": int(job.created_at),
         "finished_at": _seconds(job.finished_at),
-        "model": spec.model,
+        "model": spec.init_adapter.name if spec.init_adapter else spec.model,
         "fine_tuned_model": job.fine_tuned_model,
         "organization_id": organization,
         "status": job.status,
@@ -156,6 +180,7 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "num_devices": spec.num_devices,
         "step": job.step,
         "total_steps": job.total_steps,
+        "base_model": spec.model,
         "started_at": _seconds(job.started_at),
         "attempt": job.attempt,
         "estimate": job.estimate,

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictInt
 
 from models.domain.base import Frozen, JsonObject, Parameters, Text
+from models.domain.generation import AdapterRef
 
 Auto = Literal["auto"]
 PositiveRate = Annotated[float, Field(gt=0, le=1, strict=True)]
@@ -55,10 +56,12 @@ class TrainingSpec(Frozen):
     `objective` and `peft` hold the dumped ``Params`` of one file in ``worker/training/objectives``
     or ``worker/training/methods``; only those registries know their fields. `validation_split` is
     the share of the training rows that is held out when there is no validation file; which rows
-    follows from their content and `seed`.
+    follows from their content and `seed`. `init_adapter` is the adapter or checkpoint whose weights
+    training starts with.
     """
 
     model: Text
+    init_adapter: AdapterRef | None = None
     training_file: Text
     validation_file: Text | None = None
     validation_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0

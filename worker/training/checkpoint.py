@@ -126,6 +126,24 @@ def restore(trainer: Trainer, directory: Path) -> None:
             torch.cuda.set_rng_state(rng[f"cuda.{index}"], index)
 
 
+def start_from(trainer: Trainer, adapter: Path) -> None:
+    """Give a fresh `trainer` the weights of the adapter in a directory, and no other state.
+
+    Raises:
+        StateError: it has other parameters than this run trains; the trainer is left as it was.
+    """
+    try:
+        weights = load_file(adapter / ADAPTER_TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise StateError(f"{type(error).__name__}: {error}") from error
+    own = {name: parameter.shape for name, parameter in trainer.parameters.items()}
+    if {name: tensor.shape for name, tensor in weights.items()} != own:
+        raise StateError("it has other parameters than this run trains")
+    with torch.no_grad():
+        for name, parameter in trainer.parameters.items():
+            parameter.copy_(weights[name])
+
+
 def seed_everything(seed: int) -> None:
     """Start every source of random numbers; for a run that begins at step 0."""
     random.seed(seed)

@@ -13,14 +13,13 @@ from models.domain.reports import DatasetReport, StepMetrics
 from models.domain.rows import ChatRow
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.errors import LeaseLostError
+from models.errors import LeaseLostError, TrainingFailedError, UnprocessableError
 from models.registry import base_models, job_runs
 from models.settings import Settings
-from models.storage import (
-    ObjectStore,
-)
+from models.storage import ObjectNotFoundError, ObjectStore
 from models.tables import File, Job
-from worker.base_models import load_tokenizer, materialise, pick_device
+from worker.adapter_format import fetch_adapter
+from worker.base_models import BaseModelInfo, load_tokenizer, materialise, pick_device
 from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
 from worker.training import checkpoint, methods, objectives
@@ -86,12 +85,44 @@ class JobRun:
             LeaseLostError: another attempt owns the job.
             TuneryError: the job cannot end well.
         """
-        around, settings = self._around, self._around.settings
+        around = self._around
         meter = CostMeter(around.database, self._job_id, self._attempt)
         source = self._load_source()
-        directory, base = materialise(source.spec.model, settings.models, around.store)
+        directory, base = materialise(source.spec.model, around.settings.models, around.store)
         with around.database.write() as session:
             base_models.record_identity(session, base)
+        task, run = self._prepare(source, directory, base)
+        trainer = Trainer(task, warn=self._reporter.warn)
+        publisher = Publisher(around.database, around.store, run)
+        checkpoint.require_room(trainer, around.scratch)
+        stored = StoredCheckpoints(
+            around.database, around.store, run, around.scratch, self._reporter.warn
+        )
+        self._current = stored.restore_newest(trainer)
+        is_new = self._current is None
+        if is_new:
+            checkpoint.seed_everything(run.spec.seed)
+            self._start_from_adapter(trainer, base)
+        assert base.shape is not None
+        meter.reckon(task, base.shape)
+        with meter.training():
+            outcome = trainer.run(self._reporter, self._saver(publisher, base.name), asked)
+        self._reporter.flush()
+        if outcome is Outcome.FINISHED:
+            last = trainer.progress
+            best = stored.restore_best(trainer) if run.spec.early_stopping else None
+            result = best or self._current
+            assert result is not None
+            publisher.adapter(trainer, result, around.scratch / "verify", last)
+            if is_new:
+                meter.record(task)
+        return outcome
+
+    def _prepare(
+        self, source: _Source, directory: Path, base: BaseModelInfo
+    ) -> tuple[Task, RunIdentity]:
+        """Tokenise the rows, resolve the specification, load the model and attach the adapter."""
+        around = self._around
         tokenizer = load_tokenizer(directory)
         renderer, tokenizer_digest = ChatRenderer(tokenizer), tokenizer_sha256(tokenizer)
         if renderer.uses_default_template and source.training.form == ChatRow.form:
@@ -120,12 +151,11 @@ class JobRun:
                 f"Base model {base.name} cannot be trained without padding ({reason}); its own "
                 "forward pass is used, which is slower and gives the same result."
             )
-        trainer = Trainer(task, warn=self._reporter.warn)
         run = RunIdentity(
             job_id=self._job_id,
             attempt=self._attempt,
             project_id=source.project_id,
-            organization=settings.api.organization,
+            organization=around.settings.api.organization,
             spec=spec,
             data_sha256=source.training.data_sha256,
             base=base,
@@ -133,29 +163,7 @@ class JobRun:
             chat_template=renderer.template_source,
             tokenizer_sha256=tokenizer_digest,
         )
-        publisher = Publisher(around.database, around.store, run)
-        checkpoint.require_room(trainer, around.scratch)
-        stored = StoredCheckpoints(
-            around.database, around.store, run, around.scratch, self._reporter.warn
-        )
-        self._current = stored.restore_newest(trainer)
-        is_new = self._current is None
-        if is_new:
-            checkpoint.seed_everything(run.spec.seed)
-        assert base.shape is not None
-        meter.reckon(task, base.shape)
-        with meter.training():
-            outcome = trainer.run(self._reporter, self._saver(publisher, base.name), asked)
-        self._reporter.flush()
-        if outcome is Outcome.FINISHED:
-            last = trainer.progress
-            best = stored.restore_best(trainer) if spec.early_stopping else None
-            result = best or self._current
-            assert result is not None
-            publisher.adapter(trainer, result, around.scratch / "verify", last)
-            if is_new:
-                meter.record(task)
-        return outcome
+        return task, run
 
     def _load_source(self) -> _Source:
         with self._around.database.read() as session:
@@ -179,6 +187,26 @@ class JobRun:
         with self._around.database.write() as session:
             job_runs.record_spec(session, self._job_id, self._attempt, resolved)
         return resolved
+
+    def _start_from_adapter(self, trainer: Trainer, base: BaseModelInfo) -> None:
+        """Take over the weights of the adapter that the job goes on from, if there is one.
+
+        Raises:
+            TrainingFailedError: it is gone, damaged, or of another base or method.
+        """
+        start = trainer.task.spec.init_adapter
+        if start is None:
+            return
+        directory = self._around.scratch / "start"
+        try:
+            if start.base_fingerprint != base.fingerprint:
+                raise ValueError("the base model has changed since it was trained")
+            fetch_adapter(self._around.store, start.digest, directory)
+            checkpoint.start_from(trainer, directory)
+        except ObjectNotFoundError:
+            raise _no_start(start.name, "it was deleted") from None
+        except (UnprocessableError, ValueError) as error:
+            raise _no_start(start.name, str(error)) from error
 
     def _saver(
         self, publisher: Publisher, base_name: str
@@ -225,6 +253,14 @@ def _task(
         device=device,
     )
     return task, reason
+
+
+def _no_start(name: str, reason: str) -> TrainingFailedError:
+    return TrainingFailedError(
+        f"Training cannot go on from {name}: {reason}. Start from the base model or another one.",
+        param="model",
+        code="start_not_usable",
+    )
 
 
 def _data_file(session: Session, file_id: str, param: Param) -> DataFile:

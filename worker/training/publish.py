@@ -27,13 +27,12 @@ from models.storage import (
     ObjectStore,
     adapter_prefix,
     checkpoint_prefix,
-    fetch_file,
     put_file,
     sha256_file,
     upload_key,
 )
 from models.tables import Adapter, BaseModel, Checkpoint, File, new_id
-from worker.adapter_format import ADAPTER_FILES, digest_of, parse_manifest, put_adapter
+from worker.adapter_format import ADAPTER_FILES, digest_of, fetch_adapter, put_adapter
 from worker.base_models import BaseModelInfo
 from worker.inference.engine.adapters import read_adapter
 from worker.inference.engine.errors import AdapterFormatError
@@ -244,14 +243,8 @@ class Publisher:
 
     def _verify(self, trainer: Trainer, manifest: AdapterManifest, scratch: Path) -> None:
         """Read the adapter as an inference server would; it must be the trained weights exactly."""
-        scratch.mkdir(parents=True)
-        prefix = adapter_prefix(manifest.digest)
-        stored = parse_manifest(self._store.get(f"{prefix}/{MANIFEST}"))
         try:
-            for file in stored.files:
-                fetch_file(
-                    self._store, f"{prefix}/{file.name}", scratch / file.name, sha256=file.sha256
-                )
+            stored = fetch_adapter(self._store, manifest.digest, scratch)
             shapes = {
                 path: LinearShape(*shape)
                 for path, shape in linear_shapes(trainer.task.model).items()

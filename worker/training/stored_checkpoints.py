@@ -11,9 +11,9 @@ from models.db import Database
 from models.domain.reports import CheckpointManifest
 from models.errors import UnprocessableError
 from models.registry import checkpoints
-from models.storage import MANIFEST, ObjectNotFoundError, ObjectStore, adapter_prefix, fetch_file
+from models.storage import MANIFEST, ObjectNotFoundError, ObjectStore, fetch_file
 from models.tables import Checkpoint
-from worker.adapter_format import parse_manifest
+from worker.adapter_format import fetch_adapter
 from worker.training import checkpoint
 from worker.training.loop import Trainer
 from worker.training.publish import RunIdentity
@@ -91,17 +91,11 @@ class StoredCheckpoints:
         found = (manifest.job_id, manifest.step, manifest.spec_sha256, manifest.adapter_digest)
         if found != (self.run.job_id, row.step, self.run.spec_sha256, row.adapter_digest):
             raise ValueError("its manifest is of another run")
-        prefix = adapter_prefix(row.adapter_digest)
-        adapter = parse_manifest(self.store.get(f"{prefix}/{MANIFEST}"))
-        if adapter.digest != row.adapter_digest:
-            raise ValueError("its adapter is another one")
         directory = self.scratch / f"stored-{row.step}"
-        for folder, where, listed in (
-            ("adapter", prefix, adapter.files),
-            ("state", row.object_prefix, manifest.files),
-        ):
-            (directory / folder).mkdir(parents=True, exist_ok=True)
-            for file in listed:
-                path = directory / folder / Path(file.name).name
-                fetch_file(self.store, f"{where}/{file.name}", path, sha256=file.sha256)
+        fetch_adapter(self.store, row.adapter_digest, directory / "adapter")
+        (directory / "state").mkdir(exist_ok=True)
+        for file in manifest.files:
+            path = directory / "state" / Path(file.name).name
+            key = f"{row.object_prefix}/{file.name}"
+            fetch_file(self.store, key, path, sha256=file.sha256)
         return directory

@@ -227,6 +227,40 @@ def test_checkpoints_show_openais_metrics_and_no_others(
     expect(client.delete(f"/v1/models/{name}"), 400, "model", "model_not_deletable")
 
 
+def test_a_job_goes_on_from_a_checkpoint_with_its_method_and_precision(
+    client: TestClient, database: Database
+) -> None:
+    peft = {"type": "lora", "r": 4, "alpha": 8.0}
+    first = new_job(client, peft=peft, precision={"type": "bf16"}).json()
+    name = "ft:base:local::abc:ckpt-step-5"
+    with database.write() as session:
+        session.add(
+            Checkpoint(
+                id="ftckpt_1",
+                job_id=first["id"],
+                attempt=1,
+                step=5,
+                name=name,
+                object_prefix="checkpoints/x",
+                adapter_digest="d" * 64,
+                base_fingerprint="f" * 64,
+                metrics={"step": 5},
+            )
+        )
+    job = new_job(client, model=name, peft={"dropout": 0.2}).json()
+    assert (job["model"], job["base_model"]) == (name, "base")
+    assert job["peft"] == first["peft"] | {"dropout": 0.2}
+    assert job["precision"] == first["precision"]
+    with database.read() as session:
+        spec = TrainingSpec.model_validate(session.get_one(Job, job["id"]).spec)
+    assert spec.init_adapter is not None
+    assert (spec.init_adapter.digest, spec.init_adapter.name) == ("d" * 64, name)
+    other = new_job(client, model=name, peft={"r": 8})
+    assert "cannot change" in expect(other, 400, "peft.r", "invalid_value")
+    unknown = new_job(client, model="ft:base:local::nothing1")
+    expect(unknown, 404, "model", "model_not_found")
+
+
 def test_a_rerun_is_the_same_job_with_the_numbers_that_auto_became(
     client: TestClient, database: Database
 ) -> None:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from api.actions import Start
 from api.openai import translate
 from api.openai.schemas import ChatRequest, JobCreate
 from models.domain.generation import AdapterRef
@@ -15,6 +16,7 @@ from models.tables import File, Job
 JOB: dict[str, Any] = {"model": "base", "training_file": "file-1"}
 CHAT: dict[str, Any] = {"model": "mine", "messages": [{"role": "user", "content": "Hi"}]}
 ADAPTER = AdapterRef(name="mine", digest="d" * 64, base_model="base", base_fingerprint="f" * 64)
+START = Start("base")
 MINE = ResolvedModel("mine", "base", ADAPTER, 1.9, "ftjob-1")
 
 
@@ -32,7 +34,7 @@ def test_a_list_names_its_ends() -> None:
 
 
 def test_a_plain_job_trains_qlora() -> None:
-    spec = translate.training_spec(JobCreate(**JOB))
+    spec = translate.training_spec(JobCreate(**JOB), START)
     assert (spec.precision.type, spec.peft["type"], spec.objective["type"]) == (
         *("nf4", "lora", "sft"),
     )
@@ -41,14 +43,14 @@ def test_a_plain_job_trains_qlora() -> None:
 
 
 def test_a_seed_is_drawn_and_kept_when_none_is_given() -> None:
-    seeds = {translate.training_spec(JobCreate(**JOB)).seed for _ in range(5)}
+    seeds = {translate.training_spec(JobCreate(**JOB), START).seed for _ in range(5)}
     assert len(seeds) > 1
-    assert translate.training_spec(JobCreate(**JOB, seed=0)).seed == 0
+    assert translate.training_spec(JobCreate(**JOB, seed=0), START).seed == 0
 
 
 def test_our_fields_reach_the_spec() -> None:
     given = {"max_seq_length": 64, "on_error": "skip", "priority": 0, "checkpoint_steps": 7}
-    spec = translate.training_spec(JobCreate(**JOB, **given))
+    spec = translate.training_spec(JobCreate(**JOB, **given), START)
     assert given.items() <= spec.model_dump().items()
 
 
@@ -62,12 +64,12 @@ def test_our_fields_reach_the_spec() -> None:
 )
 def test_a_bad_part_names_its_path(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidRequestError) as raised:
-        translate.training_spec(JobCreate(**JOB, **fields))
+        translate.training_spec(JobCreate(**JOB, **fields), START)
     assert raised.value.param == param
 
 
 def test_a_failed_job_shows_its_error_and_no_estimate() -> None:
-    spec = translate.training_spec(JobCreate(**JOB, seed=1))
+    spec = translate.training_spec(JobCreate(**JOB, seed=1), START)
     job = Job(
         id="ftjob-1",
         created_at=1.0,

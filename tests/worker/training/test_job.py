@@ -151,31 +151,6 @@ def test_a_cancelled_job_leaves_no_checkpoint(service: Service) -> None:
     assert service.job(job.id).status == "running"  # its parent ends it
 
 
-@pytest.mark.parametrize("name", ["optimizer.safetensors", "trainer.json", "manifest.json"])
-def test_a_damaged_checkpoint_gives_way_to_an_older_one(service: Service, name: str) -> None:
-    expected = adapter_digest(service, checkpoint_steps=1)
-    job = service.submit(checkpoint_steps=1)
-    service.run(job, stop_after(3, Stop.DRAIN))
-    newest = service.checkpoints(job.id)[-1]
-    service.store.put(f"{newest.object_prefix}/{name}", b"{}")
-    again = service.requeue(job)
-    assert service.run(again) == exit_codes.DONE
-    assert any("checkpoint of step 3 cannot be used" in m for m in service.messages(job.id))
-    (adapter,) = [row for row in service.adapters() if row.job_id == job.id]
-    assert adapter.digest == expected
-
-
-def test_without_any_good_checkpoint_a_job_starts_over(service: Service) -> None:
-    expected = adapter_digest(service)
-    job = service.submit()
-    service.run(job, stop_after(2, Stop.DRAIN))
-    (only,) = service.checkpoints(job.id)
-    service.store.delete(f"{adapter_prefix(only.adapter_digest)}/adapter_model.safetensors")
-    assert service.run(service.requeue(job)) == exit_codes.DONE
-    (adapter,) = [row for row in service.adapters() if row.job_id == job.id]
-    assert adapter.digest == expected
-
-
 def test_a_crash_between_objects_and_row_costs_only_steps(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,35 +227,6 @@ def test_the_newest_two_checkpoints_and_the_best_are_kept(
     assert prefixes == {row.object_prefix for row in rows}
     kept = {key.split("/")[1] for key in service.keys("adapters")}
     assert kept == {row.adapter_digest for row in rows}
-
-
-def test_early_stopping_publishes_the_best_step_and_not_the_last(service: Service) -> None:
-    unlike = [
-        {"messages": [row["messages"][0], {"role": "assistant", "content": "qzx vjk wyw!"}]}
-        for row in chat_rows(4)
-    ]
-    service.upload("file-valid", unlike)
-    job = service.submit(
-        validation_file="file-valid",
-        hyperparameters={"n_epochs": 12, "batch_size": 4},
-        optimizer={"learning_rate": 0.01, "schedule": "constant"},
-        early_stopping={"patience": 2},
-        checkpoint_steps=1000,
-    )
-    assert service.run(job) == exit_codes.DONE
-    trace = service.trace(job.id)
-    losses = {
-        point.step: point.full_valid_loss for point in trace if point.full_valid_loss is not None
-    }
-    best = min(losses, key=lambda step: losses[step])
-    assert best < trace[-1].step
-    (adapter,) = service.adapters()
-    assert adapter.manifest["step"] == best
-    kept = {row.step: row.adapter_digest for row in service.checkpoints(job.id)}
-    assert adapter.digest == kept[best] != kept[trace[-1].step]
-    done = service.job(job.id)
-    assert done.trained_tokens == sum(point.tokens for point in trace)
-    assert any(f"The adapter is that of step {best}" in each for each in service.messages(job.id))
 
 
 def test_a_full_disk_ends_the_job_before_its_first_step(

@@ -20,6 +20,8 @@ class Method(Plugin, ABC):
     """One way to make a frozen model trainable."""
 
     Params: ClassVar[type[MethodParams]]
+    may_change: ClassVar[frozenset[str]] = frozenset()
+    """Parameters that may differ from those of the adapter that a job goes on from."""
 
     @abstractmethod
     def attach(self, model: "PreTrainedModel", params: Any, seed: int) -> "PeftModel":

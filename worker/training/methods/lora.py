@@ -83,6 +83,7 @@ class Lora(Method):
 
     name: ClassVar[str] = "lora"
     Params: ClassVar[type[MethodParams]] = LoraParams
+    may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio", "init"})
 
     def attach(self, model: "PreTrainedModel", params: Any, seed: int) -> "PeftModel":
         """Add A ~ U(−1/√d_in, 1/√d_in) (or Gaussian) and B = 0 to the targeted linear layers."""
