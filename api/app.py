@@ -11,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 from api.deps import ServicesDep
 from api.errors import install_error_handlers
 from api.middleware import RequestId
-from api.openai import chat, estimates, files, fine_tuning, models, uploads
+from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads
 from api.services import Services
+from api.ui import serve as page
 from models.registry import base_models
 from models.settings import Settings, load_settings
 
@@ -45,9 +46,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     v1 = APIRouter(prefix="/v1")
     v1.include_router(files.router, max_body_size=settings.api.max_upload_bytes + FORM_OVERHEAD)
     v1.include_router(uploads.router, max_body_size=settings.api.max_part_bytes + FORM_OVERHEAD)
-    for module in (fine_tuning, estimates, models, chat):
+    for module in (fine_tuning, progress, estimates, models, chat):
         v1.include_router(module.router, max_body_size=settings.api.max_body_bytes)
     app.include_router(v1)
+    page.install(app)
     app.include_router(_health)
     return app
 

@@ -8,6 +8,7 @@ from fastapi import Depends, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
+from api import page_session
 from api.services import Services
 from models.errors import AuthenticationError
 from models.registry import tenancy
@@ -50,16 +51,27 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: 
 
 
 def get_caller(
+    request: Request,
     services: ServicesDep,
     credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
 ) -> Caller:
-    if credentials is None:
-        raise AuthenticationError(
-            "You didn't provide an API key. Send it in the header: 'Authorization: Bearer KEY'."
-        )
+    """Return who calls: by a bearer key, or from the page by its cookie.
+
+    Raises:
+        AuthenticationError: neither, or not a valid one.
+        PermissionDeniedError: a change by cookie that does not come from the page itself.
+    """
     with services.database.read() as session:
-        key = tenancy.authenticate(session, credentials.credentials)
-        return Caller(project_id=key.project_id, key_id=key.id)
+        if credentials is not None:
+            key = tenancy.authenticate(session, credentials.credentials)
+            return Caller(project_id=key.project_id, key_id=key.id)
+        page = page_session.read_cookie(session, request.cookies.get(page_session.COOKIE, ""))
+        if page is None:
+            raise AuthenticationError(
+                "You didn't provide an API key. Send it in the header: 'Authorization: Bearer KEY'."
+            )
+        page_session.require_own_page(request, page)
+        return Caller(project_id=page.key.project_id, key_id=page.key.id)
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from api.feed import JobFeed
 from api.inference_client import InferenceClient
 from models.broker import Bell, make_celery
 from models.db import Database
@@ -16,17 +17,21 @@ class Services:
     store: ObjectStore
     bell: Bell
     inference: InferenceClient
+    feed: JobFeed
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
+        database = Database(settings.database)
         return cls(
             settings=settings,
-            database=Database(settings.database),
+            database=database,
             store=open_store(settings.storage),
             bell=Bell(make_celery(settings.broker)),
             inference=InferenceClient(settings.inference.token.get_secret_value()),
+            feed=JobFeed(database, settings.api.organization),
         )
 
     async def aclose(self) -> None:
+        await self.feed.aclose()
         await self.inference.aclose()
         self.database.close()

@@ -9,9 +9,8 @@ from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from api import actions
+from api import actions, bodies
 from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, WriteSession
-from api.openai import translate
 from api.openai.schemas import PURPOSES
 from api.services import Services
 from models.domain.base import JsonObject
@@ -73,7 +72,7 @@ def create_file(
         )
     chunks = iter(lambda: file.file.read(CHUNK), b"")
     upload = actions.Upload(chunks, file.filename or "upload", purpose, options)
-    return translate.file_body(actions.accept_upload(services, caller, upload))
+    return bodies.file_body(actions.accept_upload(services, caller, upload))
 
 
 @router.get("")
@@ -86,13 +85,13 @@ def list_files(
     purpose: str | None = None,
 ) -> JsonObject:
     page = files.list_page(session, caller.project_id, Cursor(after, limit, order), purpose=purpose)
-    return translate.list_body(page, translate.file_body)
+    return bodies.list_body(page, bodies.file_body)
 
 
 @router.get("/{file_id}")
 def retrieve_file(file_id: str, session: ReadSession, caller: CallerDep) -> JsonObject:
     file = files.get(session, caller.project_id, file_id)
-    return translate.file_body(file) | {"report": file.report}
+    return bodies.file_body(file) | {"report": file.report}
 
 
 @router.get("/{file_id}/content")
@@ -171,7 +170,7 @@ def lint_anew(
     file, freed = files.read_anew(session, caller.project_id, file_id, body)
     actions.discard(session, services, freed)
     services.bell.ring_after_commit(session)
-    return translate.file_body(file)
+    return bodies.file_body(file)
 
 
 def _linted(session: ReadSession, caller: CallerDep, file_id: str) -> File:

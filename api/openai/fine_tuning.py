@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
-from api import actions
+from api import actions, bodies
 from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
 from api.openai.schemas import JobCreate
@@ -29,7 +29,7 @@ def create_job(
     start = actions.find_start(session, caller, body.model)
     spec = translate.training_spec(body, start)
     job = actions.submit_job(session, services, caller, spec, body.metadata)
-    return translate.job_body(job, services.settings.api.organization)
+    return bodies.job_body(job, services.settings.api.organization)
 
 
 @router.get("")
@@ -51,7 +51,7 @@ def list_jobs(
         without_metadata=without_metadata,
     )
     organization = services.settings.api.organization
-    return translate.list_body(page, lambda job: translate.job_body(job, organization))
+    return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
 
 
 def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
@@ -72,7 +72,7 @@ def retrieve_job(
     job_id: str, session: ReadSession, services: ServicesDep, caller: CallerDep
 ) -> JsonObject:
     job = jobs.get(session, caller.project_id, job_id)
-    return translate.job_body(job, services.settings.api.organization)
+    return bodies.job_body(job, services.settings.api.organization)
 
 
 @router.post("/{job_id}/cancel")
@@ -81,7 +81,7 @@ def cancel_job(
 ) -> JsonObject:
     """Cancel a waiting job at once, a running one at its next step."""
     job = jobs.cancel(session, caller.project_id, job_id)
-    return translate.job_body(job, services.settings.api.organization)
+    return bodies.job_body(job, services.settings.api.organization)
 
 
 @router.post("/{job_id}/pause")
@@ -90,7 +90,7 @@ def pause_job(
 ) -> JsonObject:
     """Pause a waiting job at once; a running one saves a checkpoint at its next step and stops."""
     job = jobs.pause(session, caller.project_id, job_id)
-    return translate.job_body(job, services.settings.api.organization)
+    return bodies.job_body(job, services.settings.api.organization)
 
 
 @router.post("/{job_id}/resume")
@@ -100,7 +100,7 @@ def resume_job(
     """Put a paused job back into the queue; it goes on exactly where it stopped."""
     job = jobs.resume(session, caller.project_id, job_id)
     services.bell.ring_after_commit(session)
-    return translate.job_body(job, services.settings.api.organization)
+    return bodies.job_body(job, services.settings.api.organization)
 
 
 @router.post("/{job_id}/rerun")
@@ -115,7 +115,7 @@ def rerun_job(
     spec = TrainingSpec.model_validate(job.spec)
     again = actions.submit_job(session, services, caller, spec, job.request_metadata)
     events.append(session, again.id, f"Rerun of job {job_id}")
-    return translate.job_body(again, services.settings.api.organization)
+    return bodies.job_body(again, services.settings.api.organization)
 
 
 @router.get("/{job_id}/events")
@@ -129,7 +129,7 @@ def list_events(
     """List what happened to a job, newest first."""
     jobs.get(session, caller.project_id, job_id)
     page = events.list_page(session, job_id, Cursor(after, limit))
-    return translate.list_body(page, translate.event_body)
+    return bodies.list_body(page, bodies.event_body)
 
 
 @router.get("/{job_id}/checkpoints")
@@ -143,4 +143,4 @@ def list_checkpoints(
     """List the checkpoints of a job, newest first; each can be called by its name."""
     jobs.get(session, caller.project_id, job_id)
     page = checkpoints.list_page(session, job_id, Cursor(after, limit))
-    return translate.list_body(page, translate.checkpoint_body)
+    return bodies.list_body(page, bodies.checkpoint_body)

@@ -2,9 +2,8 @@
 
 from fastapi import APIRouter
 
-from api import actions
+from api import actions, bodies
 from api.deps import CallerDep, ReadSession, ServicesDep, WriteSession
-from api.openai import translate
 from models.domain.base import JsonObject
 from models.registry import adapters, base_models
 
@@ -13,15 +12,15 @@ router = APIRouter(prefix="/models", tags=["models"])
 
 @router.get("")
 def list_models(session: ReadSession, caller: CallerDep) -> JsonObject:
-    data = [translate.base_model_body(model) for model in base_models.active(session)]
-    data += [translate.adapter_body(row) for row in adapters.live(session, caller.project_id)]
+    data = [bodies.base_model_body(model) for model in base_models.active(session)]
+    data += [bodies.adapter_body(row) for row in adapters.live(session, caller.project_id)]
     return {"object": "list", "data": data}
 
 
 @router.get("/{model:path}")
 def retrieve_model(model: str, session: ReadSession, caller: CallerDep) -> JsonObject:
     resolved = adapters.resolve(session, caller.project_id, model)
-    return translate.resolved_body(resolved, caller.project_id)
+    return bodies.resolved_body(resolved, caller.project_id)
 
 
 @router.delete("/{model:path}")

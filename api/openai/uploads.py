@@ -9,9 +9,8 @@ from fastapi import APIRouter, File, UploadFile
 from pydantic import Field, StrictInt
 from starlette.concurrency import run_in_threadpool
 
-from api import actions
+from api import actions, bodies
 from api.deps import Caller, CallerDep, ReadSession, ServicesDep, WriteSession
-from api.openai import translate
 from api.openai.schemas import PURPOSES
 from api.services import Services
 from models.db import after_commit
@@ -64,15 +63,15 @@ def create_upload(
         mime_type=body.mime_type[:255],
         bytes=body.bytes,
     )
-    return translate.upload_body(uploads.create(session, upload))
+    return bodies.upload_body(uploads.create(session, upload))
 
 
 @router.get("/{upload_id}")
 def retrieve_upload(upload_id: str, session: ReadSession, caller: CallerDep) -> JsonObject:
     """Return an upload and the parts that have come, so that a client can go on with it."""
     upload = uploads.get(session, caller.project_id, upload_id)
-    parts = [translate.part_body(part) for part in uploads.parts(session, upload.id)]
-    return translate.upload_body(upload) | {"parts": parts}
+    parts = [bodies.part_body(part) for part in uploads.parts(session, upload.id)]
+    return bodies.upload_body(upload) | {"parts": parts}
 
 
 @router.post("/{upload_id}/parts")
@@ -110,7 +109,7 @@ def _take_part(services: Services, caller: Caller, upload_id: str, data: UploadF
     services.store.put(key, measured())
     with actions.adding(services, key) as session:
         upload = uploads.get_pending(session, caller.project_id, upload_id)
-        return translate.part_body(uploads.add_part(session, upload, part_id, n_bytes))
+        return bodies.part_body(uploads.add_part(session, upload, part_id, n_bytes))
 
 
 @router.post("/{upload_id}/complete")
@@ -128,7 +127,7 @@ def _complete(
         upload = uploads.get(session, caller.project_id, upload_id)
         if upload.status == UploadStatus.COMPLETED and upload.file_id is not None:
             file = files.get(session, caller.project_id, upload.file_id)
-            return translate.upload_body(upload) | {"file": translate.file_body(file)}
+            return bodies.upload_body(upload) | {"file": bodies.file_body(file)}
         uploads.require_pending(session, upload)
         chosen = _chosen(uploads.parts(session, upload_id), body.part_ids)
     n_bytes = sum(part.bytes for part in chosen)
@@ -159,7 +158,7 @@ def _complete(
         file = actions.add_file(session, services, caller, sent, stored)
         for key in uploads.finish(session, upload, UploadStatus.COMPLETED, file.id):
             after_commit(session, f"delete {key}", partial(services.store.delete, key))
-        return translate.upload_body(upload) | {"file": translate.file_body(file)}
+        return bodies.upload_body(upload) | {"file": bodies.file_body(file)}
 
 
 def _chosen(parts: Sequence[UploadPart], part_ids: list[str]) -> list[UploadPart]:
@@ -186,4 +185,4 @@ def cancel_upload(
     upload = uploads.get_pending(session, caller.project_id, upload_id)
     for key in uploads.finish(session, upload, UploadStatus.CANCELLED, None):
         after_commit(session, f"delete {key}", partial(services.store.delete, key))
-    return translate.upload_body(upload)
+    return bodies.upload_body(upload)

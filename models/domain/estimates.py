@@ -64,7 +64,8 @@ class Probe(Frozen):
     of a row, and trained token; `update_seconds` is the optimizer's step. They were taken with
     an adapter of `n_adapter` parameters, which is in `fixed_bytes` with its gradients and moments.
     `forward_share` is the part of a pass without gradients. `token_bytes` is what a token of a
-    micro-batch adds to the peak, `token_budget` the most tokens of a micro-batch.
+    micro-batch adds to the peak, `square_bytes` what the square of a row's length adds,
+    `token_budget` the most tokens of a micro-batch.
     """
 
     device: str
@@ -72,6 +73,7 @@ class Probe(Frozen):
     token_budget: int
     fixed_bytes: int
     token_bytes: float
+    square_bytes: float
     batch_seconds: float
     token_seconds: float
     square_seconds: float
@@ -237,7 +239,7 @@ def _memory(
     largest = rows.largest(spec.hyperparameters.batch_size)
     tokens = max(longest, min(largest, probe.token_budget))
     weights = shape.weight_bytes(spec.precision)
-    activations = round(probe.token_bytes * tokens)
+    activations = round(probe.token_bytes * tokens + probe.square_bytes * tokens * longest)
     known = weights + (8 + OPTIMIZER_BYTES) * n_adapter + activations
     process = probe.fixed_bytes - weights - (8 + OPTIMIZER_BYTES) * probe.n_adapter
     # What jobs took more or less than was reckoned is the heap's doing, so it is the process's.
@@ -292,9 +294,13 @@ def corrections_from(jobs: Sequence[Measured]) -> Corrections:
     judged = [job for job in jobs if job.reckoned_peak_bytes and job.reckoned_train_seconds]
     if not judged:
         return Corrections()
+    # A few jobs say little: their ratio counts in part.
+    trust = len(judged) / (len(judged) + 2)
+    memory = median([job.peak_bytes / (job.reckoned_peak_bytes or 1) for job in judged])
+    time = median([job.train_seconds / (job.reckoned_train_seconds or 1) for job in judged])
     return Corrections(
-        memory=median([job.peak_bytes / (job.reckoned_peak_bytes or 1) for job in judged]),
-        time=median([job.train_seconds / (job.reckoned_train_seconds or 1) for job in judged]),
+        memory=memory**trust,
+        time=time**trust,
         overhead_seconds=median([job.seconds - job.train_seconds for job in judged]),
         n_jobs=len(judged),
     )

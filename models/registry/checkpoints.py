@@ -33,6 +33,15 @@ def newest_first(session: Session, job_id: str) -> Sequence[Checkpoint]:
     ).all()
 
 
+def after(session: Session, job_id: str, step: int) -> Sequence[Checkpoint]:
+    """Return the checkpoints after a step, in order."""
+    return session.scalars(
+        select(Checkpoint)
+        .where(Checkpoint.job_id == job_id, Checkpoint.step > step)
+        .order_by(Checkpoint.step)
+    ).all()
+
+
 def best(rows: Sequence[Checkpoint]) -> Checkpoint | None:
     """Return the one with the lowest loss on the whole validation split, if any was judged."""
     judged = [row for row in rows if "full_valid_loss" in row.metrics]

@@ -1,5 +1,7 @@
 """Events of a job: append-only, numbered without gaps."""
 
+from collections.abc import Sequence
+
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
@@ -39,3 +41,13 @@ def list_page(session: Session, job_id: str, cursor: Cursor) -> Page[Event]:
     """Return events newest first; the cursor's `after` is an event id."""
     query = select(Event).where(Event.job_id == job_id)
     return page(session, query, Event, (Event.sequence, Event.id), cursor)
+
+
+def after(session: Session, job_id: str, sequence: int, limit: int) -> Sequence[Event]:
+    """Return the events after a number, in order."""
+    return session.scalars(
+        select(Event)
+        .where(Event.job_id == job_id, Event.sequence > sequence)
+        .order_by(Event.sequence)
+        .limit(limit)
+    ).all()

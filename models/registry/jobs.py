@@ -53,6 +53,10 @@ def get(session: Session, project_id: str, job_id: str) -> Job:
     return job
 
 
+def has_ended(job: Job) -> bool:
+    return JobStatus(job.status).is_terminal
+
+
 def list_page(
     session: Session,
     project_id: str,
@@ -60,9 +64,12 @@ def list_page(
     *,
     metadata: dict[str, str] | None = None,
     without_metadata: bool = False,
+    status: JobStatus | None = None,
 ) -> Page[Job]:
-    """Return jobs newest first, optionally only those whose metadata holds all the given pairs."""
+    """Return jobs newest first: all, those in a status, those whose metadata holds all pairs."""
     query = select(Job).where(Job.project_id == project_id)
+    if status is not None:
+        query = query.where(Job.status == status)
     for key, value in (metadata or {}).items():
         query = query.where(Job.request_metadata[key].as_string() == value)
     if without_metadata:

@@ -58,6 +58,12 @@ def authenticate(session: Session, secret: str) -> ApiKey:
     return key
 
 
+def active_key(session: Session, key_id: str) -> ApiKey | None:
+    """Return a key that is not revoked, by its id."""
+    key = session.get(ApiKey, key_id)
+    return key if key is not None and key.revoked_at is None else None
+
+
 def list_keys(session: Session) -> Sequence[ApiKey]:
     return session.scalars(select(ApiKey).order_by(ApiKey.created_at)).all()
 

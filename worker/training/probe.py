@@ -8,7 +8,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,9 +28,7 @@ from worker.training.model import build_model, describe_device, set_threads
 from worker.training.objectives.base import Example
 from worker.training.task import Task
 
-REPEATS = 2
-MIXED_BATCHES = 4
-"""Batches of rows of all lengths, after which a heap has about the size that a job's will have."""
+SMALL_PASSES, LARGE_PASSES, LONG_PASSES = 8, 6, 2
 
 
 def measure(settings: Settings, name: str, precision: Precision) -> Probe:
@@ -65,32 +63,36 @@ def measure(settings: Settings, name: str, precision: Precision) -> Probe:
     )
     stand = _Stand(task, Trainer(task))
     longest = min(budget, base.max_length)
-    quarter = rows.make([budget // 32] * 8, 0.5)
-    batches = [
-        quarter,
-        rows.make([budget // 8] * 8, 0.5),
-        rows.make([budget // 8] * 8, 0.1),
-        rows.make([longest], 0.5),
-    ]
-    stand.seconds(quarter)  # the first pass of a kind chooses kernels
+    # From small to large, since the most memory that a process has held never falls again. Rows of
+    # many lengths, as in a job, which leave a heap in pieces.
+    quarter = budget // 4
+    stand.run(rows.make([64] * (quarter // 64), 0.5), counts=False)  # chooses kernels
+    for _ in range(SMALL_PASSES):
+        stand.run(rows.mixed(quarter, 24, 128))
     small_peak = peak_bytes(device)
-    seconds = [stand.seconds(batch) for batch in batches]
-    for _ in range(MIXED_BATCHES):
-        stand.seconds(rows.mixed(budget), repeats=1)
-    token_bytes = max(0.0, (peak_bytes(device) - small_peak) / (budget - budget // 4))
-    coefficients = non_negative_fit([_features(batch) for batch in batches], seconds)
+    for _ in range(LARGE_PASSES):
+        stand.run(rows.mixed(budget, 48, 256))
+    large_peak = peak_bytes(device)
+    for _ in range(LONG_PASSES):
+        stand.run(rows.make([longest], 0.5))
+    token_bytes = max(0.0, (large_peak - small_peak) / (budget - quarter))
+    # Those rows had about a sixth of the budget each, as `mixed` draws them.
+    squares = longest * longest - budget * (budget // 6)
+    square_bytes = max(0.0, (peak_bytes(device) - large_peak) / squares)
+    seconds = non_negative_fit(stand.features, stand.seconds)
     return Probe(
         device=describe_device(device),
         n_adapter=sum(each.numel() for each in stand.trainer.parameters.values()),
         token_budget=budget,
-        fixed_bytes=round(small_peak - token_bytes * (budget // 4)),
+        fixed_bytes=round(small_peak - token_bytes * quarter),
         token_bytes=token_bytes,
-        batch_seconds=coefficients[0],
-        token_seconds=coefficients[1],
-        square_seconds=coefficients[2],
-        trained_seconds=coefficients[3],
+        square_bytes=square_bytes,
+        batch_seconds=seconds[0],
+        token_seconds=seconds[1],
+        square_seconds=seconds[2],
+        trained_seconds=seconds[3],
         update_seconds=stand.update_seconds(),
-        forward_share=stand.seconds(batches[1], forward_only=True) / seconds[1],
+        forward_share=stand.forward_share(rows.mixed(budget, 48, 256)),
         start_seconds=start_seconds,
     )
 
@@ -111,19 +113,13 @@ def non_negative_fit(features: Sequence[Sequence[float]], values: Sequence[float
     return coefficients
 
 
-def _features(batch: Sequence[Example]) -> list[float]:
-    lengths = [len(example.input_ids) for example in batch]
-    squares = sum(length * length for length in lengths)
-    return [1.0, sum(lengths), squares, sum(example.n_trained for example in batch)]
-
-
 class _RowMaker:
     """Rows of random tokens."""
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
         self._draw = np.random.default_rng(0)
-        self._lengths = random.Random(0)
+        self._random = random.Random(0)
 
     def make(self, lengths: Sequence[int], trained_share: float) -> list[Example]:
         rows = []
@@ -134,51 +130,60 @@ class _RowMaker:
             rows.append(Example(0, ids, trained, int(trained.sum())))
         return rows
 
-    def mixed(self, n_tokens: int) -> list[Example]:
-        """Return rows of many lengths that fill a micro-batch nearly."""
+    def mixed(self, n_tokens: int, shortest: int, longest: int) -> list[Example]:
+        """Return rows of many lengths that fill a micro-batch nearly, half to all of it trained."""
         lengths: list[int] = []
-        while (length := self._lengths.randint(16, n_tokens // 3)) <= n_tokens - sum(lengths):
-            lengths.append(length)
-        return self.make(lengths or [n_tokens], 0.5)
+        while (left := n_tokens - sum(lengths)) >= shortest:
+            lengths.append(min(left, self._random.randint(shortest, longest)))
+        return self.make(lengths, self._random.uniform(0.1, 0.9))
 
 
 class _Stand:
-    """Runs and times passes."""
+    """Runs passes, and remembers what each was of and how long it took."""
 
     def __init__(self, task: Task, trainer: Trainer) -> None:
         self._task = task
         self.trainer = trainer
+        self.features: list[list[float]] = []
+        self.seconds: list[float] = []
 
-    def seconds(
-        self, batch: Sequence[Example], *, forward_only: bool = False, repeats: int = REPEATS
-    ) -> float:
+    def run(self, batch: Sequence[Example], *, counts: bool = True) -> None:
+        """Run a forward and a backward pass."""
+        seconds = self._pass(batch, backward=True)
+        if counts:
+            lengths = [len(example.input_ids) for example in batch]
+            squares = sum(length * length for length in lengths)
+            n_trained = sum(example.n_trained for example in batch)
+            self.features.append([1.0, sum(lengths), squares, n_trained])
+            self.seconds.append(seconds)
+
+    def forward_share(self, batch: Sequence[Example]) -> float:
+        """Return how long a pass without gradients takes, as a share of one with them."""
+        alone = statistics.median(self._pass(batch, backward=False) for _ in range(2))
+        return alone / self._pass(batch, backward=True)
+
+    def _pass(self, batch: Sequence[Example], *, backward: bool) -> float:
         task = self._task
-        task.model.train(not forward_only)
-
-        def run() -> None:
-            inputs = task.objective.collate(batch, task.device)
-            with torch.set_grad_enabled(not forward_only):
-                loss = task.objective.loss(task.forward, inputs, task.objective_params).loss
-                if not forward_only:
-                    loss.backward()
-            float(loss.detach())  # waits for a GPU
-
-        return statistics.median(_timed(run) for _ in range(repeats))
+        task.model.train(backward)
+        started = time.perf_counter()
+        inputs = task.objective.collate(batch, task.device)
+        with torch.set_grad_enabled(backward):
+            loss = task.objective.loss(task.forward, inputs, task.objective_params).loss
+            if backward:
+                loss.backward()
+        float(loss.detach())  # waits for a GPU
+        return time.perf_counter() - started
 
     def update_seconds(self) -> float:
         parameters = self.trainer.parameters.values()
 
-        def run() -> None:
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
             float(torch.nn.utils.clip_grad_norm_(parameters, 1.0))
             self.trainer.optimizer.step()
-
-        return statistics.median(_timed(run) for _ in range(REPEATS))
-
-
-def _timed(run: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds)
 
 
 def _spec(name: str, precision: Precision) -> TrainingSpec:

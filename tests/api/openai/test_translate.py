@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from api import bodies
 from api.actions import Start
 from api.openai import translate
 from api.openai.schemas import ChatRequest, JobCreate
@@ -28,7 +29,7 @@ def files(*ids: str) -> list[File]:
 
 
 def test_a_list_names_its_ends() -> None:
-    body = translate.list_body(Page(files("a", "b", "c"), True), translate.file_body)
+    body = bodies.list_body(Page(files("a", "b", "c"), True), bodies.file_body)
     assert (body["first_id"], body["last_id"], body["has_more"]) == ("a", "c", True)
     assert [item["created_at"] for item in body["data"]] == [1, 1, 1]
 
@@ -81,7 +82,7 @@ def test_a_failed_job_shows_its_error_and_no_estimate() -> None:
         error_message="It failed.",
         error_param="training_file",
     )
-    body = translate.job_body(job, "org")
+    body = bodies.job_body(job, "org")
     assert body["error"] == {"code": "bad", "message": "It failed.", "param": "training_file"}
     assert (body["estimated_finish"], body["organization_id"]) == (None, "org")
     assert body["method"]["supervised"]["hyperparameters"] == body["hyperparameters"]
@@ -112,8 +113,8 @@ def test_an_unsupported_field_is_named() -> None:
 
 
 def test_a_resolved_model_says_what_it_stands_on() -> None:
-    body = translate.resolved_body(MINE, "proj_1")
+    body = bodies.resolved_body(MINE, "proj_1")
     assert (body["id"], body["root"], body["parent"]) == ("mine", "base", "base")
     assert (body["owned_by"], body["digest"], body["created"]) == ("proj_1", "d" * 64, 1)
-    base = translate.resolved_body(ResolvedModel("base", "base", None, 1.0), "proj_1")
+    base = bodies.resolved_body(ResolvedModel("base", "base", None, 1.0), "proj_1")
     assert (base["owned_by"], base["parent"], base["digest"]) == ("tunery", None, None)

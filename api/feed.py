@@ -1,0 +1,175 @@
+"""News of running jobs for many readers: one query for all of them, however many there are.
+
+A reader holds no thread and no database connection. One task of the process asks twice a second
+what is new in the jobs that somebody reads, and hands it to all their readers.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import structlog
+from fastapi.concurrency import run_in_threadpool
+
+from api import bodies
+from models.db import Database
+from models.domain.base import JsonObject
+from models.registry import checkpoints, events, jobs, metrics
+from models.tables import Job
+
+log = structlog.get_logger(__name__)
+
+POLL_SECONDS = 0.5
+KEEP_ALIVE_SECONDS = 15.0
+"""Proxies close a stream that is silent for longer (nginx after 60 s)."""
+MAX_WAITING = 100
+"""A reader who is so many news behind is cut off; it comes back and asks for what it has missed."""
+HISTORY = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """What a reader has seen: the newest step, event and checkpoint."""
+
+    step: int = 0
+    sequence: int = 0
+    checkpoint_step: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.step}-{self.sequence}-{self.checkpoint_step}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Position":
+        """Read what `str` wrote; a plain number is a step. Raises ``ValueError``."""
+        numbers = [int(part) for part in text.split("-")]
+        return cls(*numbers[:3])
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What has come after a position, and the position after it."""
+
+    position: Position
+    job: JsonObject | None = None
+    metrics: list[JsonObject] = field(default_factory=list)
+    events: list[JsonObject] = field(default_factory=list)
+    checkpoints: list[JsonObject] = field(default_factory=list)
+    has_ended: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.job or self.metrics or self.events or self.checkpoints)
+
+
+@dataclass(slots=True)
+class _Watched:
+    position: Position
+    job: JsonObject
+    readers: set["asyncio.Queue[News | None]"] = field(default_factory=set)
+
+
+class JobFeed:
+    """All readers of this process.
+
+    Args:
+        database: Where the jobs are.
+        organization: Part of the job objects.
+    """
+
+    def __init__(self, database: Database, organization: str) -> None:
+        self._database = database
+        self._organization = organization
+        self._watched: dict[str, _Watched] = {}
+        self._task: asyncio.Task[None] | None = None
+
+    async def read(self, job_id: str, after: Position) -> AsyncGenerator[News | None, None]:
+        """Yield what has come after a position, then what comes, until the job has ended.
+
+        Nothing is left out or told twice. None is yielded when the reader was too slow.
+        """
+        queue: asyncio.Queue[News | None] = asyncio.Queue(MAX_WAITING)
+        watched = self._watched.get(job_id)
+        if watched is None:
+            # The position is taken first: what comes later reaches the queue.
+            start = await run_in_threadpool(self._look, job_id, after, "")
+            watched = self._watched.setdefault(job_id, _Watched(start.position, start.job or {}))
+        watched.readers.add(queue)
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._poll())
+        try:
+            # Everything up to the common position, which the queue goes on from.
+            until = watched.position
+            history = await run_in_threadpool(self._look, job_id, after, "", until)
+            yield history
+            if history.has_ended:
+                # What it wrote after the common position; nothing follows the end.
+                yield await run_in_threadpool(self._look, job_id, history.position, "")
+                return
+            while True:
+                try:
+                    news = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
+                except TimeoutError:
+                    news = News(watched.position)
+                yield news
+                if news is None or news.has_ended:
+                    return
+        finally:
+            watched.readers.discard(queue)
+            if not watched.readers:
+                self._watched.pop(job_id, None)
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _poll(self) -> None:
+        while self._watched:
+            await asyncio.sleep(POLL_SECONDS)
+            for job_id, watched in list(self._watched.items()):
+                seen = str(watched.job.get("status"))
+                try:
+                    news = await run_in_threadpool(self._look, job_id, watched.position, seen)
+                except Exception:
+                    log.exception("feed_failed", job_id=job_id)
+                    continue
+                if news.is_empty:
+                    continue
+                watched.position = news.position
+                watched.job = news.job or watched.job
+                for reader in list(watched.readers):
+                    _hand_over(reader, news)
+
+    def _look(
+        self, job_id: str, after: Position, status: str, until: Position | None = None
+    ) -> News:
+        """Return what came after a position (and until another)."""
+        with self._database.read() as session:
+            job = session.get_one(Job, job_id)
+            points = metrics.after(session, job_id, after.step, HISTORY)
+            told = events.after(session, job_id, after.sequence, HISTORY)
+            saved = checkpoints.after(session, job_id, after.checkpoint_step)
+            if until is not None:
+                points = [each for each in points if each.step <= until.step]
+                told = [each for each in told if each.sequence <= until.sequence]
+                saved = [each for each in saved if each.step <= until.checkpoint_step]
+            body = bodies.job_body(job, self._organization)
+            is_news = status != job.status or bool(points)
+            return News(
+                position=Position(
+                    max([after.step, *(each.step for each in points)]),
+                    max([after.sequence, *(each.sequence for each in told)]),
+                    max([after.checkpoint_step, *(each.step for each in saved)]),
+                ),
+                job=body if is_news else None,
+                metrics=[each.model_dump(exclude_none=True) for each in points],
+                events=[bodies.event_body(each) for each in told if each.data is None],
+                checkpoints=[bodies.checkpoint_body(each) for each in saved],
+                has_ended=jobs.has_ended(job),
+            )
+
+
+def _hand_over(reader: "asyncio.Queue[News | None]", news: News) -> None:
+    if reader.qsize() < MAX_WAITING - 1:
+        reader.put_nowait(news)
+    elif not reader.full():
+        reader.put_nowait(None)

@@ -1,0 +1,101 @@
+"""How a job goes: its metrics, and everything that happens to it as server-sent events."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Header, Query
+from fastapi.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from api.deps import Caller, CallerDep, ReadSession, ServicesDep
+from api.feed import News, Position
+from api.services import Services
+from models.domain.base import JsonObject
+from models.errors import InvalidRequestError
+from models.registry import jobs, metrics
+
+router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
+
+MAX_POINTS = 10_000
+
+
+@router.get("/{job_id}/metrics")
+def list_metrics(
+    job_id: str,
+    session: ReadSession,
+    caller: CallerDep,
+    after: Annotated[int, Query(ge=0, description="Only steps after this one.")] = 0,
+    max_points: Annotated[int, Query(ge=2, le=MAX_POINTS)] = 1000,
+) -> JsonObject:
+    """The metrics of a job's steps in order; of a long run, evenly spaced ones and the last.
+
+    Steps with a validation loss are never left out.
+    """
+    jobs.get(session, caller.project_id, job_id)
+    points, n_all = metrics.sample(session, job_id, after, max_points)
+    return {
+        "object": "list",
+        "data": [point.model_dump(exclude_none=True) for point in points],
+        "n_points": n_all,
+        "has_more": False,
+    }
+
+
+@router.get("/{job_id}/stream")
+async def stream_job(
+    job_id: str,
+    services: ServicesDep,
+    caller: CallerDep,
+    after: Annotated[str, Query(description="Position: the id of the last event seen.")] = "",
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> StreamingResponse:
+    """Everything that happens to a job, from a position on: no gap, nothing twice.
+
+    Events: ``job`` (the job object), ``metrics`` (a list of steps), ``event``, ``checkpoint``,
+    and ``end`` when the job has ended.
+    """
+    await run_in_threadpool(_require, services, caller, job_id)
+    try:
+        position = Position.parse(last_event_id or after or "0")
+    except (TypeError, ValueError):
+        raise InvalidRequestError(
+            "'after' must be the id of an event of this stream.", param="after"
+        ) from None
+    return StreamingResponse(
+        _events(services, job_id, position),
+        media_type="text/event-stream",
+        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
+    )
+
+
+def _require(services: Services, caller: Caller, job_id: str) -> None:
+    with services.database.read() as session:
+        jobs.get(session, caller.project_id, job_id)
+
+
+async def _events(services: Services, job_id: str, position: Position) -> AsyncIterator[bytes]:
+    yield b": a stream of what happens\n\nretry: 2000\n\n"
+    async for news in services.feed.read(job_id, position):
+        if news is None:
+            return  # too slow: the browser comes back with the last id that it has seen
+        for part in _parts(news):
+            yield part
+
+
+def _parts(news: News) -> list[bytes]:
+    """Return the events of some news; the last one carries the position."""
+    found: list[tuple[str, object]] = []
+    if news.metrics:
+        found.append(("metrics", news.metrics))
+    found += [("event", each) for each in news.events]
+    found += [("checkpoint", each) for each in news.checkpoints]
+    if news.job is not None:
+        found.append(("job", news.job))
+    if news.has_ended and news.job is not None:
+        found.append(("end", {"status": news.job["status"]}))
+    if not found:
+        return [b": still here\n\n"]
+    parts = [f"event: {name}\ndata: ".encode() + orjson.dumps(data) for name, data in found]
+    parts[-1] = f"id: {news.position}\n".encode() + parts[-1]
+    return [part + b"\n\n" for part in parts]

@@ -1,0 +1,41 @@
+// @ts-check
+/** uPlot charts that read the page's colours, so that they follow the theme. */
+
+/** @param {string} token */
+const colour = (token) => {
+  const probe = document.createElement("span");
+  probe.style.color = `var(${token})`;
+  document.body.append(probe);
+  const value = getComputedStyle(probe).color;
+  probe.remove();
+  return value;
+};
+
+/** One chart. @param {HTMLElement|null} place @param {{label: string, token: string, width?: number, dash?: number[], alpha?: number, points?: boolean}[]} lines
+ * @returns {{draw: (data: (number|null)[][], log?: boolean) => void}} */
+export function chart(place, lines) {
+  /** @type {any} */ let plot = null;
+  let wasLog = false;
+  /** @type {(number|null)[][]} */ let shown = [];
+  function build() {
+    const uPlot = /** @type {any} */ (window).uPlot;
+    if (!place || !uPlot) return;
+    plot?.destroy();
+    const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") }, font: "11px Inter, system-ui" };
+    plot = new uPlot({
+      width: place.clientWidth, height: place.clientHeight - (lines.length > 1 ? 30 : 0), legend: { show: lines.length > 1 },
+      cursor: { sync: { key: "steps" }, drag: { x: true, y: false } },
+      scales: { x: { time: false }, y: { distr: wasLog ? 3 : 1 } },
+      axes: [axis, { ...axis, size: 56 }],
+      series: [{ label: "step" }, ...lines.map((line) => ({ label: line.label, stroke: colour(line.token), width: line.width ?? 1.5, dash: line.dash, alpha: line.alpha ?? 1, spanGaps: true, points: { show: line.points ?? false, size: 5 } }))],
+    }, shown, place);
+  }
+  document.addEventListener("themechange", () => requestAnimationFrame(build));
+  window.addEventListener("resize", () => plot?.setSize({ width: place?.clientWidth ?? 300, height: (place?.clientHeight ?? 200) - (lines.length > 1 ? 30 : 0) }));
+  return {
+    draw(data, log = false) {
+      shown = log ? data.map((values, at) => (at ? values.map((value) => (value !== null && value > 0 ? value : null)) : values)) : data;
+      if (!plot || log !== wasLog) { wasLog = log; build(); } else plot.setData(shown);
+    },
+  };
+}

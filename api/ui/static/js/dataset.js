@@ -1,0 +1,64 @@
+// @ts-check
+import { call, complain, confirmed, make, root } from "./app.js";
+import { number } from "./lib.js";
+
+const place = document.getElementById("preview");
+const file = place?.dataset.file ?? document.getElementById("delete")?.dataset.file;
+
+/** @param {any} row */
+function showRow(row) {
+  const text = make("div", { class: "row-preview", "data-line": String(row.line) }, make("p", { class: "dim" }, `Line ${number(row.line)} · ${number(row.n_tokens)} tokens, ${number(row.n_trained)} learned${row.truncated ? ", cut" : ""}`));
+  if (row.fault) text.append(make("p", { class: "error" }, row.fault));
+  for (const span of row.spans) text.append(span.trained ? make("mark", { class: "trained" }, span.text) : span.text);
+  return text;
+}
+
+/** @param {Record<string, number>} bins @param {number} limit */
+function showHistogram(bins, limit) {
+  const most = Math.max(1, ...Object.values(bins));
+  const bars = Object.entries(bins).map(([end, count]) => {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), bar = document.createElementNS("http://www.w3.org/2000/svg", "rect");
+    svg.setAttribute("viewBox", "0 0 10 100");
+    svg.setAttribute("preserveAspectRatio", "none");
+    const height = (100 * count) / most;
+    for (const [key, value] of Object.entries({ x: 0, y: 100 - height, width: 10, height })) bar.setAttribute(key, String(value));
+    svg.append(bar);
+    return make("div", { title: `${number(count)} rows of at most ${number(Number(end))} tokens`, ...(Number(end) > limit ? { class: "over" } : {}) }, number(count), svg, `≤ ${number(Number(end))}`);
+  });
+  const chart = document.getElementById("histogram");
+  chart?.replaceChildren(...bars);
+  if (chart) chart.dataset.bins = String(Object.values(bins).reduce((sum, count) => sum + count, 0));
+}
+
+async function preview() {
+  if (!place || !file) return;
+  const model = /** @type {HTMLSelectElement} */ (document.getElementById("preview-model")).value;
+  const longest = /** @type {HTMLInputElement} */ (document.getElementById("max-length")).value;
+  const statistics = /** @type {HTMLElement} */ (document.getElementById("statistics"));
+  try {
+    const shown = await call("GET", `/v1/files/${file}/preview?model=${encodeURIComponent(model)}&rows=5&max_length=${longest}`);
+    const found = shown.statistics;
+    statistics.textContent = `${number(found.n_rows)} rows counted, ${number(found.n_tokens)} tokens, ${number(found.n_trained)} learned; the longest row has ${number(found.longest)}; ${number(found.n_overlong)} are over ${number(shown.max_length)}.`;
+    statistics.dataset.overlong = String(found.n_overlong);
+    showHistogram(found.histogram, shown.max_length);
+    place.replaceChildren(...shown.rows.map(showRow));
+  } catch (error) {
+    statistics.textContent = error instanceof Error ? error.message : String(error);
+    place.replaceChildren();
+  }
+}
+
+async function wait() {
+  if (document.hidden) return;
+  const state = await call("GET", `/v1/files/${file}`);
+  if (state.status !== "uploaded") location.reload();
+}
+
+document.getElementById("preview-model")?.addEventListener("change", preview);
+document.getElementById("max-length")?.addEventListener("change", preview);
+document.getElementById("delete")?.addEventListener("click", async (event) => {
+  const name = /** @type {HTMLElement} */ (event.target).dataset.name;
+  if (!(await confirmed(`Delete ${name}? Adapters that were trained on it stay.`, "Delete the data set"))) return;
+  try { await call("DELETE", `/v1/files/${file}`); location.assign(`${root}/ui/datasets`); } catch (error) { complain(error); }
+});
+if (document.getElementById("pending")) setInterval(() => { wait().catch(() => undefined); }, 1000); else preview();

@@ -1,0 +1,142 @@
+// @ts-check
+import { ApiError, call, make, root } from "./app.js";
+import { asCode, duration, number, put, size } from "./lib.js";
+
+const form = /** @type {HTMLFormElement} */ (document.getElementById("job-form"));
+const summary = /** @type {HTMLElement} */ (document.getElementById("summary"));
+const shown = /** @type {HTMLElement} */ (document.getElementById("estimate"));
+const PRESETS = {
+  quick: { "peft.r": "8", "hyperparameters.n_epochs": "1" },
+  balanced: { "peft.r": "16", "hyperparameters.n_epochs": "auto" },
+  thorough: { "peft.r": "32", "hyperparameters.n_epochs": "5" },
+};
+let kind = "JSON";
+
+/** @returns {HTMLInputElement[]} */
+const fields = () => [...form.querySelectorAll("[data-field]")].filter((field) => !field.closest("fieldset[hidden]")).map((field) => /** @type {HTMLInputElement} */ (field));
+
+/** @param {HTMLInputElement} field */
+function valueOf(field) {
+  if (field.type === "checkbox") return field.checked;
+  const text = field.value.trim();
+  return text !== "" && !Number.isNaN(Number(text)) && field.type !== "select-one" ? Number(text) : text;
+}
+
+function body() {
+  /** @type {Record<string, any>} */ const made = {};
+  for (const field of fields()) {
+    const path = /** @type {string} */ (field.dataset.field), value = valueOf(field);
+    const is_type = path.endsWith(".type");
+    if (value === "" || (!is_type && String(value) === field.dataset.default)) continue;
+    if (field.type === "checkbox" && field.checked === field.defaultChecked) continue;
+    if (path === "peft.target_modules") put(made, path, String(value).split(/[\s,]+/));
+    else put(made, path, value);
+  }
+  if (made.validation_file) delete made.validation_split;
+  if (String(made.model ?? "").startsWith("ft:")) delete made.peft;
+  if (made.hyperparameters) {
+    made.method = { type: "supervised", supervised: { hyperparameters: made.hyperparameters } };
+    delete made.hyperparameters;
+  }
+  if (made.optimizer) made.optimizer.type = "adamw";
+  return made;
+}
+
+function showPlugins() {
+  for (const set of form.querySelectorAll("fieldset[data-plugin]")) {
+    const { plugin, name } = /** @type {HTMLElement} */ (set).dataset;
+    const type = /** @type {HTMLSelectElement} */ (form.querySelector(`[data-field="${plugin}.type"]`)).value;
+    /** @type {HTMLElement} */ (set).hidden = type !== name;
+  }
+}
+
+/** @param {ApiError} error */
+function showError(error) {
+  summary.textContent = error.message;
+  summary.hidden = false;
+  const field = fields().find((each) => each.dataset.field === error.param || error.param?.endsWith(each.dataset.field ?? "?"));
+  if (field) {
+    field.setAttribute("aria-invalid", "true");
+    field.after(make("span", { class: "field-error" }, error.message));
+  }
+}
+function forgetErrors() {
+  summary.hidden = true;
+  form.querySelectorAll(".field-error").forEach((each) => each.remove());
+  form.querySelectorAll("[aria-invalid]").forEach((each) => each.removeAttribute("aria-invalid"));
+}
+
+let asked = 0;
+async function estimate() {
+  const mine = (asked += 1), wanted = body();
+  if (!wanted.training_file) return;
+  try {
+    const found = await call("POST", "/v1/fine_tuning/estimate", wanted);
+    if (mine !== asked) return;
+    shown.dataset.peak = String(found.peak_bytes);
+    const parts = Object.entries(found.memory).map(([name, bytes]) => [make("dt", { class: "small" }, name), make("dd", { class: "small" }, size(/** @type {number} */ (bytes)))]).flat();
+    shown.replaceChildren(
+      make("dl", { class: "tiles" }, make("div", {}, make("dt", {}, "Time"), make("dd", {}, duration(found.seconds))), make("div", {}, make("dt", {}, "Peak memory"), make("dd", {}, size(found.peak_bytes)))),
+      make("p", { class: "small dim" }, `${duration(found.seconds_band.low)} – ${duration(found.seconds_band.high)}, ${size(found.peak_bytes_band.low)} – ${size(found.peak_bytes_band.high)} on ${found.device}`),
+      make("dl", { class: "pairs" }, ...parts, make("dt", {}, "steps"), make("dd", {}, number(found.total_steps)), make("dt", {}, "tokens"), make("dd", {}, number(found.total_tokens)), make("dt", {}, "trained"), make("dd", {}, `${number(found.trainable_parameters)} parameters`)));
+  } catch (error) {
+    if (mine !== asked || !(error instanceof ApiError)) return;
+    delete shown.dataset.peak;
+    shown.replaceChildren(make("p", { class: "dim" }, error.message));
+    if (error.code === "not_measured_yet" || error.code === "file_not_linted") setTimeout(() => { if (mine === asked) estimate(); }, 3000);
+  }
+}
+
+/** @type {ReturnType<typeof setTimeout>|undefined} */ let waiting;
+function changed() {
+  showPlugins();
+  const code = document.getElementById("code");
+  if (code) code.textContent = asCode(kind, body(), location.origin + root);
+  clearTimeout(waiting);
+  waiting = setTimeout(estimate, 300);
+}
+
+/** Fill the form with a job's numbers. @param {any} job */
+function fill(job) {
+  for (const field of form.querySelectorAll("[data-field]")) {
+    const input = /** @type {HTMLInputElement} */ (field);
+    const value = (input.dataset.field ?? "").split(".").reduce((/** @type {any} */ here, part) => here?.[part], job);
+    if (value === undefined || value === null) continue;
+    if (input.type === "checkbox") input.checked = Boolean(value); else input.value = Array.isArray(value) ? value.join(", ") : String(value);
+  }
+}
+
+form.addEventListener("input", changed);
+form.addEventListener("click", (event) => {
+  const data = /** @type {HTMLElement} */ (event.target).dataset;
+  if (data.preset) {
+    for (const [path, value] of Object.entries(PRESETS[/** @type {keyof typeof PRESETS} */ (data.preset)])) {
+      const field = fields().find((each) => each.dataset.field === path);
+      if (field) field.value = value;
+    }
+    changed();
+  }
+  if (data.code) {
+    kind = data.code;
+    form.querySelectorAll("[data-code]").forEach((tab) => tab.setAttribute("aria-selected", String(/** @type {HTMLElement} */ (tab).dataset.code === kind)));
+    changed();
+  }
+});
+form.addEventListener("submit", async (event) => {
+  event.preventDefault();
+  forgetErrors();
+  const start = /** @type {HTMLButtonElement} */ (document.getElementById("start"));
+  start.disabled = true;
+  try {
+    const job = await call("POST", "/v1/fine_tuning/jobs", body());
+    location.assign(`${root}/ui/jobs/${job.id}`);
+  } catch (error) {
+    if (error instanceof ApiError) showError(error);
+    else summary.textContent = String(error);
+    summary.hidden = false;
+    summary.focus();
+    start.disabled = false;
+  }
+});
+if (form.dataset.source) fill(await call("GET", `/v1/fine_tuning/jobs/${form.dataset.source}`));
+changed();
