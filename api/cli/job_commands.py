@@ -6,7 +6,7 @@ from rich.table import Table
 from api.cli import tune as tuning
 from api.cli.client import Client
 from api.cli.common import HomeOption, console, give_up, service
-from api.cli.job_diff import differences
+from api.job_differences import differences
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 
@@ -92,10 +92,10 @@ def rerun_job(job_id: str, home: HomeOption = None) -> None:
 def diff_jobs(first: str, second: str, home: HomeOption = None) -> None:
     """Show what two jobs differ in, and the metrics of their last checkpoints."""
     with service(home) as client:
-        rows = differences(*(_with_metrics(client, job_id) for job_id in (first, second)))
+        rows = differences([_with_metrics(client, job_id) for job_id in (first, second)])
         table = Table("field", first, second)
-        for name, one, other in rows:
-            table.add_row(name, str(one), str(other))
+        for name, values in rows:
+            table.add_row(name, *map(str, values))
         console.print(table if rows else "They differ in nothing.")
 
 

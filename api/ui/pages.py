@@ -11,6 +11,7 @@ from fastapi.templating import Jinja2Templates
 
 from api import bodies, page_session
 from api.deps import ReadSession, ServicesDep
+from api.job_differences import settings_that_differ
 from api.page_session import PageSession
 from api.ui import filters, texts, vendor
 from api.ui.assets import Assets
@@ -50,6 +51,7 @@ router = APIRouter(prefix="/ui", include_in_schema=False, route_class=PageRoute)
 HERE = Path(__file__).parent
 PAGE_JOBS = 50
 PAGE_POINTS = 600
+MAX_COMPARED = 8
 assets = Assets(HERE / "static")
 templates = Jinja2Templates(HERE / "templates")
 templates.env.trim_blocks = templates.env.lstrip_blocks = True
@@ -226,6 +228,41 @@ def job_page(
         last_sequence=max((each.sequence for each in told.rows), default=0),
         checkpoints=[bodies.checkpoint_body(each) for each in saved.rows],
         best_step=best and best.step,
+    )
+
+
+@router.get("/compare")
+def compare_page(
+    request: Request, session: ReadSession, services: ServicesDep, page: PageDep
+) -> Response:
+    """Up to eight jobs beside each other; the URL is all the state there is."""
+    ids = [each for each in request.query_params.get("ids", "").split(",") if each]
+    found = [jobs.get(session, page.key.project_id, each) for each in ids[:MAX_COMPARED]]
+    rows = [bodies.job_body(job, services.settings.api.organization) for job in found]
+    curves, results = [], {}
+    for row in rows:
+        points, _ = metrics.sample(session, row["id"], 0, PAGE_POINTS)
+        judged = [each.full_valid_loss for each in points if each.full_valid_loss is not None]
+        results[row["id"]] = {
+            "train_loss": points[-1].train_loss if points else None,
+            "valid_loss": min(judged, default=None),
+        }
+        label = row["user_provided_suffix"] or row["id"]
+        line = [{"step": each.step, "train_loss": each.train_loss} for each in points]
+        curves.append({"label": label, "points": line})
+    best = {
+        name: min(filter(None, (each[name] for each in results.values())), default=None)
+        for name in ("train_loss", "valid_loss")
+    }
+    return render(
+        request,
+        "compare.html",
+        page,
+        jobs=rows,
+        curves=curves,
+        results=results,
+        best=best,
+        differences=settings_that_differ(rows),
     )
 
 

@@ -8,7 +8,6 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.ui import pages
-from api.ui.assets import StaticAssets
 
 POLICY = "; ".join(
     (
@@ -27,7 +26,7 @@ POLICY = "; ".join(
 
 def install(app: FastAPI) -> None:
     """Add the pages to an application."""
-    app.mount("/ui/static", StaticAssets(directory=pages.HERE / "static"), name="static")
+    app.mount("/ui/static", pages.assets, name="static")
     app.include_router(pages.router)
     app.add_middleware(PageHeaders)
 

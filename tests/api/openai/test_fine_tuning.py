@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from api.cli.job_diff import differences
+from api.job_differences import differences
 from models.db import Database
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
@@ -272,7 +272,7 @@ def test_a_rerun_is_the_same_job_with_the_numbers_that_auto_became(
     assert again["id"] != first["id"]
     assert again["status"] == "validating_files"
     expected = client.get(f"{URL}/{first['id']}").json()
-    assert differences(expected, again) == []
+    assert differences([expected, again]) == []
     assert again["hyperparameters"]["batch_size"] == 8
     messages = [
         event["message"] for event in client.get(f"{URL}/{again['id']}/events").json()["data"]

@@ -36,7 +36,8 @@ drop.addEventListener("drop", (event) => { const file = event.dataTransfer?.file
 async function watch() {
   for (const row of document.querySelectorAll("tr[data-file]")) {
     if (!row.querySelector(".status.uploaded")) continue;
-    const file = await (await send("GET", `/v1/files/${/** @type {HTMLElement} */ (row).dataset.file}`)).json();
+    const id = /** @type {HTMLElement} */ (row).dataset.file;
+    const file = await (await send("GET", `/v1/files/${id}`)).json();
     if (file.status !== "uploaded") { location.reload(); return; }
   }
 }

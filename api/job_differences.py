@@ -1,0 +1,42 @@
+"""What jobs differ in: of what was asked for, and of what came of it."""
+
+from collections.abc import Iterator, Sequence
+
+from models.domain.base import JsonObject
+
+OWN = frozenset(
+    {
+        *("id", "created_at", "finished_at", "started_at", "estimated_finish", "organization_id"),
+        *("fine_tuned_model", "result_files", "method", "attempt"),
+        *("cancel_requested", "pause_requested", "estimate", "measured"),
+    }
+)
+"""Fields that are of one job alone, or say again what another says."""
+COURSE = frozenset({"status", "step", "total_steps", "trained_tokens", "error"})
+"""Fields that tell how a job went."""
+
+
+def differences(jobs: Sequence[JsonObject]) -> list[tuple[str, list[object]]]:
+    """Return (field, its value in each job) where job objects differ.
+
+    Nested fields are named with dots; a value that a job does not have is None.
+    """
+    flat = [dict(_flat(job)) for job in jobs]
+    names = list(dict.fromkeys(name for each in flat for name in each))
+    rows = [(name, [each.get(name) for each in flat]) for name in names]
+    return [(name, values) for name, values in rows if any(each != values[0] for each in values)]
+
+
+def settings_that_differ(jobs: Sequence[JsonObject]) -> list[tuple[str, list[object]]]:
+    """Return `differences` in what was asked for alone."""
+    return [row for row in differences(jobs) if row[0].partition(".")[0] not in COURSE]
+
+
+def _flat(value: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, item in value.items():
+        if not prefix and name in OWN:
+            continue
+        if isinstance(item, dict) and item:
+            yield from _flat(item, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", item
