@@ -11,6 +11,12 @@ const colour = (token) => {
   return value;
 };
 
+/** Room for the legend, which takes two lines on a phone. @param {HTMLElement|null} place @param {number} n_lines */
+const legendHeight = (place, n_lines) => (n_lines < 2 ? 0 : (place?.clientWidth ?? 600) < 420 ? 64 : 34);
+
+/** A tick's value, short enough for the axis. @param {number} value */
+const brief = (value) => (value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(1).replace("e", " e") : String(Number(value.toPrecision(4))));
+
 /** One chart. @param {HTMLElement|null} place @param {{label: string, token: string, width?: number, dash?: number[], alpha?: number, points?: boolean}[]} lines
  * @returns {{draw: (data: (number|null)[][], log?: boolean) => void}} */
 export function chart(place, lines) {
@@ -23,15 +29,15 @@ export function chart(place, lines) {
     plot?.destroy();
     const axis = { stroke: colour("--dim"), grid: { stroke: colour("--line"), width: 1 }, ticks: { stroke: colour("--line") }, font: "11px Inter, system-ui" };
     plot = new uPlot({
-      width: place.clientWidth, height: place.clientHeight - (lines.length > 1 ? 30 : 0), legend: { show: lines.length > 1 },
+      width: place.clientWidth, height: place.clientHeight - legendHeight(place, lines.length), legend: { show: lines.length > 1 },
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: { distr: wasLog ? 3 : 1 } },
-      axes: [axis, { ...axis, size: 56 }],
+      axes: [axis, { ...axis, size: 62, values: (/** @type {unknown} */ _, /** @type {(number|null)[]} */ ticks) => ticks.map((tick) => (tick === null ? "" : brief(tick))) }],
       series: [{ label: "step" }, ...lines.map((line) => ({ label: line.label, stroke: colour(line.token), width: line.width ?? 1.5, dash: line.dash, alpha: line.alpha ?? 1, spanGaps: true, points: { show: line.points ?? false, size: 5 } }))],
     }, shown, place);
   }
   document.addEventListener("themechange", () => requestAnimationFrame(build));
-  window.addEventListener("resize", () => plot?.setSize({ width: place?.clientWidth ?? 300, height: (place?.clientHeight ?? 200) - (lines.length > 1 ? 30 : 0) }));
+  window.addEventListener("resize", () => plot?.setSize({ width: place?.clientWidth ?? 300, height: (place?.clientHeight ?? 200) - legendHeight(place, lines.length) }));
   return {
     draw(data, log = false) {
       shown = log ? data.map((values, at) => (at ? values.map((value) => (value !== null && value > 0 ? value : null)) : values)) : data;

@@ -22,13 +22,22 @@ function valueOf(field) {
   return text !== "" && !Number.isNaN(Number(text)) && field.type !== "select-one" ? Number(text) : text;
 }
 
+/** Whether a field says what the service takes anyway. @param {HTMLInputElement} field @param {unknown} value */
+function isDefault(field, value) {
+  if (field.type === "checkbox") return field.checked === field.defaultChecked;
+  const given = field.dataset.default;
+  if (given !== undefined) return String(value) === given || (typeof value === "number" && value === Number(given));
+  const options = [.../** @type {any} */ (field).options ?? []];
+  const usual = options.find((option) => option.defaultSelected) ?? options[0];
+  return usual?.value === field.value && !["training_file", "model"].includes(field.dataset.field ?? "");
+}
+
 function body() {
   /** @type {Record<string, any>} */ const made = {};
   for (const field of fields()) {
     const path = /** @type {string} */ (field.dataset.field), value = valueOf(field);
     const is_type = path.endsWith(".type");
-    if (value === "" || (!is_type && String(value) === field.dataset.default)) continue;
-    if (field.type === "checkbox" && field.checked === field.defaultChecked) continue;
+    if (value === "" || (!is_type && isDefault(field, value))) continue;
     if (path === "peft.target_modules") put(made, path, String(value).split(/[\s,]+/));
     else put(made, path, value);
   }

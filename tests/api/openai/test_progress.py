@@ -1,0 +1,93 @@
+"""Metrics and the stream of a job over HTTP."""
+
+import json
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from models.db import Database
+from models.domain.status import JobStatus
+from models.registry import job_runs, jobs
+from tests.api.calls import expect, new_job
+from tests.api.test_feed import end, write
+
+URL = "/v1/fine_tuning/jobs"
+NOT_FOUND = ("fine_tuning_job_id", "fine_tuning_job_not_found")
+
+
+@pytest.fixture
+def job_id(client: TestClient, database: Database) -> str:
+    made = str(new_job(client).json()["id"])
+    with database.write() as session:
+        jobs.move(session, made, JobStatus.QUEUED)
+        assert job_runs.claim(session, "worker", 600) is not None
+    return made
+
+
+def parsed(text: str) -> list[tuple[str, str, Any]]:
+    """Return (event, id, data) of a stream."""
+    found = []
+    for part in text.split("\n\n"):
+        fields = dict(line.split(": ", 1) for line in part.split("\n") if ": " in line)
+        if "event" in fields:
+            found.append((fields["event"], fields.get("id", ""), json.loads(fields["data"])))
+    return found
+
+
+def steps_of(told: list[tuple[str, str, Any]]) -> list[int]:
+    return [point["step"] for name, _, data in told if name == "metrics" for point in data]
+
+
+def test_metrics_come_in_order_and_after_a_step(
+    client: TestClient, database: Database, job_id: str
+) -> None:
+    write(database, job_id, *range(1, 21))
+    whole = client.get(f"{URL}/{job_id}/metrics").json()
+    assert [point["step"] for point in whole["data"]] == list(range(1, 21))
+    assert whole["n_points"] == 20
+    rest = client.get(f"{URL}/{job_id}/metrics?after=18").json()
+    assert [point["step"] for point in rest["data"]] == [19, 20]
+    expect(
+        client.get(f"{URL}/ftjob-x/metrics"), 404, "fine_tuning_job_id", "fine_tuning_job_not_found"
+    )
+
+
+def test_a_long_run_is_thinned_out_but_for_its_end(
+    client: TestClient, database: Database, job_id: str
+) -> None:
+    write(database, job_id, *range(1, 1001))
+    thin = client.get(f"{URL}/{job_id}/metrics?max_points=50").json()
+    steps = [point["step"] for point in thin["data"]]
+    assert len(steps) <= 51
+    assert (steps[-1], thin["n_points"]) == (1000, 1000)
+
+
+def test_a_stream_goes_on_where_the_last_one_broke_off(
+    client: TestClient, database: Database, job_id: str
+) -> None:
+    write(database, job_id, 1, 2, 3)
+    end(database, job_id)
+    answer = client.get(f"{URL}/{job_id}/stream")
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-accel-buffering"] == "no"
+    told = parsed(answer.text)
+    assert [point["step"] for name, _, data in told if name == "metrics" for point in data] == [
+        1,
+        2,
+        3,
+    ]
+    assert told[-1][0] == "end"
+    assert {"event", "job"} <= {name for name, _, _ in told}
+    last = told[-1][1]
+    again = parsed(client.get(f"{URL}/{job_id}/stream", headers={"last-event-id": last}).text)
+    assert "metrics" not in {name for name, _, _ in again}
+    some = parsed(client.get(f"{URL}/{job_id}/stream?after=2").text)
+    assert steps_of(some) == [3]
+
+
+def test_a_bad_position_or_a_foreign_job_is_refused(client: TestClient, job_id: str) -> None:
+    expect(client.get(f"{URL}/{job_id}/stream?after=x"), 400, "after", "invalid_value")
+    expect(
+        client.get(f"{URL}/ftjob-x/stream"), 404, "fine_tuning_job_id", "fine_tuning_job_not_found"
+    )

@@ -1,0 +1,139 @@
+"""News of jobs: nothing is left out or told twice, however many read and whenever they come."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api import feed as module
+from api.feed import JobFeed, News, Position
+from models.db import Database
+from models.domain.reports import StepMetrics
+from models.domain.status import JobStatus
+from models.registry import events, job_runs, jobs, metrics
+from tests.api.calls import new_job
+
+
+@pytest.fixture
+def job_id(client: TestClient, database: Database) -> str:
+    made = str(new_job(client).json()["id"])
+    with database.write() as session:
+        jobs.move(session, made, JobStatus.QUEUED)
+        assert job_runs.claim(session, "worker", 600) is not None
+    return made
+
+
+def write(database: Database, job_id: str, *steps: int) -> None:
+    points = [
+        StepMetrics(
+            step=step,
+            epoch=1.0,
+            train_loss=1.0,
+            train_mean_token_accuracy=0.5,
+            learning_rate=0.1,
+            grad_norm=1.0,
+            tokens=1,
+            trained_tokens=1,
+            tokens_per_second=1.0,
+        )
+        for step in steps
+    ]
+    with database.write() as session:
+        job_runs.fence(session, job_id, 1, step=steps[-1])
+        metrics.record(session, job_id, 1, points, 100)
+
+
+def end(database: Database, job_id: str) -> None:
+    with database.write() as session:
+        job_runs.succeed(session, job_id, 1, fine_tuned_model="ft:x")
+
+
+async def collect(stream: AsyncGenerator[News | None, None]) -> list[News]:
+    return [news async for news in stream if news is not None]
+
+
+def steps_of(news: list[News]) -> list[int]:
+    return [point["step"] for each in news for point in each.metrics]
+
+
+def test_readers_that_come_at_any_time_see_every_step_once(
+    database: Database, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
+
+    async def main() -> list[list[News]]:
+        feed = JobFeed(database, "local")
+        write(database, job_id, 1, 2)
+        readers = [asyncio.create_task(collect(feed.read(job_id, Position())))]
+        for step in range(3, 30):
+            await asyncio.to_thread(write, database, job_id, step)
+            if step % 5 == 0:
+                position = Position(step=step - 3)
+                readers.append(asyncio.create_task(collect(feed.read(job_id, position))))
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(end, database, job_id)
+        found = await asyncio.wait_for(asyncio.gather(*readers), 20)
+        await feed.aclose()
+        return found
+
+    first, *others = asyncio.run(main())
+    assert steps_of(first) == list(range(1, 30))
+    for at, other in enumerate(others):
+        assert steps_of(other) == list(range(5 * (at + 1) - 2, 30))
+    for reader in (first, *others):
+        assert reader[-1].has_ended
+        assert reader[-1].job is not None
+        assert reader[-1].job["status"] == "succeeded"
+
+
+def test_events_come_once_and_in_order(
+    database: Database, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
+
+    def say(text: str) -> None:
+        with database.write() as session:
+            events.append(session, job_id, text)
+
+    async def main() -> list[News]:
+        feed = JobFeed(database, "local")
+        reader = asyncio.create_task(collect(feed.read(job_id, Position())))
+        for number in range(10):
+            await asyncio.to_thread(say, f"number {number}")
+            await asyncio.sleep(0.01)
+        await asyncio.to_thread(end, database, job_id)
+        return await asyncio.wait_for(reader, 20)
+
+    told = [event for news in asyncio.run(main()) for event in news.events]
+    sequences = [event["sequence"] for event in told]
+    assert sequences == sorted(set(sequences))
+    texts = [event["message"] for event in told if event["message"].startswith("number")]
+    assert texts == [f"number {number}" for number in range(10)]
+
+
+def test_a_reader_who_leaves_is_forgotten(
+    database: Database, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
+
+    async def main() -> dict[str, Any]:
+        feed = JobFeed(database, "local")
+        stream = feed.read(job_id, Position())
+        await anext(stream)
+        assert feed._watched
+        await stream.aclose()
+        await asyncio.sleep(0.1)
+        assert feed._task is not None
+        assert feed._task.done()
+        return feed._watched
+
+    assert asyncio.run(main()) == {}
+
+
+def test_a_position_is_written_and_read() -> None:
+    assert Position.parse(str(Position(3, 7, 2))) == Position(3, 7, 2)
+    assert Position.parse("12") == Position(12)
+    with pytest.raises(ValueError, match="invalid literal"):
+        Position.parse("x")
