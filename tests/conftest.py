@@ -8,7 +8,7 @@ from models.settings import ModelSettings
 from worker.base_models import BaseModelInfo, materialise
 
 # The fixtures that run real servers: valkey_url, postgres_url, seaweedfs.
-pytest_plugins = ("tests.services",)
+pytest_plugins = ("tests.services", "tests.browser")
 
 SMOLLM2 = "smollm2-135m-instruct"
 

@@ -7,14 +7,13 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.flow.conftest import Up
-from tests.web.conftest import browser  # noqa: F401 (a fixture)
 
 TRAINED = 240_000
 """Milliseconds that two epochs on the sample may take."""
 
 
 @pytest.fixture
-def page(up: Up, browser: Browser) -> Iterator[Page]:  # noqa: F811 (the fixture)
+def page(up: Up, browser: Browser) -> Iterator[Page]:
     context = browser.new_context(base_url=up.url)
     context.set_default_timeout(20_000)
     made = context.new_page()

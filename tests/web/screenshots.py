@@ -6,7 +6,8 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from tests.web.conftest import Site, chromium, open_context, rows, running_site
+from tests.browser import chromium
+from tests.web.conftest import Site, open_context, rows, running_site
 from tests.web.test_pages import everything, upload
 
 FOLDER = Path(__file__).parents[2] / "screenshots"
