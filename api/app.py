@@ -10,6 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import ServicesDep
 from api.errors import install_error_handlers
+from api.keys import routes as keys
 from api.middleware import RequestId
 from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads
 from api.services import Services
@@ -48,6 +49,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     v1.include_router(uploads.router, max_body_size=settings.api.max_part_bytes + FORM_OVERHEAD)
     for module in (fine_tuning, progress, estimates, models, chat):
         v1.include_router(module.router, max_body_size=settings.api.max_body_bytes)
+    v1.include_router(keys.router, max_body_size=settings.api.max_body_bytes)
     app.include_router(v1)
     page.install(app)
     app.include_router(_health)

@@ -8,7 +8,18 @@ from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
 from models.registry.adapters import ResolvedModel
 from models.registry.page import Page
-from models.tables import Adapter, Base, BaseModel, Checkpoint, Event, File, Job, Upload, UploadPart
+from models.tables import (
+    Adapter,
+    ApiKey,
+    Base,
+    BaseModel,
+    Checkpoint,
+    Event,
+    File,
+    Job,
+    Upload,
+    UploadPart,
+)
 
 Row = TypeVar("Row", bound=Base)
 
@@ -196,4 +207,15 @@ def resolved_body(model: ResolvedModel, project_id: str) -> JsonObject:
         "parent": None if model.adapter is None else model.base_model,
         "job_id": model.job_id,
         "digest": model.adapter and model.adapter.digest,
+    }
+
+
+def key_body(key: ApiKey) -> JsonObject:
+    return {
+        "id": key.id,
+        "object": "api_key",
+        "name": key.name,
+        "prefix": key.prefix,
+        "created_at": int(key.created_at),
+        "revoked_at": _seconds(key.revoked_at),
     }

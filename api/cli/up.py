@@ -172,6 +172,7 @@ def _prepare(home: Home) -> str:
 
 def _greet(console: Console, url: str, key: str, home: Home) -> None:
     console.print(f"\n[bold]Tunery is up:[/bold] {url}", highlight=False)
+    console.print(f"  page:  {url}/ui", highlight=False)
     console.print(f"  key:   {key}", highlight=False)
     console.print(f"  logs:  {home.path / 'logs'}", highlight=False, soft_wrap=True)
     console.print(f"  SDK:   OpenAI(base_url='{url}/v1', api_key='…')", highlight=False)

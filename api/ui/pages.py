@@ -306,6 +306,13 @@ def models_page(request: Request, session: ReadSession, page: PageDep) -> Respon
     return render(request, "models.html", page, bases=bases)
 
 
+@router.get("/keys")
+def keys_page(request: Request, session: ReadSession, page: PageDep) -> Response:
+    found = tenancy.list_keys(session, page.key.project_id)
+    rows = [bodies.key_body(key) for key in found]
+    return render(request, "keys.html", page, keys=rows, own=page.key.id)
+
+
 @router.get("/playground")
 def playground_page(request: Request, session: ReadSession, page: PageDep) -> Response:
     names = [model.name for model in base_models.active(session)]

@@ -64,14 +64,22 @@ def active_key(session: Session, key_id: str) -> ApiKey | None:
     return key if key is not None and key.revoked_at is None else None
 
 
-def list_keys(session: Session) -> Sequence[ApiKey]:
-    return session.scalars(select(ApiKey).order_by(ApiKey.created_at)).all()
+def list_keys(session: Session, project_id: str | None = None) -> Sequence[ApiKey]:
+    """Return the keys of a project, or of all, oldest first."""
+    query = select(ApiKey).order_by(ApiKey.created_at)
+    if project_id is not None:
+        query = query.where(ApiKey.project_id == project_id)
+    return session.scalars(query).all()
 
 
-def revoke_key(session: Session, key_id: str) -> ApiKey:
-    """Make a key useless from now on; raises `NotFoundError`. Revoking twice is no error."""
+def revoke_key(session: Session, key_id: str, project_id: str | None = None) -> ApiKey:
+    """Make a key (of a project, if given) useless from now on; revoking twice is no error.
+
+    Raises:
+        NotFoundError: there is no such key.
+    """
     key = session.get(ApiKey, key_id)
-    if key is None:
+    if key is None or project_id not in (None, key.project_id):
         raise NotFoundError(f"No key has the id {key_id!r}.", param="id")
     session.execute(
         update(ApiKey)

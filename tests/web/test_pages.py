@@ -42,6 +42,7 @@ def everything(site: Site) -> list[str]:
         "/ui/datasets",
         "/ui/models",
         "/ui/playground",
+        "/ui/keys",
         "/ui/compare?ids=" + ",".join((done, running)),
     ]
 
@@ -289,6 +290,26 @@ def test_pages_are_small_and_fit_a_phone(browser: Browser, site: Site) -> None:
         assert sum(sizes) <= 250_000, path
         page.close()
     context.close()
+
+
+def test_a_key_is_shown_once_works_and_is_revoked(
+    site: Site, page: Page, context: BrowserContext
+) -> None:
+    page.goto("/ui/keys")
+    page.get_by_label("Name of a new key").fill("laptop")
+    page.get_by_role("button", name="Make a key").click()
+    secret = page.locator("#secret-value")
+    expect(secret).to_contain_text("sk-tunery-")
+    headers = {"authorization": f"Bearer {secret.inner_text()}"}
+    assert context.request.get("/v1/models", headers=headers).status == 200
+    value = secret.inner_text()
+    page.reload()
+    assert value not in page.content()
+    row = page.get_by_role("row", name="laptop")
+    row.get_by_role("button", name="Revoke").click()
+    page.get_by_role("dialog").get_by_role("button", name="Revoke the key").click()
+    expect(page.get_by_role("row", name="laptop")).to_contain_text("revoked")
+    assert context.request.get("/v1/models", headers=headers).status == 401
 
 
 def test_an_unknown_page_and_a_foreign_job_are_pages_that_say_so(site: Site, page: Page) -> None:

@@ -1,0 +1,46 @@
+"""``/v1/api_keys``: the keys of the caller's project."""
+
+from typing import Annotated
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from api import bodies
+from api.deps import CallerDep, ReadSession, WriteSession
+from api.strict_json import StrictJsonRoute
+from models.domain.base import JsonObject, Parameters, Text
+from models.errors import InvalidRequestError
+from models.registry import tenancy
+
+router = APIRouter(prefix="/api_keys", tags=["keys"], route_class=StrictJsonRoute)
+
+
+class KeyCreate(Parameters):
+    """The body of ``POST /api_keys``."""
+
+    name: Annotated[Text, Field(min_length=1, max_length=100)]
+
+
+@router.get("")
+def list_keys(session: ReadSession, caller: CallerDep) -> JsonObject:
+    """List the keys of the project, oldest first; of each only how it begins."""
+    keys = tenancy.list_keys(session, caller.project_id)
+    return {"object": "list", "data": [bodies.key_body(key) for key in keys], "has_more": False}
+
+
+@router.post("")
+def create_key(body: KeyCreate, session: WriteSession, caller: CallerDep) -> JsonObject:
+    """Make a key; its secret is in this answer and never again."""
+    key, secret = tenancy.create_key(session, caller.project_id, body.name)
+    return bodies.key_body(key) | {"value": secret}
+
+
+@router.delete("/{key_id}")
+def revoke_key(key_id: str, session: WriteSession, caller: CallerDep) -> JsonObject:
+    """Make a key useless from now on; the one that this call is made with cannot end itself."""
+    if key_id == caller.key_id:
+        raise InvalidRequestError(
+            "A key cannot revoke itself. Use another key.", param="key_id", code="key_in_use"
+        )
+    key = tenancy.revoke_key(session, key_id, caller.project_id)
+    return bodies.key_body(key)

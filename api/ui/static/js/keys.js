@@ -1,0 +1,24 @@
+// @ts-check
+import { call, complain, confirmed, make, say } from "./app.js";
+
+const by = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
+
+by("new-key").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  const name = /** @type {HTMLInputElement} */ (by("name"));
+  try {
+    const key = await call("POST", "/v1/api_keys", { name: name.value });
+    by("secret").hidden = false;
+    by("secret-value").textContent = key.value;
+    name.value = "";
+    const row = make("tr", { "data-key": key.id }, ...[key.name, `${key.prefix}…`, "now", "active", ""].map((text) => make("td", {}, text)));
+    document.querySelector("#keys tbody")?.append(row);
+    say("The key was made.");
+  } catch (error) { complain(error); }
+});
+by("copy").addEventListener("click", () => navigator.clipboard.writeText(by("secret-value").textContent ?? "").then(() => say("Copied.")));
+document.addEventListener("click", async (event) => {
+  const { revoke, name } = /** @type {HTMLElement} */ (event.target).dataset ?? {};
+  if (!revoke || !(await confirmed(`Revoke ${name}? Whoever uses it is shut out at once.`, "Revoke the key"))) return;
+  try { await call("DELETE", `/v1/api_keys/${revoke}`); location.reload(); } catch (error) { complain(error); }
+});

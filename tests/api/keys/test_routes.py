@@ -1,0 +1,48 @@
+"""``/v1/api_keys``: made, shown once, of one project alone, revoked at once."""
+
+from fastapi.testclient import TestClient
+
+from models.db import Database
+from models.registry import tenancy
+from models.tables import Project
+from tests.api.calls import expect
+
+URL = "/v1/api_keys"
+
+
+def test_a_key_is_told_once_works_and_ends_when_revoked(client: TestClient) -> None:
+    made = client.post(URL, json={"name": "ci"}).json()
+    listed = client.get(URL).json()["data"]
+    assert [key["name"] for key in listed] == ["test", "ci"]
+    assert all("value" not in key for key in listed)
+    assert made["value"].startswith(listed[1]["prefix"])
+    headers = {"authorization": f"Bearer {made['value']}"}
+    assert client.get("/v1/models", headers=headers).status_code == 200
+    revoked = client.delete(f"{URL}/{made['id']}").json()
+    assert revoked["revoked_at"] is not None
+    expect(client.get("/v1/models", headers=headers), 401, None, "invalid_api_key")
+
+
+def test_a_key_cannot_shut_itself_out(client: TestClient) -> None:
+    (own,) = client.get(URL).json()["data"]
+    expect(client.delete(f"{URL}/{own['id']}"), 400, "key_id", "key_in_use")
+    assert client.get(URL).status_code == 200
+
+
+def test_keys_of_another_project_are_neither_seen_nor_revoked(
+    client: TestClient, database: Database
+) -> None:
+    with database.write() as session:
+        session.add(Project(id="proj_other", name="other"))
+        session.flush()
+        key, secret = tenancy.create_key(session, "proj_other", "theirs")
+        key_id = key.id
+    assert [key["name"] for key in client.get(URL).json()["data"]] == ["test"]
+    expect(client.delete(f"{URL}/{key_id}"), 404, "id", "not_found")
+    headers = {"authorization": f"Bearer {secret}"}
+    assert [key["name"] for key in client.get(URL, headers=headers).json()["data"]] == ["theirs"]
+
+
+def test_a_key_needs_a_name(client: TestClient) -> None:
+    expect(client.post(URL, json={"name": ""}), 400, "name", "invalid_value")
+    expect(client.post(URL, json={}), 400, "name", "missing_required_parameter")
