@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.deps import ServicesDep
 from api.errors import install_error_handlers
+from api.idempotency import Idempotency
 from api.keys import projects
 from api.keys import routes as keys
 from api.middleware import RequestId
@@ -43,6 +44,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("tunery"),
         lifespan=lifespan,
     )
+    app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)
     app.include_router(_v1(settings))
