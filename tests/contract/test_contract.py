@@ -1,0 +1,206 @@
+"""Each method of the unchanged `openai` SDK over a port: sync and async, on both databases."""
+
+import asyncio
+from collections.abc import Awaitable, Iterator
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import AsyncOpenAI, OpenAI
+
+from api.app import create_app
+from api.cli.migrate import upgrade
+from models.db import Database
+from models.registry import adapters, inference_servers, tenancy
+from models.registry.inference_servers import Announcement
+from models.settings import DatabaseSettings, Settings
+from models.tables import Adapter
+from tests.api.calls import ROW
+from tests.api.fake_inference import running_fake, serving
+from tests.contract import coverage
+
+MESSAGES: Any = [{"role": "user", "content": "Hi"}]
+
+
+class Sdk:
+    """Calls methods by dotted name, on a client of either kind."""
+
+    def __init__(self, client: OpenAI | AsyncOpenAI, runner: asyncio.Runner) -> None:
+        self.client = client
+        self._runner = runner
+
+    def __call__(self, method: str, /, *args: Any, **values: Any) -> Any:
+        result = attrgetter(method)(self.client)(*args, **values)
+        return self.wait(result) if isinstance(result, Awaitable) else result
+
+    def wait(self, result: Awaitable[Any]) -> Any:
+        async def wait() -> Any:
+            return await result
+
+        return self._runner.run(wait())
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path / 'tunery.db'}"
+    else:
+        url = request.getfixturevalue("postgres_url")
+    upgrade(url)
+    return Settings.model_validate(
+        {
+            "database": DatabaseSettings(url=url),
+            "broker": {"url": f"redis+socket://{tmp_path / 'nobody.sock'}"},
+            "storage": {"url": f"file:{tmp_path / 'objects'}"},
+            "inference": {"token": "secret-between-servers"},
+            "models": {"catalog": {"base": "path:/nowhere"}},
+        }
+    )
+
+
+@pytest.fixture
+def database(settings: Settings) -> Iterator[Database]:
+    made = Database(settings.database)
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["sync", "async"])
+def sdk(request: pytest.FixtureRequest, settings: Settings, database: Database) -> Iterator[Sdk]:
+    """A client of a running API with an inference server for "base"."""
+    with database.write() as session:
+        project = tenancy.default_project(session)
+        _, secret = tenancy.create_key(session, project.id, "test")
+    with (
+        serving(create_app(settings), lifespan="on") as url,
+        running_fake() as fake,
+        asyncio.Runner() as runner,
+    ):
+        with database.write() as session:
+            server = Announcement("fake-1", "base", "f" * 64, "nf4", fake.url)
+            inference_servers.announce(session, server, 60)
+        kind = OpenAI if request.param == "sync" else AsyncOpenAI
+        client = kind(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=30)
+        made = Sdk(client, runner)
+        yield made
+        made("close")
+
+
+def upload(sdk: Sdk, purpose: str = "fine-tune") -> Any:
+    return sdk("files.create", file=("rows.jsonl", ROW), purpose=purpose)
+
+
+@pytest.mark.filterwarnings("ignore:The `.content.*:DeprecationWarning")
+def test_files(sdk: Sdk) -> None:
+    file = sdk("files.create", file=("rows.jsonl", ROW), purpose="user_data")
+    assert sdk("files.wait_for_processing", file.id, poll_interval=0.01).status == "processed"
+    assert sdk("files.retrieve", file.id).filename == "rows.jsonl"
+    assert sdk("files.content", file.id).content == ROW
+    assert sdk("files.retrieve_content", file.id).encode() == ROW
+    assert [each.id for each in sdk("files.list", purpose="user_data").data] == [file.id]
+    assert sdk("files.delete", file.id).deleted
+    assert sdk("files.list").data == []
+
+
+def test_uploads(sdk: Sdk) -> None:
+    about: dict[str, Any] = {
+        "bytes": len(ROW),
+        "filename": "rows.jsonl",
+        "mime_type": "text/jsonl",
+        "purpose": "user_data",
+    }
+    pending = sdk("uploads.create", **about)
+    part = sdk("uploads.parts.create", pending.id, data=ROW)
+    done = sdk("uploads.complete", pending.id, part_ids=[part.id])
+    assert done.status == "completed"
+    assert sdk("files.content", done.file.id).content == ROW
+    assert sdk("uploads.cancel", sdk("uploads.create", **about).id).status == "cancelled"
+    chunked = sdk("uploads.upload_file_chunked", file=ROW, part_size=50, **about)
+    assert sdk("files.content", chunked.file.id).content == ROW
+
+
+def test_jobs(sdk: Sdk) -> None:
+    file = upload(sdk)
+    job = sdk(
+        "fine_tuning.jobs.create",
+        model="base",
+        training_file=file.id,
+        suffix="mine",
+        metadata={"team": "desk"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+        extra_body={"peft": {"type": "lora", "r": 8}},
+    )
+    assert (job.status, job.model_extra["peft"]["r"]) == ("validating_files", 8)
+    other = sdk("fine_tuning.jobs.create", model="base", training_file=file.id)
+    assert sdk("fine_tuning.jobs.retrieve", job.id).hyperparameters.n_epochs == 2
+    first = sdk("fine_tuning.jobs.list", limit=1)
+    assert ([each.id for each in first.data], first.has_more) == ([other.id], True)
+    second = sdk("fine_tuning.jobs.list", limit=1, after=other.id)
+    assert ([each.id for each in second.data], second.has_more) == ([job.id], False)
+    found = sdk("fine_tuning.jobs.list", metadata={"team": "desk"})
+    assert [each.id for each in found.data] == [job.id]
+    without = sdk("fine_tuning.jobs.list", extra_query={"metadata": "null"})
+    assert [each.id for each in without.data] == [other.id]
+    assert sdk("fine_tuning.jobs.pause", job.id).model_extra["pause_requested"]
+    assert not sdk("fine_tuning.jobs.resume", job.id).model_extra["pause_requested"]
+    assert sdk("fine_tuning.jobs.cancel", job.id).status == "cancelled"
+    messages = [event.message for event in sdk("fine_tuning.jobs.list_events", job.id).data]
+    assert messages[0] == "Fine-tuning job cancelled"
+    assert messages[-1] == f"Created fine-tuning job: {job.id}"
+    assert sdk("fine_tuning.jobs.checkpoints.list", job.id).data == []
+
+
+def test_models(sdk: Sdk, database: Database) -> None:
+    job = sdk("fine_tuning.jobs.create", model="base", training_file=upload(sdk).id)
+    name = "ft:base:local:mine:abcdefgh"
+    with database.write() as session:
+        adapter = Adapter(
+            name=name,
+            project_id=tenancy.default_project(session).id,
+            job_id=job.id,
+            base_model="base",
+            digest="d" * 64,
+            bytes=7,
+            manifest={"base_fingerprint": "f" * 64},
+        )
+        adapters.publish(session, adapter)
+    assert [model.id for model in sdk("models.list").data] == ["base", name]
+    assert sdk("models.retrieve", name).model_extra["root"] == "base"
+    assert sdk("models.delete", name).deleted
+    with pytest.raises(openai.NotFoundError) as caught:
+        sdk("models.retrieve", name)
+    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+def test_chat(sdk: Sdk) -> None:
+    for method in ("chat.completions.create", "chat.completions.parse"):
+        answer = sdk(method, model="base", messages=MESSAGES)
+        assert answer.choices[0].message.content == "Hello"
+        assert answer.choices[0].finish_reason == "stop"
+
+
+def test_chat_stream_helper(sdk: Sdk) -> None:
+    entered = sdk("chat.completions.stream", model="base", messages=MESSAGES)
+    if isinstance(sdk.client, OpenAI):
+        with entered as stream:
+            answer = stream.get_final_completion()
+    else:
+
+        async def read() -> Any:
+            async with entered as stream:
+                return await stream.get_final_completion()
+
+        answer = sdk.wait(read())
+    assert answer.choices[0].message.content == "Hello"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_not_served(sdk: Sdk) -> None:
+    """What is not there says so at once, in OpenAI's form."""
+    for method, values in coverage.NOT_SERVED.items():
+        with pytest.raises(openai.APIStatusError) as caught:
+            sdk(method, **values)
+        assert caught.value.status_code == coverage.NOT_SERVED_STATUS.get(method, 404), method
+        assert caught.value.code in ("unknown_url", "method_not_allowed", "not_found"), method
