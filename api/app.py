@@ -8,6 +8,7 @@ from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from api.adapters import routes as adapters
 from api.deps import ServicesDep
 from api.errors import install_error_handlers
 from api.keys import routes as keys
@@ -49,6 +50,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     v1.include_router(uploads.router, max_body_size=settings.api.max_part_bytes + FORM_OVERHEAD)
     for module in (fine_tuning, progress, estimates, models, chat):
         v1.include_router(module.router, max_body_size=settings.api.max_body_bytes)
+    v1.include_router(adapters.router, max_body_size=settings.api.max_body_bytes)
     v1.include_router(keys.router, max_body_size=settings.api.max_body_bytes)
     app.include_router(v1)
     page.install(app)
