@@ -4,13 +4,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
 from api.deps import ServicesDep
 from api.errors import install_error_handlers
+from api.idempotency import Idempotency
+from api.keys import projects
 from api.keys import routes as keys
 from api.middleware import RequestId
 from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads
@@ -42,20 +45,35 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("tunery"),
         lifespan=lifespan,
     )
+    app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)
-    # On the routes and not on the application, whose own answer would have no OpenAI body.
-    v1 = APIRouter(prefix="/v1")
-    v1.include_router(files.router, max_body_size=settings.api.max_upload_bytes + FORM_OVERHEAD)
-    v1.include_router(uploads.router, max_body_size=settings.api.max_part_bytes + FORM_OVERHEAD)
-    for module in (fine_tuning, progress, estimates, models, chat):
-        v1.include_router(module.router, max_body_size=settings.api.max_body_bytes)
-    v1.include_router(adapters.router, max_body_size=settings.api.max_body_bytes)
-    v1.include_router(keys.router, max_body_size=settings.api.max_body_bytes)
-    app.include_router(v1)
+    app.include_router(_v1(settings))
     page.install(app)
     app.include_router(_health)
     return app
+
+
+def _v1(settings: Settings) -> APIRouter:
+    """Return all of ``/v1``: each group with its scopes and the largest body it takes."""
+    limits = settings.api
+    groups = [
+        (files.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
+        (uploads.router, TRAINING, limits.max_part_bytes + FORM_OVERHEAD),
+        (fine_tuning.router, TRAINING, limits.max_body_bytes),
+        (progress.router, TRAINING, limits.max_body_bytes),
+        (estimates.router, TRAINING, limits.max_body_bytes),
+        (models.router, MODELS, limits.max_body_bytes),
+        (adapters.router, TRAINING, limits.max_body_bytes),
+        (chat.router, INFERENCE, limits.max_body_bytes),
+        (keys.router, ADMINISTRATION, limits.max_body_bytes),
+        (projects.router, ADMINISTRATION, limits.max_body_bytes),
+    ]
+    v1 = APIRouter(prefix="/v1")
+    for router, access, max_body_size in groups:
+        # On the routes and not on the application, whose own answer would have no OpenAI body.
+        v1.include_router(router, max_body_size=max_body_size, dependencies=[Depends(access)])
+    return v1
 
 
 def _sync_catalog(services: Services) -> None:

@@ -18,6 +18,7 @@ from models.tables import (
     Event,
     File,
     Job,
+    Project,
     Upload,
     UploadPart,
 )
@@ -247,6 +248,18 @@ def key_body(key: ApiKey) -> JsonObject:
         "object": "api_key",
         "name": key.name,
         "prefix": key.prefix,
+        "project_id": key.project_id,
+        "scopes": key.scopes,
         "created_at": int(key.created_at),
+        "expires_at": _seconds(key.expires_at),
         "revoked_at": _seconds(key.revoked_at),
+    }
+
+
+def project_body(project: Project) -> JsonObject:
+    return {
+        "id": project.id,
+        "object": "project",
+        "name": project.name,
+        "created_at": int(project.created_at),
     }

@@ -12,6 +12,7 @@ from api import page_session
 from api.services import Services
 from models.errors import AuthenticationError
 from models.registry import tenancy
+from models.tables import ApiKey
 
 
 def get_services(request: Request) -> Services:
@@ -45,6 +46,7 @@ class Caller:
 
     project_id: str
     key_id: str
+    scopes: tuple[str, ...]
 
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
@@ -64,14 +66,18 @@ def get_caller(
     with services.database.read() as session:
         if credentials is not None:
             key = tenancy.authenticate(session, credentials.credentials)
-            return Caller(project_id=key.project_id, key_id=key.id)
+            return _caller(key)
         page = page_session.read_cookie(session, request.cookies.get(page_session.COOKIE, ""))
         if page is None:
             raise AuthenticationError(
                 "You didn't provide an API key. Send it in the header: 'Authorization: Bearer KEY'."
             )
         page_session.require_own_page(request, page)
-        return Caller(project_id=page.key.project_id, key_id=page.key.id)
+        return _caller(page.key)
+
+
+def _caller(key: ApiKey) -> Caller:
+    return Caller(project_id=key.project_id, key_id=key.id, scopes=tuple(key.scopes))
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]

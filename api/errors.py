@@ -38,7 +38,7 @@ def error_response(error: TuneryError) -> JSONResponse:
     headers = {}
     if error.retry_after is not None:
         headers["retry-after"] = str(error.retry_after)
-    if error.status_code == 409:
+    if error.status_code == 409 and error.retry_after is None:
         headers["x-should-retry"] = "false"  # the SDK retries every 409 unless told not to
     if error.status_code == 401:
         headers["www-authenticate"] = "Bearer"

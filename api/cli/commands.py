@@ -2,8 +2,10 @@
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -21,6 +23,7 @@ from api.cli.estimate import show, wait_for_estimate
 from api.cli.home import Home
 from api.cli.job_commands import diff_jobs, jobs_app, watch_to_end
 from models.db import Database
+from models.domain.access import Scope
 from models.logs import configure_logging
 from models.registry import tenancy
 from models.settings import DatabaseSettings
@@ -34,11 +37,13 @@ app = typer.Typer(
 models_app = typer.Typer(help="List base and fine-tuned models, delete fine-tuned ones.")
 data_app = typer.Typer(help="Check data files; no service is needed.", no_args_is_help=True)
 key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
+project_app = typer.Typer(help="Make and list projects.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
 app.command("diff")(diff_jobs)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
+app.add_typer(project_app, name="project")
 
 
 @app.command()
@@ -218,22 +223,40 @@ def _database(home: Path | None) -> Iterator[Database]:
 
 
 @key_app.command("create")
-def create_key(name: str, home: HomeOption = None) -> None:
+def create_key(
+    name: str,
+    project: Annotated[str, typer.Option(help="Its project.")] = tenancy.DEFAULT_PROJECT,
+    scope: Annotated[
+        list[Scope] | None, typer.Option(help="What it may do; may be repeated (default: admin).")
+    ] = None,
+    days: Annotated[
+        int | None, typer.Option(min=1, max=36500, help="When it ends (default: never).")
+    ] = None,
+    home: HomeOption = None,
+) -> None:
     """Make a key named NAME; it is shown this once."""
+    expires_at = None if days is None else time.time() + days * 86400
     with _database(home) as database, database.write() as session:
-        project = tenancy.default_project(session)
-        key, secret = tenancy.create_key(session, project.id, name)
+        owner = tenancy.project_named(session, project)
+        scopes = scope or [Scope.ADMIN]
+        key, secret = tenancy.create_key(session, owner.id, name, scopes, expires_at)
     console.print(f"{key.id}  {secret}", highlight=False, soft_wrap=True)
 
 
 @key_app.command("list")
 def list_keys(home: HomeOption = None) -> None:
     """List keys by their prefixes."""
-    table = Table("id", "name", "key", "state")
+    table = Table("id", "project", "name", "key", "scopes", "ends", "state")
     with _database(home) as database, database.read() as session:
+        names = {project.id: project.name for project in tenancy.list_projects(session)}
         for key in tenancy.list_keys(session):
             state = "active" if key.revoked_at is None else "revoked"
-            table.add_row(key.id, key.name, f"{key.prefix}…", state)
+            end = "never"
+            if key.expires_at is not None:
+                end = datetime.fromtimestamp(key.expires_at, UTC).isoformat(" ", "minutes")
+            scopes = " ".join(key.scopes)
+            owner = names[key.project_id]
+            table.add_row(key.id, owner, key.name, f"{key.prefix}…", scopes, end, state)
     console.print(table)
 
 
@@ -243,6 +266,24 @@ def revoke_key(key_id: str, home: HomeOption = None) -> None:
     with _database(home) as database, database.write() as session:
         tenancy.revoke_key(session, key_id)
     console.print(f"Revoked {key_id}.", highlight=False)
+
+
+@project_app.command("create")
+def create_project(name: str, home: HomeOption = None) -> None:
+    """Make a project named NAME; `tunery key create --project NAME` gives it a key."""
+    with _database(home) as database, database.write() as session:
+        project = tenancy.create_project(session, name)
+    console.print(project.id, highlight=False)
+
+
+@project_app.command("list")
+def list_projects(home: HomeOption = None) -> None:
+    """List projects."""
+    table = Table("id", "name")
+    with _database(home) as database, database.read() as session:
+        for project in tenancy.list_projects(session):
+            table.add_row(project.id, project.name)
+    console.print(table)
 
 
 @app.command()

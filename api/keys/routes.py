@@ -3,14 +3,17 @@
 from typing import Annotated
 
 from fastapi import APIRouter
-from pydantic import Field
+from pydantic import Field, StrictInt
 
 from api import bodies
 from api.deps import CallerDep, ReadSession, WriteSession
 from api.strict_json import StrictJsonRoute
+from models.domain.access import Scope
 from models.domain.base import JsonObject, Parameters, Text
 from models.errors import InvalidRequestError
 from models.registry import tenancy
+
+MAX_TIME = 2**40
 
 router = APIRouter(prefix="/api_keys", tags=["keys"], route_class=StrictJsonRoute)
 
@@ -19,6 +22,10 @@ class KeyCreate(Parameters):
     """The body of ``POST /api_keys``."""
 
     name: Annotated[Text, Field(min_length=1, max_length=100)]
+    scopes: Annotated[tuple[Scope, ...], Field(min_length=1, max_length=len(Scope))] = (
+        Scope.ADMIN,
+    )
+    expires_at: Annotated[StrictInt, Field(ge=0, le=MAX_TIME)] | None = None
 
 
 @router.get("")
@@ -31,7 +38,9 @@ def list_keys(session: ReadSession, caller: CallerDep) -> JsonObject:
 @router.post("")
 def create_key(body: KeyCreate, session: WriteSession, caller: CallerDep) -> JsonObject:
     """Make a key; its secret is in this answer and never again."""
-    key, secret = tenancy.create_key(session, caller.project_id, body.name)
+    key, secret = tenancy.create_key(
+        session, caller.project_id, body.name, body.scopes, body.expires_at
+    )
     return bodies.key_body(key) | {"value": secret}
 
 

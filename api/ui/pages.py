@@ -16,8 +16,9 @@ from api.model_card import model_card
 from api.page_session import PageSession
 from api.ui import filters, texts, vendor
 from api.ui.assets import Assets
+from models.domain.access import Scope, allows
 from models.domain.status import JobStatus
-from models.errors import AuthenticationError, NotFoundError, TuneryError
+from models.errors import AuthenticationError, NotFoundError, PermissionDeniedError, TuneryError
 from models.registry import (
     adapters,
     base_models,
@@ -108,6 +109,8 @@ def log_in(
     """Exchange a key for the page's cookie, and go where the person wanted to."""
     try:
         found = tenancy.authenticate(session, key.strip())
+        if not allows(found.scopes, Scope.READ):
+            raise AuthenticationError("The page needs a key that can read.")
     except AuthenticationError:
         return render(request, "login.html", status=401, next=next, failed=True)
     root = request.scope.get("root_path", "")
@@ -317,6 +320,8 @@ def model_page(name: str, request: Request, session: ReadSession, page: PageDep)
 
 @router.get("/keys")
 def keys_page(request: Request, session: ReadSession, page: PageDep) -> Response:
+    if not allows(page.key.scopes, Scope.ADMIN):
+        raise PermissionDeniedError("Only an admin key shows and changes keys.")
     found = tenancy.list_keys(session, page.key.project_id)
     rows = [bodies.key_body(key) for key in found]
     return render(request, "keys.html", page, keys=rows, own=page.key.id)

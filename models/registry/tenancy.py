@@ -5,11 +5,12 @@ import hmac
 import secrets
 from collections.abc import Sequence
 
-from sqlalchemy import select, update
+from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
-from models.errors import AuthenticationError, NotFoundError
+from models.domain.access import Scope
+from models.errors import AuthenticationError, InvalidRequestError, NotFoundError
 from models.tables import ApiKey, Project, new_id
 
 DEFAULT_PROJECT = "default"
@@ -27,14 +28,78 @@ def default_project(session: Session) -> Project:
     return project
 
 
-def create_key(session: Session, project_id: str, name: str) -> tuple[ApiKey, str]:
-    """Make a key; return its row and the secret, which is shown this once and never stored."""
+def create_project(session: Session, name: str) -> Project:
+    """Add a project.
+
+    Raises:
+        InvalidRequestError: there is one of this name.
+    """
+    if session.scalar(select(Project.id).where(Project.name == name)) is not None:
+        raise InvalidRequestError(
+            f"There is a project named {name!r} already. Choose another name.",
+            param="name",
+            code="project_exists",
+        )
+    project = Project(id=new_id("proj_"), name=name)
+    session.add(project)
+    session.flush()
+    return project
+
+
+def get_project(session: Session, project_id: str) -> Project:
+    """Return a project by its id, or raise `NotFoundError`."""
+    project = session.get(Project, project_id)
+    if project is None:
+        raise NotFoundError(f"No such project: {project_id!r}.", param="project_id")
+    return project
+
+
+def project_named(session: Session, name: str) -> Project:
+    """Return a project by its name, or raise `NotFoundError` with the names there are."""
+    project = session.scalar(select(Project).where(Project.name == name))
+    if project is None:
+        names = ", ".join(project.name for project in list_projects(session))
+        raise NotFoundError(f"No project is named {name!r}. Projects: {names}.", param="project")
+    return project
+
+
+def list_projects(session: Session) -> Sequence[Project]:
+    """Return all projects, oldest first."""
+    return session.scalars(select(Project).order_by(Project.created_at, Project.id)).all()
+
+
+def create_key(
+    session: Session,
+    project_id: str,
+    name: str,
+    scopes: Sequence[Scope] = (Scope.ADMIN,),
+    expires_at: float | None = None,
+) -> tuple[ApiKey, str]:
+    """Make a key; return its row and the secret, which is shown this once and never stored.
+
+    Args:
+        expires_at: When it ends, in seconds since 1970; None is never.
+
+    Raises:
+        InvalidRequestError: no scope is given, or the end is not in the future.
+    """
+    if not scopes:
+        raise InvalidRequestError(
+            f"A key needs a scope: one or more of {', '.join(Scope)}.", param="scopes"
+        )
+    if expires_at is not None and expires_at <= (session.scalar(select(db_now())) or 0.0):
+        raise InvalidRequestError(
+            "'expires_at' is past; give a time in the future, in seconds since 1970.",
+            param="expires_at",
+        )
     secret = KEY_PREFIX + secrets.token_urlsafe(32)
     key = ApiKey(
         id=new_id("key_"),
         project_id=project_id,
         name=name,
         prefix=secret[:SHOWN_CHARACTERS],
+        scopes=list(dict.fromkeys(scopes)),
+        expires_at=expires_at,
         secret_sha256=_hash(secret),
     )
     session.add(key)
@@ -45,12 +110,8 @@ def create_key(session: Session, project_id: str, name: str) -> tuple[ApiKey, st
 def authenticate(session: Session, secret: str) -> ApiKey:
     """Return the key of a bearer secret; `AuthenticationError` is the same for every cause."""
     digest = _hash(secret)
-    key = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == digest))
-    if (
-        key is None
-        or key.revoked_at is not None
-        or not hmac.compare_digest(key.secret_sha256, digest)
-    ):
+    key = session.scalar(select(ApiKey).where(ApiKey.secret_sha256 == digest, *_active()))
+    if key is None or not hmac.compare_digest(key.secret_sha256, digest):
         raise AuthenticationError(
             "Incorrect API key provided. Make one with 'tunery key create', or use the one in the "
             "file 'key' of the service's home directory."
@@ -59,9 +120,13 @@ def authenticate(session: Session, secret: str) -> ApiKey:
 
 
 def active_key(session: Session, key_id: str) -> ApiKey | None:
-    """Return a key that is not revoked, by its id."""
-    key = session.get(ApiKey, key_id)
-    return key if key is not None and key.revoked_at is None else None
+    """Return a key that is neither revoked nor expired, by its id."""
+    return session.scalar(select(ApiKey).where(ApiKey.id == key_id, *_active()))
+
+
+def _active() -> tuple[ColumnElement[bool], ...]:
+    unexpired = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > db_now())
+    return ApiKey.revoked_at.is_(None), unexpired
 
 
 def list_keys(session: Session, project_id: str | None = None) -> Sequence[ApiKey]:

@@ -3,6 +3,7 @@
 from models.tables.base import Base, new_id
 from models.tables.base_model import BaseModel, BaseProbe
 from models.tables.file import File, Upload, UploadPart
+from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
 from models.tables.result import Adapter, Checkpoint, Metric
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "Event",
     "File",
+    "IdempotencyKey",
     "InferenceServer",
     "Job",
     "JobAttempt",

@@ -14,7 +14,10 @@ class Project(Created, Base):
 
 
 class ApiKey(Created, Base):
-    """A bearer key: only its sha256 is stored; the prefix lets people tell keys apart."""
+    """A bearer key: only its sha256 is stored; the prefix lets people tell keys apart.
+
+    `scopes` are values of ``models.domain.access.Scope``; a key without `expires_at` has no end.
+    """
 
     __tablename__ = "api_keys"
 
@@ -23,4 +26,6 @@ class ApiKey(Created, Base):
     name: Mapped[str]
     prefix: Mapped[str]
     secret_sha256: Mapped[str] = mapped_column(unique=True)
+    scopes: Mapped[list[str]]
+    expires_at: Mapped[float | None]
     revoked_at: Mapped[float | None]

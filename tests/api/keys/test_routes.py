@@ -1,10 +1,13 @@
 """``/v1/api_keys``: made, shown once, of one project alone, revoked at once."""
 
+import time
+
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 from models.db import Database
 from models.registry import tenancy
-from models.tables import Project
+from models.tables import ApiKey, Project
 from tests.api.calls import expect
 
 URL = "/v1/api_keys"
@@ -46,3 +49,32 @@ def test_keys_of_another_project_are_neither_seen_nor_revoked(
 def test_a_key_needs_a_name(client: TestClient) -> None:
     expect(client.post(URL, json={"name": ""}), 400, "name", "invalid_value")
     expect(client.post(URL, json={}), 400, "name", "missing_required_parameter")
+
+
+def test_a_key_has_the_scopes_and_the_end_that_were_asked_for(client: TestClient) -> None:
+    end = int(time.time()) + 3600
+    body = {"name": "ci", "scopes": ["read", "infer", "read"], "expires_at": end}
+    made = client.post(URL, json=body).json()
+    assert (made["scopes"], made["expires_at"]) == (["read", "infer"], end)
+    headers = {"authorization": f"Bearer {made['value']}"}
+    assert client.get("/v1/files", headers=headers).status_code == 200
+    expect(client.get(URL, headers=headers), 403, None, "insufficient_permissions")
+
+
+def test_a_key_that_has_expired_is_401(client: TestClient, database: Database) -> None:
+    made = client.post(URL, json={"name": "ci", "expires_at": int(time.time()) + 3600}).json()
+    headers = {"authorization": f"Bearer {made['value']}"}
+    assert client.get("/v1/models", headers=headers).status_code == 200
+    with database.write() as session:
+        session.execute(
+            update(ApiKey).where(ApiKey.id == made["id"]).values(expires_at=time.time() - 1)
+        )
+    expect(client.get("/v1/models", headers=headers), 401, None, "invalid_api_key")
+
+
+def test_unknown_scopes_and_past_ends_are_refused(client: TestClient) -> None:
+    wrong = client.post(URL, json={"name": "ci", "scopes": ["write"]})
+    expect(wrong, 400, "scopes[0]", "invalid_value")
+    expect(client.post(URL, json={"name": "ci", "scopes": []}), 400, "scopes", "invalid_value")
+    past = client.post(URL, json={"name": "ci", "expires_at": 1})
+    assert "future" in expect(past, 400, "expires_at", "invalid_value")

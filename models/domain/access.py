@@ -1,0 +1,26 @@
+"""What a key may do."""
+
+from collections.abc import Iterable
+from enum import StrEnum
+
+
+class Scope(StrEnum):
+    """A right of an API key, always within the key's project."""
+
+    READ = "read"
+    TRAIN = "train"
+    INFER = "infer"
+    ADMIN = "admin"
+
+
+_IMPLIED: dict[Scope, frozenset[Scope]] = {
+    Scope.READ: frozenset({Scope.READ}),
+    Scope.TRAIN: frozenset({Scope.TRAIN, Scope.READ}),
+    Scope.INFER: frozenset({Scope.INFER}),
+    Scope.ADMIN: frozenset(Scope),
+}
+
+
+def allows(scopes: Iterable[str], needed: Scope) -> bool:
+    """Whether a key with `scopes` may do what needs `needed`; `train` can also read."""
+    return any(needed in _IMPLIED[Scope(scope)] for scope in scopes)
