@@ -56,6 +56,7 @@ TESTED_ELSEWHERE = {
     "worker/data/records.py": "tests/worker/data/test_lint.py: every finding",
     "worker/training/methods/base.py": "tests/worker/training/methods",
     "worker/training/objectives/base.py": "tests/worker/training/objectives",
+    "worker/training/follow.py": "tests/worker/training/test_followers.py, as a process",
     "worker/training/task.py": "tests/worker/training/test_loop.py",
     "worker/app.py": "tests/flow/test_recovery.py, with real processes",
     "worker/dispatcher.py": "tests/flow/test_recovery.py, with real processes",

@@ -20,6 +20,7 @@ from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
 from worker.training.model import trainable_parameters
 from worker.training.objectives.base import Example
+from worker.training.ranks import Ranks
 from worker.training.schedule import rate_factor
 from worker.training.task import Outcome, Progress, Reporter, Scores, Stop, Task
 
@@ -34,6 +35,7 @@ class Trainer:
         task: What is trained.
         token_budget: Most tokens in one forward pass; by device when omitted.
         warn: Takes sentences that the owner of the job should read.
+        ranks: The processes that train together; this one alone when omitted.
 
     Raises:
         InvalidRequestError: early stopping without a validation file.
@@ -44,6 +46,7 @@ class Trainer:
         task: Task,
         token_budget: int | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        ranks: Ranks | None = None,
     ) -> None:
         spec = task.spec
         numbers = spec.hyperparameters
@@ -59,6 +62,7 @@ class Trainer:
         task.objective.prepare(task.model, task.objective_params)
         self.task = task
         self._warn = warn
+        self._ranks = ranks or Ranks()
         self.progress = Progress()
         self.batch_size = numbers.batch_size
         self.checkpoint_steps = spec.checkpoint_steps
@@ -165,14 +169,18 @@ class Trainer:
             What torch raises when memory runs out even for one row at a time.
         """
         while True:
+            own, reason = None, "on another device"
             try:
-                return self._sums(examples, backward=True, only_first=only_first)
+                own = self._sums(examples, backward=True, only_first=only_first)
             except (RuntimeError, MemoryError) as error:
                 longest = max(len(example.input_ids) for example in examples)
                 if not is_out_of_memory(error) or self._token_budget < longest:
                     raise
                 reason = str(error).partition("\n")[0][:200]
             # Outside of the handler, whose error holds the tensors of the failed pass.
+            if (scores := self._ranks.sum_scores(own)) is not None:
+                self._ranks.sum_gradients(self.parameters.values())
+                return scores
             self.optimizer.zero_grad(set_to_none=True)
             self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
             self._warn(
@@ -193,6 +201,7 @@ class Trainer:
         examples = [self.task.train[row] for row in self._batches(epoch)[at]]
         optimizer = self.task.spec.optimizer
         self.task.model.train()
+        self._ranks.seed_step(self.task.spec.seed, index)
         scores = self._fitting(examples)
         self._require_finite(scores.mean_loss, "loss", examples)
         if index == 0:
@@ -226,16 +235,18 @@ class Trainer:
     def _sums(
         self, examples: Sequence[Example], *, backward: bool, only_first: bool = False
     ) -> Scores:
-        """Run `examples` through the model; `backward` adds the gradient of their mean loss.
+        """Run this rank's share of `examples`; `backward` adds its part of their gradient.
 
-        With `only_first`, the first micro-batch, which is a largest one, is all that is run.
+        The gradient is that of the mean loss of all of them. With `only_first`, the first
+        micro-batch, which is a largest one, is all that is run.
         """
         task = self.task
         n_trained = sum(example.n_trained for example in examples)
         # Sums stay on the device, so that a GPU is waited for once a step.
         loss = torch.zeros((), dtype=torch.float64, device=task.device)
         n_correct = torch.zeros((), dtype=torch.int64, device=task.device)
-        for group in micro_batches(examples, self._token_budget, pads=task.forward.pads):
+        share = self._ranks.share(examples)
+        for group in micro_batches(share, self._token_budget, pads=task.forward.pads):
             batch = task.objective.collate(group, task.device)
             sums = task.objective.loss(task.forward, batch, task.objective_params)
             if backward:
@@ -283,7 +294,9 @@ class Trainer:
         """Return loss and hits of `examples` without dropout and without training."""
         self.task.model.eval()
         with torch.no_grad():
-            return self._sums(examples, backward=False)
+            scores = self._ranks.sum_scores(self._sums(examples, backward=False))
+        assert scores is not None
+        return scores
 
     def _judge(self, metrics: StepMetrics) -> None:
         """Take a validation of the whole split into account for early stopping."""
