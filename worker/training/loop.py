@@ -7,7 +7,7 @@ the trained tokens of *all* its rows, however many micro-batches it takes.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -68,7 +68,7 @@ class Trainer:
         self.checkpoint_steps = spec.checkpoint_steps
         self.steps_per_epoch = -(-len(task.train) // self.batch_size)
         self.total_steps = self.steps_per_epoch * numbers.n_epochs
-        trainable = trainable_parameters(task.model)
+        trainable = trainable_parameters(task.model, task.adapter)
         factors = {name: task.method.rate_factor(name, task.method_params) for name in trainable}
         # In the order of the optimizer's groups, by which a checkpoint knows them.
         by_factor = sorted(trainable, key=lambda name: factors[name])
@@ -116,12 +116,8 @@ class Trainer:
         """
         saved = self.progress.step
         metrics: StepMetrics | None = None
-        self._probe_memory()
-        if self.progress.step == 0 and self.task.valid:
-            scores = self.evaluate(self.task.valid)
-            loss = self._finite_validation(scores)
-            reporter.untrained(loss, scores.accuracy, self.total_steps)
-        while self.progress.step < self.total_steps and not self.progress.stopped_early:
+        self.begin(reporter)
+        while not self.is_done:
             match asked():
                 case Stop.CANCEL:
                     return Outcome.CANCELLED
@@ -129,16 +125,40 @@ class Trainer:
                     if metrics is not None and saved != self.progress.step:
                         save(self, metrics)
                     return Outcome.DRAINED
-            metrics = self._step()
-            metrics = metrics.model_copy(update=self._validate(metrics.step))
-            self._judge(metrics)
-            reporter.step(metrics, self.progress, self.total_steps)
-            if self._is_checkpoint_due(metrics):
+            metrics = self.conclude(self.step(), reporter)
+            if self.is_checkpoint_due(metrics):
                 save(self, metrics)
                 saved = metrics.step
         return Outcome.CANCELLED if asked() is Stop.CANCEL else Outcome.FINISHED
 
-    def _is_checkpoint_due(self, metrics: StepMetrics) -> bool:
+    @property
+    def is_done(self) -> bool:
+        return self.progress.step >= self.total_steps or self.progress.stopped_early
+
+    def begin(self, reporter: Reporter) -> None:
+        """Do what comes before the next step of a run: probe the memory, score the untrained model.
+
+        Raises:
+            TrainingFailedError: the validation loss is not finite (``non_finite_loss``).
+        """
+        self._probe_memory()
+        if self.progress.step == 0 and self.task.valid:
+            scores = self.evaluate(self.task.valid)
+            loss = self._finite_validation(scores)
+            reporter.untrained(loss, scores.accuracy, self.total_steps)
+
+    def conclude(self, metrics: StepMetrics, reporter: Reporter) -> StepMetrics:
+        """Do what follows an update: validate, judge, report. Returns all metrics of the step.
+
+        Raises:
+            TrainingFailedError: the validation loss is not finite (``non_finite_loss``).
+        """
+        metrics = metrics.model_copy(update=self._validate(metrics.step))
+        self._judge(metrics)
+        reporter.step(metrics, self.progress, self.total_steps)
+        return metrics
+
+    def is_checkpoint_due(self, metrics: StepMetrics) -> bool:
         step = metrics.step
         # Early stopping goes back to the best step, so every one that was judged must be there.
         judged = self.task.spec.early_stopping is not None and metrics.full_valid_loss is not None
@@ -190,19 +210,45 @@ class Trainer:
             )
 
     def _largest_group(self, examples: Sequence[Example]) -> int:
-        groups = micro_batches(examples, self._token_budget, pads=self.task.forward.pads)
+        groups = self.micro_batches(examples)
         return max(sum(len(example.input_ids) for example in group) for group in groups)
 
-    def _step(self) -> StepMetrics:
-        """Make one optimizer update and return what it measured."""
+    def micro_batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
+        """Split the examples of a step into what goes through the model at a time."""
+        return micro_batches(examples, self._token_budget, pads=self.task.forward.pads)
+
+    def next_examples(self) -> list[Example]:
+        """Return the rows of the next step."""
+        epoch, at = divmod(self.progress.step, self.steps_per_epoch)
+        return [self.task.train[row] for row in self._batches(epoch)[at]]
+
+    def step(self) -> StepMetrics:
+        """Make one optimizer update and return what it measured.
+
+        Raises:
+            TrainingFailedError: as `update` does.
+        """
         started = time.perf_counter()
-        index = self.progress.step
-        epoch, at = divmod(index, self.steps_per_epoch)
-        examples = [self.task.train[row] for row in self._batches(epoch)[at]]
-        optimizer = self.task.spec.optimizer
+        examples = self.next_examples()
         self.task.model.train()
-        self._ranks.seed_step(self.task.spec.seed, index)
+        self._ranks.seed_step(self.task.spec.seed, self.progress.step)
         scores = self._fitting(examples)
+        return self.update(examples, scores, started)
+
+    def update(self, examples: Sequence[Example], scores: Scores, started: float) -> StepMetrics:
+        """Clip the gradients that are there, make the optimizer's update and count the step.
+
+        Args:
+            examples: The rows of the step.
+            scores: Their sums, of the pass that left the gradients.
+            started: When the step began, by `time.perf_counter`.
+
+        Raises:
+            TrainingFailedError: the loss or a gradient is not finite (``non_finite_loss``), or
+                part of the adapter gets no gradient (``no_gradient``).
+        """
+        index = self.progress.step
+        optimizer = self.task.spec.optimizer
         self._require_finite(scores.mean_loss, "loss", examples)
         if index == 0:
             self._require_gradients()
@@ -245,8 +291,7 @@ class Trainer:
         # Sums stay on the device, so that a GPU is waited for once a step.
         loss = torch.zeros((), dtype=torch.float64, device=task.device)
         n_correct = torch.zeros((), dtype=torch.int64, device=task.device)
-        share = self._ranks.share(examples)
-        for group in micro_batches(share, self._token_budget, pads=task.forward.pads):
+        for group in self.micro_batches(self._ranks.share(examples)):
             batch = task.objective.collate(group, task.device)
             sums = task.objective.loss(task.forward, batch, task.objective_params)
             if backward:
