@@ -205,20 +205,28 @@ def submit_job(
     Raises:
         InvalidRequestError, NotFoundError: as `check_job`.
     """
-    check_job(session, caller, spec)
+    check_job(session, services, caller, spec)
     job = jobs.create(session, caller.project_id, spec, metadata or None)
     services.bell.ring_after_commit(session)
     return job
 
 
-def check_job(session: Session, caller: Caller, spec: TrainingSpec) -> None:
-    """Make sure that a job's base model and files are there for this project.
+def check_job(session: Session, services: Services, caller: Caller, spec: TrainingSpec) -> None:
+    """Make sure that a job's base model, files and devices are there for this project.
 
     Raises:
-        InvalidRequestError: unknown base model, or a file that is no training data (names `param`).
+        InvalidRequestError: unknown base model, a file that is no training data, or more devices
+            than a worker gives to a job (names `param`).
         NotFoundError: a file that does not exist.
     """
     base_models.get(session, spec.model)
+    if spec.num_devices > (most := services.settings.worker.devices_per_job):
+        raise InvalidRequestError(
+            f"num_devices is {spec.num_devices}; the workers of this service give a job at most "
+            f"{most}. Ask for fewer, or have TUNERY_WORKER__DEVICES_PER_JOB raised.",
+            param="num_devices",
+            code="devices_unavailable",
+        )
     for param, file_id in (
         ("training_file", spec.training_file),
         ("validation_file", spec.validation_file),

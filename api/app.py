@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
+from api.adapters import routes as adapters
 from api.deps import ServicesDep
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
@@ -63,6 +64,7 @@ def _v1(settings: Settings) -> APIRouter:
         (progress.router, TRAINING, limits.max_body_bytes),
         (estimates.router, TRAINING, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
+        (adapters.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),

@@ -7,6 +7,7 @@ from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
 from models.registry.adapters import ResolvedModel
+from models.registry.lineage import Ancestor
 from models.registry.page import Page
 from models.tables import (
     Adapter,
@@ -195,6 +196,36 @@ def adapter_body(adapter: Adapter) -> JsonObject:
         "parent": adapter.base_model,
         "job_id": adapter.job_id,
         "digest": adapter.digest,
+    }
+
+
+def made_body(adapter: Adapter) -> JsonObject:
+    """Return an adapter with how it was made, from its manifest."""
+    manifest = adapter.manifest
+    return adapter_body(adapter) | {
+        "object": "adapter",
+        "bytes": adapter.bytes,
+        "base_fingerprint": manifest["base_fingerprint"],
+        "method": manifest["method"],
+        "objective": manifest["objective"],
+        "precision": manifest["precision"],
+        "step": manifest["step"],
+        "versions": manifest["versions"],
+    }
+
+
+def ancestor_body(ancestor: Ancestor) -> JsonObject:
+    job = ancestor.job
+    return {
+        "model": ancestor.name,
+        "digest": ancestor.digest,
+        "deleted": not ancestor.is_live,
+        "job_id": job and job.id,
+        "created_at": job and int(job.created_at),
+        "training_file": job and job.training_file,
+        "training_filename": ancestor.training_file and ancestor.training_file.filename,
+        "validation_file": job and job.validation_file,
+        "validation_filename": ancestor.validation_file and ancestor.validation_file.filename,
     }
 
 

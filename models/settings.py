@@ -66,6 +66,13 @@ class WorkerSettings(Group):
     slots: int = Field(
         1, ge=1, le=64, description="Training jobs at a time in one worker: one per device."
     )
+    devices_per_job: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Most devices of a worker's machine that one job may train on: GPUs, or CPU "
+        "processes where there is none.",
+    )
     lease_seconds: float = Field(
         30, gt=0, description="A job whose worker is silent this long is taken over."
     )

@@ -22,6 +22,9 @@ ALLOCATOR = {
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
 }
 
+# The processes of a job on several devices are on one machine and need no other interface.
+RENDEZVOUS = {"GLOO_SOCKET_IFNAME": "lo"}
+
 
 class TrainerProcess:
     """One child; it imports torch right away and then waits for `assign`.
@@ -35,7 +38,7 @@ class TrainerProcess:
             [sys.executable, "-m", "worker.training.run"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            env=child_environment(without=WITHHELD) | ALLOCATOR,
+            env=child_environment(without=WITHHELD) | ALLOCATOR | RENDEZVOUS,
             start_new_session=True,
         )
 

@@ -10,7 +10,7 @@ from api.cli.client import Client
 from models.domain.base import JsonObject
 from models.errors import TuneryError
 
-WAIT_SECONDS = 180.0
+WAIT_SECONDS = 300.0
 POLL_SECONDS = 2.0
 _PASSING = ("file_not_linted", "not_measured_yet")
 

@@ -78,7 +78,7 @@ def _look_up(services: Services, caller: Caller, spec: TrainingSpec) -> _Known:
     """
     precision = spec.precision.type
     with services.database.write() as session:
-        actions.check_job(session, caller, spec)
+        actions.check_job(session, services, caller, spec)
         probes.want(session, spec.model, precision)
         services.bell.ring_after_commit(session)
     with services.database.read() as session:

@@ -68,7 +68,7 @@ class JobCreate(Parameters):
     early_stopping: EarlyStopping | None = None
     checkpoint_steps: Auto | Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] | None = None
-    num_devices: Annotated[StrictInt, Field(ge=1, le=1)] | None = None
+    num_devices: Annotated[StrictInt, Field(ge=1, le=64)] | None = None
 
     @field_validator("suffix", mode="before")
     @classmethod

@@ -12,6 +12,7 @@ from fastapi.templating import Jinja2Templates
 from api import bodies, page_session
 from api.deps import ReadSession, ServicesDep
 from api.job_differences import settings_that_differ
+from api.model_card import model_card
 from api.page_session import PageSession
 from api.ui import filters, texts, vendor
 from api.ui.assets import Assets
@@ -307,6 +308,14 @@ def models_page(request: Request, session: ReadSession, page: PageDep) -> Respon
         for model in base_models.active(session)
     ]
     return render(request, "models.html", page, bases=bases)
+
+
+@router.get("/models/{name:path}")
+def model_page(name: str, request: Request, session: ReadSession, page: PageDep) -> Response:
+    card = model_card(session, page.key.project_id, name)
+    return render(
+        request, "model.html", page, model=card, service=str(request.base_url).rstrip("/")
+    )
 
 
 @router.get("/keys")

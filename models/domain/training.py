@@ -78,7 +78,7 @@ class TrainingSpec(Frozen):
     early_stopping: EarlyStopping | None = None
     checkpoint_steps: Auto | Annotated[StrictInt, Field(ge=1, le=1_000_000)] = "auto"
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
-    num_devices: Annotated[StrictInt, Field(ge=1, le=1)] = 1
+    num_devices: Annotated[StrictInt, Field(ge=1, le=64)] = 1
 
     def resolved(self, n_rows: int, n_parameters: int) -> "TrainingSpec":
         """Return a copy in which every ``"auto"`` is a number.

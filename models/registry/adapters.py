@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from models.db import db_now
 from models.domain.generation import AdapterRef
 from models.errors import InvalidRequestError, NotFoundError
+from models.registry.page import Cursor, Page, page
 from models.tables import Adapter, BaseModel, Checkpoint, Job, new_id
 
 
@@ -87,6 +88,19 @@ def live(session: Session, project_id: str) -> Sequence[Adapter]:
         .where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
         .order_by(Adapter.created_at.desc(), Adapter.name)
     ).all()
+
+
+def list_page(session: Session, project_id: str, cursor: Cursor) -> Page[Adapter]:
+    query = select(Adapter).where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+    return page(session, query, Adapter, (Adapter.created_at, Adapter.name), cursor)
+
+
+def step_of(session: Session, name: str) -> int:
+    """Return the step whose weights an adapter or a checkpoint that was resolved holds."""
+    adapter = session.get(Adapter, name)
+    if adapter is not None:
+        return int(adapter.manifest["step"])
+    return session.scalars(select(Checkpoint.step).where(Checkpoint.name == name)).one()
 
 
 def delete(session: Session, project_id: str, name: str) -> str | None:

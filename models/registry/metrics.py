@@ -61,6 +61,11 @@ def sample(
     return [StepMetrics.model_validate(row.values) for row in rows], n_all
 
 
+def at(session: Session, job_id: str, step: int) -> StepMetrics | None:
+    row = session.get(Metric, (job_id, step))
+    return None if row is None else StepMetrics.model_validate(row.values)
+
+
 def latest(session: Session, job_ids: Sequence[str]) -> dict[str, StepMetrics]:
     """Return the metrics of the newest step of each job that has any."""
     newest = (

@@ -17,16 +17,17 @@ from models.db import Database
 from models.domain.reports import StepMetrics
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import checkpoints, events, job_runs, jobs, metrics, tenancy
+from models.registry import adapters, checkpoints, events, job_runs, jobs, metrics, tenancy
 from models.settings import Settings, WorkerSettings
 from models.storage import open_store
-from models.tables import Checkpoint, Job, new_id
+from models.tables import Adapter, Checkpoint, Job, new_id
 from tests.api.fake_inference import serving
 from worker.lint_files import FileLinter
 from worker.training import methods, objectives
 
 AXE = Path(__file__).parents[2] / "node_modules" / "axe-core" / "axe.min.js"
 TOTAL_STEPS = 120
+ADAPTER = "ft:base:local:desk:abcdefgh"
 
 
 @dataclass
@@ -111,7 +112,31 @@ class Site:
 
     def finish(self, job_id: str) -> None:
         with self.database.write() as session:
-            job_runs.succeed(session, job_id, 1, fine_tuned_model="ft:base:local:desk:abcdefgh")
+            job_runs.succeed(session, job_id, 1, fine_tuned_model=ADAPTER)
+
+    def publish(self, job_id: str, name: str) -> None:
+        """Publish the adapter of a job that `finish` has ended, as its trainer does."""
+        with self.database.write() as session:
+            job = session.get_one(Job, job_id)
+            adapters.publish(
+                session,
+                Adapter(
+                    name=name,
+                    project_id=job.project_id,
+                    job_id=job_id,
+                    base_model="base",
+                    digest="d" * 64,
+                    bytes=19_600_000,
+                    manifest={
+                        "base_fingerprint": "f" * 64,
+                        "method": "lora",
+                        "objective": "sft",
+                        "precision": {"type": "nf4"},
+                        "step": TOTAL_STEPS,
+                        "versions": {"torch": "2.11.0", "transformers": "5.17.0"},
+                    },
+                ),
+            )
 
     def status(self, job_id: str) -> Job:
         with self.database.read() as session:

@@ -8,9 +8,9 @@ from playwright.sync_api import Browser, BrowserContext, FilePayload, Page, expe
 from sqlalchemy import func, select
 
 from models.domain.status import JobStatus
-from models.registry import jobs
+from models.registry import adapters, jobs
 from models.tables import Job
-from tests.web.conftest import AXE, TOTAL_STEPS, Site, open_context, rows
+from tests.web.conftest import ADAPTER, AXE, TOTAL_STEPS, Site, open_context, rows
 
 TURN = """hidden => {
     Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
@@ -27,6 +27,7 @@ def everything(site: Site) -> list[str]:
     site.checkpoint(done, 40)
     site.checkpoint(done, TOTAL_STEPS)
     site.finish(done)
+    site.publish(done, ADAPTER)
     failed = site.job("too-large")
     site.start(failed)
     site.fail(failed, "The worker ran out of memory. Lower max_seq_length.")
@@ -41,6 +42,7 @@ def everything(site: Site) -> list[str]:
         *(f"/ui/jobs/{each}" for each in (done, failed, running)),
         "/ui/datasets",
         "/ui/models",
+        f"/ui/models/{ADAPTER}",
         "/ui/playground",
         "/ui/keys",
         "/ui/compare?ids=" + ",".join((done, running)),
@@ -327,3 +329,36 @@ def test_the_page_speaks_japanese_to_those_who_ask_for_it(browser: Browser, site
     assert page.locator("html").get_attribute("lang") == "ja"
     expect(page.get_by_role("button", name="ログイン")).to_be_visible()
     context.close()
+
+
+def test_a_models_page_leads_to_what_it_came_from_and_what_came_of_it(
+    site: Site, page: Page, context: BrowserContext
+) -> None:
+    data = upload(site, context, rows(20)).rpartition("/")[2]
+    first = site.job(training_file=data)
+    site.start(first)
+    site.steps(first, 1, TOTAL_STEPS)
+    site.finish(first)
+    site.publish(first, ADAPTER)
+    with site.database.read() as session:
+        start = adapters.resolve(session, site.status(first).project_id, ADAPTER).adapter
+    second = site.job("further", init_adapter=start, training_file=data)
+    page.goto("/ui/models")
+    page.get_by_role("link", name=ADAPTER).click()
+    page.wait_for_url(f"**/ui/models/{ADAPTER.replace(':', '*')}")
+    expect(page.locator(".lineage li")).to_have_count(2)
+    for link, path in (
+        (page.locator(".lineage").get_by_role("link", name="rows.jsonl"), f"/ui/datasets/{data}"),
+        (page.locator(".lineage").get_by_role("link", name=first), f"/ui/jobs/{first}"),
+        (page.locator("#successors").get_by_role("link", name=second), f"/ui/jobs/{second}"),
+        (page.locator(".lineage").get_by_role("link", name="base"), "/ui/models#base"),
+    ):
+        link.click()
+        page.wait_for_url(f"**{path}")
+        page.go_back()
+        expect(page.locator(".lineage")).to_be_visible()
+    page.goto(f"/ui/jobs/{second}")
+    page.get_by_role("link", name=ADAPTER).click()
+    expect(page.get_by_role("heading", level=1)).to_have_text(ADAPTER)
+    # Without an inference server the data set has no preview on this site.
+    assert [each for each in site.faults if "503" not in each] == []

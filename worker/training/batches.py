@@ -217,7 +217,7 @@ def micro_batches(
     """
     group: list[Example] = []
     n_tokens = 0
-    if not pads:
+    if examples and not pads:
         whole = sum(len(example.input_ids) for example in examples)
         n_groups = -(-whole // token_budget)
         longest = max(len(example.input_ids) for example in examples)

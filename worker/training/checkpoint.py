@@ -75,7 +75,7 @@ def save(trainer: Trainer, directory: Path, base_model: str) -> None:
     adapter, state = directory / "adapter", directory / "state"
     adapter.mkdir()
     state.mkdir()
-    config = task.method.adapter_config(task.model, task.method_params, base_model)
+    config = task.method.adapter_config(task.model, task.method_params, base_model, task.adapter)
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     save_file(adapter_tensors(trainer), adapter / ADAPTER_TENSORS, metadata={"format": "pt"})
     save_file(_optimizer_tensors(trainer), state / OPTIMIZER)

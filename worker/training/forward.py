@@ -4,9 +4,10 @@ Both give the same numbers within rounding. Packed is several times faster; padd
 model of the library.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import structlog
@@ -17,12 +18,13 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from models.domain.training import Precision
+from worker.training.methods.base import DEFAULT_ADAPTER
 from worker.training.model import autocast
 from worker.training.objectives.base import IGNORED, Batch, LanguageForward, LossSum
 from worker.training.packed import attention, layout
 from worker.training.packed.attention import UnsupportedAttentionError
-from worker.training.packed.head import summed_cross_entropy
-from worker.training.packed.layout import Layout
+from worker.training.packed.head import summed_cross_entropies, summed_cross_entropy
+from worker.training.packed.layout import Layout, Segment
 from worker.training.packed.rewire import rewire
 
 log = structlog.get_logger(__name__)
@@ -88,17 +90,27 @@ class PackedForward:
     pads = False
 
     def __init__(
-        self, model: PeftModel, around: Callable[[], AbstractContextManager[None]] = nullcontext
+        self,
+        model: PeftModel,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+        adapter: str = DEFAULT_ADAPTER,
     ) -> None:
         self._model = model
         self._around = around
+        self._adapter = adapter
         self._head = _plain_head(model)
+        self.mixes = self._head is not None and around is nullcontext
+        """Whether batches of several adapters can share a pass: every module takes segments."""
+
+    def for_adapter(self, adapter: str) -> "PackedForward":
+        """Return the forward of another adapter of the same model."""
+        return PackedForward(self._model, self._around, adapter)
 
     def cross_entropy(self, batch: Batch) -> LossSum:
         wanted = batch.targets != IGNORED
         targets = batch.targets[wanted]
         if self._head is None:
-            with self._pass(batch.lengths):
+            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
                 logits = label_logits(self._model, wanted[None], **self._inputs(batch))
                 return _loss_of(logits, targets)
         hidden = self.hidden_states(batch)[wanted]
@@ -106,10 +118,44 @@ class PackedForward:
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D]."""
-        with self._pass(batch.lengths):
+        return self._hidden_states(batch, Layout.of(batch.lengths, self._adapter))
+
+    def _hidden_states(self, batch: Batch, rows: Layout) -> torch.Tensor:
+        with layout.active(rows), self._around():
             output = _backbone(self._model)(**self._inputs(batch), use_cache=False)
         hidden: torch.Tensor = output.last_hidden_state[0]
         return hidden
+
+    def cross_entropies(
+        self, batches: Sequence[Batch], owners: Sequence[tuple[str, torch.Generator]]
+    ) -> list[LossSum]:
+        """Send batches of several adapters through the model at once; their losses stay apart.
+
+        Args:
+            batches: One for each adapter.
+            owners: The adapter of each, by PEFT's name, and where its dropout takes its seeds from.
+
+        Raises:
+            UnsupportedModelError: `mixes` is false.
+        """
+        if self._head is None or not self.mixes:
+            raise UnsupportedModelError("Adapters cannot share a pass of this model.")
+        ends = accumulate((len(batch.input_ids) for batch in batches), initial=0)
+        segments = tuple(
+            Segment(start, end, adapter, generator)
+            for (start, end), (adapter, generator) in zip(pairwise(ends), owners, strict=True)
+        )
+        targets = torch.cat([batch.targets for batch in batches])
+        whole = Batch(
+            torch.cat([batch.input_ids for batch in batches]),
+            targets,
+            [length for batch in batches for length in batch.lengths],
+        )
+        wanted = targets != IGNORED
+        sizes = [int((batch.targets != IGNORED).sum()) for batch in batches]
+        hidden = self._hidden_states(whole, Layout(whole.lengths, segments))[wanted]
+        sums = summed_cross_entropies(hidden, *self._head, targets[wanted], sizes)
+        return [LossSum(loss, n_correct) for loss, n_correct in zip(*sums, strict=True)]
 
     @staticmethod
     def _inputs(batch: Batch) -> dict[str, torch.Tensor]:
@@ -118,12 +164,6 @@ class PackedForward:
             "input_ids": batch.input_ids[None],
             "position_ids": positions.to(batch.input_ids.device)[None],
         }
-
-    @contextmanager
-    def _pass(self, lengths: list[int]) -> Iterator[None]:
-        rows = Layout.of(lengths, self._model.active_adapter)
-        with layout.active(rows), self._around():
-            yield
 
 
 def choose_forward(
@@ -156,7 +196,7 @@ def choose_forward(
             base.set_attn_implementation(attention.NAME)
             done = rewire(model, cache_weights=cache_weights)
             around = padded.autocast if done.missed else nullcontext
-            packed = PackedForward(model, around)
+            packed = PackedForward(model, around, model.active_adapter)
             found = packed.hidden_states(_proof_batch(model))
             error = float((found.float() - expected.float()).norm() / expected.float().norm())
         if error > PROOF_TOLERANCE[expected.dtype]:

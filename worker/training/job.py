@@ -24,6 +24,7 @@ from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
 from worker.training import checkpoint, methods, objectives
 from worker.training.cost import CostMeter
+from worker.training.followers import gathered
 from worker.training.forward import choose_forward
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights
@@ -31,7 +32,7 @@ from worker.training.model import build_model
 from worker.training.objectives.base import Example
 from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
 from worker.training.publish import Publisher, RunIdentity
-from worker.training.report import DatabaseReporter
+from worker.training.report import DatabaseReporter, Silence
 from worker.training.stored_checkpoints import StoredCheckpoints
 from worker.training.task import Outcome, Stop, Task
 
@@ -49,7 +50,7 @@ class Surroundings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
+class Source:
     """The job's row and files as they were when the attempt began."""
 
     project_id: str
@@ -65,13 +66,16 @@ class JobRun:
         around: Settings, database, store, scratch directory.
         job_id: The job.
         attempt: The fencing token.
+        reporter: Is told of progress; the job's row when omitted.
     """
 
-    def __init__(self, around: Surroundings, job_id: str, attempt: int) -> None:
+    def __init__(
+        self, around: Surroundings, job_id: str, attempt: int, reporter: Silence | None = None
+    ) -> None:
         self._around = around
         self._job_id = job_id
         self._attempt = attempt
-        self._reporter = DatabaseReporter(around.database, job_id, attempt)
+        self._reporter = reporter or DatabaseReporter(around.database, job_id, attempt)
         self._current: Path | None = None
         """The directory of the newest state on the local disk."""
 
@@ -87,26 +91,32 @@ class JobRun:
         """
         around = self._around
         meter = CostMeter(around.database, self._job_id, self._attempt)
-        source = self._load_source()
+        source = self.load_source()
         directory, base = materialise(source.spec.model, around.settings.models, around.store)
         with around.database.write() as session:
             base_models.record_identity(session, base)
-        task, run = self._prepare(source, directory, base)
-        trainer = Trainer(task, warn=self._reporter.warn)
+        task, run = self.prepare(source, directory, base, pick_device("auto"))
         publisher = Publisher(around.database, around.store, run)
-        checkpoint.require_room(trainer, around.scratch)
         stored = StoredCheckpoints(
             around.database, around.store, run, around.scratch, self._reporter.warn
         )
-        self._current = stored.restore_newest(trainer)
-        is_new = self._current is None
-        if is_new:
-            checkpoint.seed_everything(run.spec.seed)
-            self._start_from_adapter(trainer, base)
-        assert base.shape is not None
-        meter.reckon(task, base.shape)
-        with meter.training():
-            outcome = trainer.run(self._reporter, self._saver(publisher, base.name), asked)
+        slots = around.settings.worker.slots
+        with gathered(run, task.device, around.scratch, slots) as ranks:
+            trainer = Trainer(task, warn=self._reporter.warn, ranks=ranks)
+            checkpoint.require_room(trainer, around.scratch)
+            self._current = stored.restore_newest(trainer)
+            is_new = self._current is None
+            if is_new:
+                checkpoint.seed_everything(run.spec.seed)
+                self._start_from_adapter(trainer, base)
+            ranks.copy_path(self._current)
+            ranks.copy_parameters(trainer.parameters.values())
+            assert base.shape is not None
+            meter.reckon(task, base.shape)
+            with meter.training():
+                outcome = trainer.run(
+                    self._reporter, self._saver(publisher, base.name), ranks.agree(asked)
+                )
         self._reporter.flush()
         if outcome is Outcome.FINISHED:
             last = trainer.progress
@@ -114,12 +124,12 @@ class JobRun:
             result = best or self._current
             assert result is not None
             publisher.adapter(trainer, result, around.scratch / "verify", last)
-            if is_new:
+            if is_new and run.spec.num_devices == 1:  # estimates are of one device
                 meter.record(task)
         return outcome
 
-    def _prepare(
-        self, source: _Source, directory: Path, base: BaseModelInfo
+    def prepare(
+        self, source: Source, directory: Path, base: BaseModelInfo, device: str
     ) -> tuple[Task, RunIdentity]:
         """Tokenise the rows, resolve the specification, load the model and attach the adapter."""
         around = self._around
@@ -145,7 +155,8 @@ class JobRun:
             ),
         )
         spec = self._resolve(source.spec, len(train), base.n_parameters)
-        task, reason = _task(directory, spec, train, valid, pad_id=int(tokenizer.pad_token_id or 0))
+        pad_id = int(tokenizer.pad_token_id or 0)
+        task, reason = _task(directory, spec, train, valid, pad_id=pad_id, device=device)
         if reason is not None:
             self._reporter.warn(
                 f"Base model {base.name} cannot be trained without padding ({reason}); its own "
@@ -165,7 +176,8 @@ class JobRun:
         )
         return task, run
 
-    def _load_source(self) -> _Source:
+    def load_source(self) -> Source:
+        """Return the job as it is now. Raises `LeaseLostError` unless this attempt owns it."""
         with self._around.database.read() as session:
             job = session.get(Job, self._job_id)
             if job is None or job.attempt != self._attempt or job.status != JobStatus.RUNNING:
@@ -173,7 +185,7 @@ class JobRun:
             validation = None
             if job.validation_file is not None:
                 validation = _data_file(session, job.validation_file, "validation_file")
-            return _Source(
+            return Source(
                 job.project_id,
                 TrainingSpec.model_validate(job.spec),
                 _data_file(session, job.training_file, "training_file"),
@@ -232,11 +244,11 @@ def _task(
     valid: Sequence[Example],
     *,
     pad_id: int,
+    device: str,
 ) -> tuple[Task, str | None]:
     """Return what is trained, and why not packed if so."""
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
-    device = pick_device("auto")
     model = build_model(directory, spec.precision, method, params, seed=spec.seed, device=device)
     cache = can_cache_weights(model, device)
     forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)

@@ -7,7 +7,7 @@ the trained tokens of *all* its rows, however many micro-batches it takes.
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -20,6 +20,7 @@ from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
 from worker.training.model import trainable_parameters
 from worker.training.objectives.base import Example
+from worker.training.ranks import Ranks
 from worker.training.schedule import rate_factor
 from worker.training.task import Outcome, Progress, Reporter, Scores, Stop, Task
 
@@ -34,6 +35,7 @@ class Trainer:
         task: What is trained.
         token_budget: Most tokens in one forward pass; by device when omitted.
         warn: Takes sentences that the owner of the job should read.
+        ranks: The processes that train together; this one alone when omitted.
 
     Raises:
         InvalidRequestError: early stopping without a validation file.
@@ -44,6 +46,7 @@ class Trainer:
         task: Task,
         token_budget: int | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        ranks: Ranks | None = None,
     ) -> None:
         spec = task.spec
         numbers = spec.hyperparameters
@@ -59,12 +62,13 @@ class Trainer:
         task.objective.prepare(task.model, task.objective_params)
         self.task = task
         self._warn = warn
+        self._ranks = ranks or Ranks()
         self.progress = Progress()
         self.batch_size = numbers.batch_size
         self.checkpoint_steps = spec.checkpoint_steps
         self.steps_per_epoch = -(-len(task.train) // self.batch_size)
         self.total_steps = self.steps_per_epoch * numbers.n_epochs
-        trainable = trainable_parameters(task.model)
+        trainable = trainable_parameters(task.model, task.adapter)
         factors = {name: task.method.rate_factor(name, task.method_params) for name in trainable}
         # In the order of the optimizer's groups, by which a checkpoint knows them.
         by_factor = sorted(trainable, key=lambda name: factors[name])
@@ -112,12 +116,8 @@ class Trainer:
         """
         saved = self.progress.step
         metrics: StepMetrics | None = None
-        self._probe_memory()
-        if self.progress.step == 0 and self.task.valid:
-            scores = self.evaluate(self.task.valid)
-            loss = self._finite_validation(scores)
-            reporter.untrained(loss, scores.accuracy, self.total_steps)
-        while self.progress.step < self.total_steps and not self.progress.stopped_early:
+        self.begin(reporter)
+        while not self.is_done:
             match asked():
                 case Stop.CANCEL:
                     return Outcome.CANCELLED
@@ -125,16 +125,40 @@ class Trainer:
                     if metrics is not None and saved != self.progress.step:
                         save(self, metrics)
                     return Outcome.DRAINED
-            metrics = self._step()
-            metrics = metrics.model_copy(update=self._validate(metrics.step))
-            self._judge(metrics)
-            reporter.step(metrics, self.progress, self.total_steps)
-            if self._is_checkpoint_due(metrics):
+            metrics = self.conclude(self.step(), reporter)
+            if self.is_checkpoint_due(metrics):
                 save(self, metrics)
                 saved = metrics.step
         return Outcome.CANCELLED if asked() is Stop.CANCEL else Outcome.FINISHED
 
-    def _is_checkpoint_due(self, metrics: StepMetrics) -> bool:
+    @property
+    def is_done(self) -> bool:
+        return self.progress.step >= self.total_steps or self.progress.stopped_early
+
+    def begin(self, reporter: Reporter) -> None:
+        """Do what comes before the next step of a run: probe the memory, score the untrained model.
+
+        Raises:
+            TrainingFailedError: the validation loss is not finite (``non_finite_loss``).
+        """
+        self._probe_memory()
+        if self.progress.step == 0 and self.task.valid:
+            scores = self.evaluate(self.task.valid)
+            loss = self._finite_validation(scores)
+            reporter.untrained(loss, scores.accuracy, self.total_steps)
+
+    def conclude(self, metrics: StepMetrics, reporter: Reporter) -> StepMetrics:
+        """Do what follows an update: validate, judge, report. Returns all metrics of the step.
+
+        Raises:
+            TrainingFailedError: the validation loss is not finite (``non_finite_loss``).
+        """
+        metrics = metrics.model_copy(update=self._validate(metrics.step))
+        self._judge(metrics)
+        reporter.step(metrics, self.progress, self.total_steps)
+        return metrics
+
+    def is_checkpoint_due(self, metrics: StepMetrics) -> bool:
         step = metrics.step
         # Early stopping goes back to the best step, so every one that was judged must be there.
         judged = self.task.spec.early_stopping is not None and metrics.full_valid_loss is not None
@@ -165,14 +189,18 @@ class Trainer:
             What torch raises when memory runs out even for one row at a time.
         """
         while True:
+            own, reason = None, "on another device"
             try:
-                return self._sums(examples, backward=True, only_first=only_first)
+                own = self._sums(examples, backward=True, only_first=only_first)
             except (RuntimeError, MemoryError) as error:
                 longest = max(len(example.input_ids) for example in examples)
                 if not is_out_of_memory(error) or self._token_budget < longest:
                     raise
                 reason = str(error).partition("\n")[0][:200]
             # Outside of the handler, whose error holds the tensors of the failed pass.
+            if (scores := self._ranks.sum_scores(own)) is not None:
+                self._ranks.sum_gradients(self.parameters.values())
+                return scores
             self.optimizer.zero_grad(set_to_none=True)
             self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
             self._warn(
@@ -182,18 +210,45 @@ class Trainer:
             )
 
     def _largest_group(self, examples: Sequence[Example]) -> int:
-        groups = micro_batches(examples, self._token_budget, pads=self.task.forward.pads)
+        groups = self.micro_batches(examples)
         return max(sum(len(example.input_ids) for example in group) for group in groups)
 
-    def _step(self) -> StepMetrics:
-        """Make one optimizer update and return what it measured."""
+    def micro_batches(self, examples: Sequence[Example]) -> Iterator[list[Example]]:
+        """Split the examples of a step into what goes through the model at a time."""
+        return micro_batches(examples, self._token_budget, pads=self.task.forward.pads)
+
+    def next_examples(self) -> list[Example]:
+        """Return the rows of the next step."""
+        epoch, at = divmod(self.progress.step, self.steps_per_epoch)
+        return [self.task.train[row] for row in self._batches(epoch)[at]]
+
+    def step(self) -> StepMetrics:
+        """Make one optimizer update and return what it measured.
+
+        Raises:
+            TrainingFailedError: as `update` does.
+        """
         started = time.perf_counter()
-        index = self.progress.step
-        epoch, at = divmod(index, self.steps_per_epoch)
-        examples = [self.task.train[row] for row in self._batches(epoch)[at]]
-        optimizer = self.task.spec.optimizer
+        examples = self.next_examples()
         self.task.model.train()
+        self._ranks.seed_step(self.task.spec.seed, self.progress.step)
         scores = self._fitting(examples)
+        return self.update(examples, scores, started)
+
+    def update(self, examples: Sequence[Example], scores: Scores, started: float) -> StepMetrics:
+        """Clip the gradients that are there, make the optimizer's update and count the step.
+
+        Args:
+            examples: The rows of the step.
+            scores: Their sums, of the pass that left the gradients.
+            started: When the step began, by `time.perf_counter`.
+
+        Raises:
+            TrainingFailedError: the loss or a gradient is not finite (``non_finite_loss``), or
+                part of the adapter gets no gradient (``no_gradient``).
+        """
+        index = self.progress.step
+        optimizer = self.task.spec.optimizer
         self._require_finite(scores.mean_loss, "loss", examples)
         if index == 0:
             self._require_gradients()
@@ -226,16 +281,17 @@ class Trainer:
     def _sums(
         self, examples: Sequence[Example], *, backward: bool, only_first: bool = False
     ) -> Scores:
-        """Run `examples` through the model; `backward` adds the gradient of their mean loss.
+        """Run this rank's share of `examples`; `backward` adds its part of their gradient.
 
-        With `only_first`, the first micro-batch, which is a largest one, is all that is run.
+        The gradient is that of the mean loss of all of them. With `only_first`, the first
+        micro-batch, which is a largest one, is all that is run.
         """
         task = self.task
         n_trained = sum(example.n_trained for example in examples)
         # Sums stay on the device, so that a GPU is waited for once a step.
         loss = torch.zeros((), dtype=torch.float64, device=task.device)
         n_correct = torch.zeros((), dtype=torch.int64, device=task.device)
-        for group in micro_batches(examples, self._token_budget, pads=task.forward.pads):
+        for group in self.micro_batches(self._ranks.share(examples)):
             batch = task.objective.collate(group, task.device)
             sums = task.objective.loss(task.forward, batch, task.objective_params)
             if backward:
@@ -283,7 +339,9 @@ class Trainer:
         """Return loss and hits of `examples` without dropout and without training."""
         self.task.model.eval()
         with torch.no_grad():
-            return self._sums(examples, backward=False)
+            scores = self._ranks.sum_scores(self._sums(examples, backward=False))
+        assert scores is not None
+        return scores
 
     def _judge(self, metrics: StepMetrics) -> None:
         """Take a validation of the whole split into account for early stopping."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from models.domain.training import Precision
 from worker.base_models import load_model
-from worker.training.methods.base import Method, MethodParams
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 
 PROBE_TOKENS = 16
 LOGITS_TOLERANCE = 1e-5
@@ -61,12 +61,15 @@ def autocast(precision: Precision, device: str) -> AbstractContextManager[None]:
     )
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return what is trained, by its name in the adapter file (PEFT's, without ``.default``)."""
+def trainable_parameters(
+    model: nn.Module, adapter: str = DEFAULT_ADAPTER
+) -> dict[str, nn.Parameter]:
+    """Return what is trained, by its name in the adapter file (PEFT's, without the adapter's)."""
+    others = [f".{name}." for name in getattr(model, "peft_config", {}) if name != adapter]
     return {
-        name.replace(".default.", "."): parameter
+        name.replace(f".{adapter}.", "."): parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        if parameter.requires_grad and not any(other in name for other in others)
     }
 
 

@@ -84,3 +84,15 @@ class DatabaseReporter:
             return None
         first_step, first_time = self._first
         return now + (self._total_steps - step) * (now - first_time) / (step - first_step)
+
+
+class Silence:
+    """Takes what a reporter takes and tells nobody: rank 0 speaks for a job on several devices."""
+
+    def untrained(self, loss: float, accuracy: float, total_steps: int) -> None: ...
+
+    def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None: ...
+
+    def flush(self) -> None: ...
+
+    def warn(self, message: str) -> None: ...

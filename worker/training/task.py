@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from models.domain.reports import StepMetrics
 from models.domain.training import TrainingSpec
-from worker.training.methods.base import Method, MethodParams
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 from worker.training.objectives.base import Example, LanguageForward, Objective, ObjectiveParams
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Task:
     train: Sequence[Example]
     valid: Sequence[Example]
     device: str
+    adapter: str = DEFAULT_ADAPTER
+    """PEFT's name of what is trained; several tasks over one model have one each."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,7 +58,8 @@ def test_a_job_is_created_while_the_broker_is_down(client: TestClient) -> None:
         ({"precision": {"type": "int3"}}, "precision.type", "invalid_value", "nf4"),
         ({"method": {"type": "dpo"}}, "method.type", "invalid_value", "supervised"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "invalid_value", "at most 0"),
-        ({"num_devices": 2}, "num_devices", "invalid_value", "less than"),
+        ({"num_devices": 0}, "num_devices", "invalid_value", "greater"),
+        ({"num_devices": 2}, "num_devices", "devices_unavailable", "at most 1"),
     ],
 )
 def test_a_bad_field_names_itself_and_no_job_is_made(

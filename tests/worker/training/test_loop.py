@@ -210,7 +210,7 @@ def test_a_loss_that_is_no_number_ends_the_job_and_names_step_and_rows() -> None
 
 def test_an_infinite_gradient_ends_the_job_before_it_reaches_the_weights() -> None:
     trainer = make_trainer()
-    train_step = trainer._step
+    train_step = trainer.step
     train_step()
     name, parameter = next(iter(trainer.parameters.items()))
     before = parameter.detach().clone()
@@ -290,7 +290,7 @@ def test_with_lora_plus_b_learns_so_many_times_as_fast() -> None:
         trainer = make_trainer(spec)
         before = {name: each.detach().clone() for name, each in trainer.parameters.items()}
         for _ in range(2):  # A has no gradient as long as B is 0
-            trainer._step()
+            trainer.step()
         return {
             name: float((each.detach() - before[name]).abs().max())
             for name, each in trainer.parameters.items()
@@ -356,8 +356,8 @@ def test_the_probe_of_memory_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in trainer.parameters.values())
     torch.manual_seed(5)
-    first = trainer._step()
+    first = trainer.step()
     torch.manual_seed(5)
-    second = other._step()
+    second = other.step()
     assert first.train_loss == second.train_loss
     assert first.grad_norm == second.grad_norm

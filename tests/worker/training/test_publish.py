@@ -33,7 +33,7 @@ BASE = BaseModelInfo(
 @pytest.fixture
 def trainer() -> Trainer:
     trainer = make_trainer()
-    trainer._step()
+    trainer.step()
     return trainer
 
 

@@ -12,8 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from models.domain.training import TrainingSpec
 from worker.training import methods, objectives
-from worker.training.forward import PaddedForward, choose_forward
+from worker.training.forward import PackedForward, PaddedForward, choose_forward
 from worker.training.loop import Trainer
+from worker.training.methods.base import DEFAULT_ADAPTER
 from worker.training.objectives.base import Example, LanguageForward
 from worker.training.task import Task
 
@@ -96,8 +97,14 @@ def make_examples(n_rows: int, *, seed: int = 0, vocab_size: int = VOCABULARY) -
     return examples
 
 
-def attach(model: LlamaForCausalLM, peft: dict[str, Any], seed: int = 7) -> PeftModel:
-    return methods.get_method(peft["type"]).attach(model, methods.parse_params(peft), seed)
+def attach(
+    model: LlamaForCausalLM | PeftModel,
+    peft: dict[str, Any],
+    seed: int = 7,
+    adapter: str = DEFAULT_ADAPTER,
+) -> PeftModel:
+    method = methods.get_method(peft["type"])
+    return method.attach(model, methods.parse_params(peft), seed, adapter)
 
 
 def make_trainer(
@@ -117,8 +124,21 @@ def make_trainer(
     else:
         forward, reason = choose_forward(adapted, spec.precision, "cpu", 0, cache_weights=False)
         assert reason is None
-    task = Task(
-        model=adapted,
+    task = make_task(adapted, forward, spec, train=train, valid=valid)
+    return Trainer(task, **options)
+
+
+def make_task(
+    model: PeftModel,
+    forward: LanguageForward,
+    spec: TrainingSpec,
+    *,
+    train: Sequence[Example] | None = None,
+    valid: Sequence[Example] = (),
+    adapter: str = DEFAULT_ADAPTER,
+) -> Task:
+    return Task(
+        model=model,
         forward=forward,
         method=methods.get_method(spec.peft["type"]),
         method_params=methods.parse_params(spec.peft),
@@ -128,8 +148,37 @@ def make_trainer(
         train=make_examples(8) if train is None else train,
         valid=valid,
         device="cpu",
+        adapter=adapter,
     )
-    return Trainer(task, **options)
+
+
+def make_trainers_on_one_base(
+    jobs: Sequence[tuple[TrainingSpec, Sequence[Example]]],
+    model: LlamaForCausalLM | None = None,
+    **options: Any,
+) -> list[Trainer]:
+    """One trainer for each specification and its rows, with adapters ``job0``, ``job1``, …"""
+    adapted: LlamaForCausalLM | PeftModel = model or tiny_llama()
+    for index, (spec, _) in enumerate(jobs):
+        adapted = attach(adapted, spec.peft, spec.seed, f"job{index}")
+    assert isinstance(adapted, PeftModel)
+    forward, reason = choose_forward(adapted, jobs[0][0].precision, "cpu", 0, cache_weights=False)
+    assert reason is None
+    assert isinstance(forward, PackedForward)
+    return [
+        Trainer(
+            make_task(
+                adapted,
+                forward.for_adapter(f"job{index}"),
+                spec,
+                train=train,
+                valid=train[:2],
+                adapter=f"job{index}",
+            ),
+            **options,
+        )
+        for index, (spec, train) in enumerate(jobs)
+    ]
 
 
 def digest_of_base(model: PeftModel) -> str:

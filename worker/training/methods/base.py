@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+DEFAULT_ADAPTER = "default"
+"""PEFT's name of the adapter of a model that has one."""
+
+
 class MethodParams(Parameters):
     """Base of every method's parameters; each adds ``type: Literal[its name]``."""
 
@@ -24,15 +28,29 @@ class Method(Plugin, ABC):
     """Parameters that may differ from those of the adapter that a job goes on from."""
 
     @abstractmethod
-    def attach(self, model: "PreTrainedModel", params: Any, seed: int) -> "PeftModel":
+    def attach(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        params: Any,
+        seed: int,
+        adapter: str = DEFAULT_ADAPTER,
+    ) -> "PeftModel":
         """Add trainable float32 weights to `model`, in place, drawn from `seed`.
+
+        Args:
+            model: A base, or one that has adapters already, which stay as they are.
+            params: Of this method.
+            seed: Of the first weights, which do not depend on the other adapters.
+            adapter: PEFT's name of what is added; the model has none of this name.
 
         Raises:
             InvalidRequestError: `params` do not fit this model.
         """
 
     @abstractmethod
-    def adapter_config(self, model: "PeftModel", params: Any, base_model: str) -> JsonObject:
+    def adapter_config(
+        self, model: "PeftModel", params: Any, base_model: str, adapter: str = DEFAULT_ADAPTER
+    ) -> JsonObject:
         """Return ``adapter_config.json`` in PEFT's form; `base_model` is a name, never a path."""
 
     @abstractmethod

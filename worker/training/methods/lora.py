@@ -13,7 +13,7 @@ from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
 from worker.training.methods import register
-from worker.training.methods.base import Method, MethodParams
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,13 @@ class Lora(Method):
     Params: ClassVar[type[MethodParams]] = LoraParams
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio", "init"})
 
-    def attach(self, model: "PreTrainedModel", params: Any, seed: int) -> "PeftModel":
+    def attach(
+        self,
+        model: "PreTrainedModel | PeftModel",
+        params: Any,
+        seed: int,
+        adapter: str = DEFAULT_ADAPTER,
+    ) -> "PeftModel":
         """Add A ~ U(−1/√d_in, 1/√d_in) (or Gaussian) and B = 0 to the targeted linear layers."""
         import torch
         from peft import LoraConfig, PeftModel, get_peft_model
@@ -107,21 +113,30 @@ class Lora(Method):
             # peft 0.21 asks transformers 5.24 for an attribute under its old name.
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
             torch.manual_seed(seed)
-            adapted = get_peft_model(model, config)
-        assert isinstance(adapted, PeftModel)
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+            if isinstance(model, PeftModel):
+                model.add_adapter(adapter, config)
+                adapted = model
+            else:
+                fresh = get_peft_model(model, config, adapter_name=adapter)
+                assert isinstance(fresh, PeftModel)
+                adapted = fresh
         for module in adapted.modules():
-            if isinstance(module, LoraLayer) and params.dropout:
-                module.lora_dropout["default"] = LaneDropout(params.dropout)
+            if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+                continue
+            # PEFT freezes the adapters that are not active.
+            module.lora_A[adapter].float().requires_grad_(True)
+            module.lora_B[adapter].float().requires_grad_(True)
+            if params.dropout:
+                module.lora_dropout[adapter] = LaneDropout(params.dropout)
         return adapted
 
-    def adapter_config(self, model: "PeftModel", params: Any, base_model: str) -> JsonObject:
+    def adapter_config(
+        self, model: "PeftModel", params: Any, base_model: str, adapter: str = DEFAULT_ADAPTER
+    ) -> JsonObject:
         """Return PEFT's configuration with the targets as a list, as every server takes it."""
         from peft import LoraConfig
 
-        config = model.peft_config["default"]
+        config = model.peft_config[adapter]
         assert isinstance(config, LoraConfig)
         return {
             "base_model_name_or_path": base_model,
@@ -158,7 +173,7 @@ class Lora(Method):
         return ".lora_B." in parameter  # with B = 0, A's first gradient is exactly 0
 
 
-def _target_names(model: "PreTrainedModel", params: LoraParams) -> list[str]:
+def _target_names(model: "PreTrainedModel | PeftModel", params: LoraParams) -> list[str]:
     """Return names that PEFT's suffix match turns into exactly the layers that are meant.
 
     Raises:
@@ -182,13 +197,15 @@ def _target_names(model: "PreTrainedModel", params: LoraParams) -> list[str]:
     return list(params.target_modules)
 
 
-def _linear_layers(model: "PreTrainedModel") -> list[str]:
-    """Return the paths of all linear layers but the language-model head."""
+def _linear_layers(model: "PreTrainedModel | PeftModel") -> list[str]:
+    """Return the base's own paths of all linear layers but the language-model head."""
+    from peft import PeftModel
     from torch import nn
 
-    head: torch.nn.Module | None = model.get_output_embeddings()
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head: torch.nn.Module | None = base.get_output_embeddings()
     return [
-        path
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
+        path.removesuffix(".base_layer")
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in path
     ]

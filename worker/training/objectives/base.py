@@ -79,6 +79,13 @@ class Objective(Plugin, ABC):
     closed_labels: ClassVar[bool] = False
     """Whether the labels of the training file are all there can be, as in classification."""
 
+    def mixes(self, params: Any) -> bool:
+        """Tell whether batches of several jobs may share one pass through the base.
+
+        True only where `loss` is the forward's cross-entropy and `prepare` changes nothing.
+        """
+        return False
+
     def prepare(self, model: "PeftModel", params: Any) -> None:
         """Change `model` for training, once and in place; most objectives need nothing."""
 

@@ -36,6 +36,9 @@ class Sft(Objective):
     Params: ClassVar[type[ObjectiveParams]] = SftParams
     forms: ClassVar[frozenset[str]] = frozenset({"chat", "completion", "text"})
 
+    def mixes(self, params: Any) -> bool:
+        return not params.neftune_noise_alpha
+
     def prepare(self, model: "PeftModel", params: Any) -> None:
         if params.neftune_noise_alpha:
             from worker.training.noise import add_embedding_noise

@@ -28,24 +28,49 @@ def summed_cross_entropy(
     Returns:
         Scalars: float32 with a graph behind it, and int64.
     """
+    losses, n_correct = summed_cross_entropies(hidden, weight, bias, targets, [len(targets)])
+    return losses[0], n_correct[0]
+
+
+def summed_cross_entropies(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    sizes: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what `summed_cross_entropy` does for each of S runs of neighbouring positions.
+
+    Args:
+        hidden: [N, D], of the positions that have a target.
+        weight: [V, D], frozen.
+        bias: [V], frozen, or None.
+        targets: int64 [N].
+        sizes: S numbers of positions, N in all.
+
+    Returns:
+        float32 [S] with a graph behind it, and int64 [S].
+    """
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    loss, n_correct = _SummedCrossEntropy.apply(hidden, weight, bias, targets, wants_gradient)
-    return loss, n_correct
+    losses, n_correct = _SummedCrossEntropies.apply(
+        hidden, (weight, bias), targets, sizes, wants_gradient
+    )
+    return losses, n_correct
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
+class _SummedCrossEntropies(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        head: tuple[torch.Tensor, torch.Tensor | None],
         targets: torch.Tensor,
+        sizes: list[int],
         wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, bias = head
         to_hidden = torch.empty_like(hidden) if wants_gradient else None
-        loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        n_correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        losses, hits = [], []
         n_rows = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
         n_block = max(8, BLOCK_BYTES // (4 * weight.shape[0]))
         for start in range(0, hidden.shape[0], n_rows):
@@ -57,8 +82,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 shares = torch.softmax(block, -1, dtype=torch.float32)
                 # −log p(label) = z(best) − z(label) − log p(best), and p(best) never underflows.
                 margin = top.float() - block.gather(1, labels).float()
-                loss += (margin - shares.gather(1, best).log()).sum(dtype=torch.float64)
-                n_correct += (best == labels).sum()
+                losses.append(margin - shares.gather(1, best).log())
+                hits.append(best == labels)
                 if to_hidden is not None:
                     shares.scatter_add_(1, labels, torch.full_like(margin, -1.0))
                     block.copy_(shares)  # what is left of the logits is their gradient
@@ -66,10 +91,16 @@ class _SummedCrossEntropy(torch.autograd.Function):
                 torch.mm(logits, weight, out=to_hidden[start : start + n_rows])
         if to_hidden is not None:
             ctx.save_for_backward(to_hidden)
+        ctx.sizes = sizes
+        runs = torch.cat(losses).split(sizes)
+        n_correct = torch.stack([run.sum() for run in torch.cat(hits).split(sizes)])
         ctx.mark_non_differentiable(n_correct)
-        return loss.float(), n_correct
+        return torch.stack([run.sum(dtype=torch.float64) for run in runs]).float(), n_correct
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor, _: Any) -> Any:
         (to_hidden,) = ctx.saved_tensors
-        return to_hidden * gradient.to(to_hidden.dtype), None, None, None, None
+        runs = to_hidden.split(ctx.sizes)
+        scaled = [run * g for run, g in zip(runs, gradient.to(to_hidden.dtype), strict=True)]
+        to_all = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
+        return to_all, None, None, None, None

@@ -15,11 +15,15 @@ ALIKE = 0.85
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Tokens ``[start, end)`` that belong to one adapter (PEFT's name of it)."""
+    """Tokens ``[start, end)`` that belong to one adapter (PEFT's name of it).
+
+    `generator`, on the CPU, gives the seeds of its dropout; torch's own where it is None.
+    """
 
     start: int
     end: int
     adapter: str
+    generator: torch.Generator | None = None
 
 
 @dataclass(frozen=True, slots=True)

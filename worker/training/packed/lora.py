@@ -61,11 +61,11 @@ class LinearGroup:
         """Return what each segment is multiplied with, and the parameters behind it."""
         parts, parameters = [], []
         for segment in layout.current().segments:
-            columns = self._columns[segment.adapter]
+            columns = self._columns.get(segment.adapter)  # others may have matrices here
             if not columns:
                 continue
             drops = training and any(column.pair.dropout for column in columns)
-            seed = int(torch.empty((), dtype=torch.int64).random_().item()) if drops else None
+            seed = _draw_seed(segment.generator) if drops else None
             a = [column.pair.a for column in columns]
             b = [column.pair.b for column in columns]
             # A fused optimizer changes weights without telling, so no cast outlives its pass.
@@ -80,6 +80,10 @@ class LinearGroup:
             )
             parameters += [*a, *b]
         return parts, parameters
+
+
+def _draw_seed(generator: torch.Generator | None) -> int:
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 // @ts-check
-import { call, complain, confirmed, make, root } from "./app.js";
+import { ApiError, call, complain, confirmed, make, root } from "./app.js";
 import { number } from "./lib.js";
 
 const place = document.getElementById("preview");
@@ -45,6 +45,8 @@ async function preview() {
   } catch (error) {
     statistics.textContent = error instanceof Error ? error.message : String(error);
     place.replaceChildren();
+    // A service that has just been started: its inference server comes up by itself.
+    if (error instanceof ApiError && error.code === "no_inference_server") setTimeout(preview, 3000);
   }
 }
 

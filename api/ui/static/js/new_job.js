@@ -92,7 +92,8 @@ async function estimate() {
     if (mine !== asked || !(error instanceof ApiError)) return;
     delete shown.dataset.peak;
     shown.replaceChildren(make("p", { class: "dim" }, error.message));
-    if (error.code === "not_measured_yet" || error.code === "file_not_linted") setTimeout(() => { if (mine === asked) estimate(); }, 3000);
+    const passing = ["not_measured_yet", "file_not_linted", "no_inference_server"];
+    if (passing.includes(error.code ?? "")) setTimeout(() => { if (mine === asked) estimate(); }, 3000);
   }
 }
 

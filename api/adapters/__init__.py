@@ -1,0 +1,1 @@
+"""Fine-tuned models over the API, beyond OpenAI's model objects."""
