@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import Awaitable, Iterator
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import openai
@@ -11,11 +10,10 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from api.app import create_app
-from api.cli.migrate import upgrade
 from models.db import Database
 from models.registry import adapters, inference_servers, tenancy
 from models.registry.inference_servers import Announcement
-from models.settings import DatabaseSettings, Settings
+from models.settings import Settings
 from models.tables import Adapter
 from tests.api.calls import ROW
 from tests.api.fake_inference import running_fake, serving
@@ -40,31 +38,6 @@ class Sdk:
             return await result
 
         return self._runner.run(wait())
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'tunery.db'}"
-    else:
-        url = request.getfixturevalue("postgres_url")
-    upgrade(url)
-    return Settings.model_validate(
-        {
-            "database": DatabaseSettings(url=url),
-            "broker": {"url": f"redis+socket://{tmp_path / 'nobody.sock'}"},
-            "storage": {"url": f"file:{tmp_path / 'objects'}"},
-            "inference": {"token": "secret-between-servers"},
-            "models": {"catalog": {"base": "path:/nowhere"}},
-        }
-    )
-
-
-@pytest.fixture
-def database(settings: Settings) -> Iterator[Database]:
-    made = Database(settings.database)
-    yield made
-    made.close()
 
 
 @pytest.fixture(params=["sync", "async"])

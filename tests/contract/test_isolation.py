@@ -1,0 +1,103 @@
+"""A project never learns of another's objects: every route of the OpenAPI document is tried."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from api.app import create_app
+from models.db import Database
+from models.registry import adapters, tenancy
+from models.settings import Settings
+from models.tables import Adapter
+from tests.api.calls import chat, new_job, upload
+
+NAME = "ft:base:local:mine:abcdefgh"
+# What a route needs to get as far as looking its object up.
+REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("post", "/v1/uploads/{upload_id}/parts"): {"files": {"data": ("part", b"x")}},
+    ("post", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_x"]}},
+    ("get", "/v1/files/{file_id}/preview"): {"params": {"model": "base"}},
+    ("post", "/v1/files/{file_id}/lint"): {"json": {}},
+}
+
+
+@dataclass
+class World:
+    """A client of one project, and the ids of what another one has, by path parameter."""
+
+    client: TestClient
+    theirs: dict[str, str]
+
+
+@pytest.fixture
+def world(settings: Settings, database: Database) -> Iterator[World]:
+    with database.write() as session:
+        project = tenancy.default_project(session)
+        key, theirs = tenancy.create_key(session, project.id, "theirs")
+        other = tenancy.create_project(session, "other")
+        _, own = tenancy.create_key(session, other.id, "own")
+    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+        client.headers["authorization"] = f"Bearer {theirs}"
+        job = new_job(client).json()
+        pending = {"bytes": 9, "filename": "a", "mime_type": "a/b", "purpose": "fine-tune"}
+        ids = {
+            "file_id": upload(client).json()["id"],
+            "upload_id": client.post("/v1/uploads", json=pending).json()["id"],
+            "job_id": job["id"],
+            "model": NAME,
+            "key_id": key.id,
+            "project_id": project.id,
+        }
+        with database.write() as session:
+            adapter = Adapter(
+                name=NAME,
+                project_id=project.id,
+                job_id=job["id"],
+                base_model="base",
+                digest="d" * 64,
+                bytes=7,
+                manifest={"base_fingerprint": "f" * 64},
+            )
+            adapters.publish(session, adapter)
+        client.headers["authorization"] = f"Bearer {own}"
+        yield World(client, ids)
+
+
+def routes(client: TestClient) -> list[tuple[str, str]]:
+    paths = client.get("/openapi.json").json()["paths"]
+    return [(method, path) for path in paths for method in paths[path] if path.startswith("/v1/")]
+
+
+def test_anothers_ids_are_not_found_on_any_route(world: World) -> None:
+    tried = 0
+    for method, path in routes(world.client):
+        if "{" not in path:
+            continue
+        url = path.format_map(world.theirs)  # an unknown parameter fails: name its object above
+        answer = world.client.request(method, url, **REQUESTS.get((method, path), {}))
+        assert answer.status_code == 404, (method, path, answer.text)
+        tried += 1
+    assert tried >= 20
+
+
+def test_no_list_shows_anothers_objects(world: World) -> None:
+    tried = 0
+    for method, path in routes(world.client):
+        if method != "get" or "{" in path:
+            continue
+        answer = world.client.get(path)
+        assert answer.status_code == 200, path
+        assert not [each for each in world.theirs.values() if each in answer.text], path
+        tried += 1
+    assert tried >= 5
+
+
+def test_anothers_objects_cannot_be_used(world: World) -> None:
+    file_id = world.theirs["file_id"]
+    assert new_job(world.client, training_file=file_id).status_code == 404
+    assert new_job(world.client, validation_file=file_id).status_code == 404
+    assert new_job(world.client, model=NAME).status_code == 404
+    assert chat(world.client, model=NAME).status_code == 404
