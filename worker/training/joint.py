@@ -107,13 +107,21 @@ class JointRun:
         )
 
     def run(self) -> list[Outcome | Exception]:
-        """Train all members; return how each ended: its outcome, or the error that ended it."""
+        """Train all members; return how each ended: its outcome, or the error that ended it.
+
+        Raises:
+            What torch raises in a shared pass, lack of memory aside: nobody can tell whose it is.
+        """
+        self.begin()
+        while self.round():
+            pass
+        return [member.ended for member in self._members if member.ended is not None]
+
+    def begin(self) -> None:
+        """Do for each member what comes before its first step."""
         for member in self._members:
             with self._only_ending(member), member.own_random_numbers():
                 member.trainer.begin(member.reporter)
-        while live := [member for member in self._members if self._goes_on(member)]:
-            self._round(live)
-        return [member.ended for member in self._members if member.ended is not None]
 
     def _goes_on(self, member: Member) -> bool:
         """Tell whether a member makes another step; where not, note how it ended."""
@@ -133,8 +141,9 @@ class JointRun:
                 self._save(member, member.last)
             member.ended = Outcome.DRAINED
 
-    def _round(self, live: Sequence[Member]) -> None:
-        """Make one step of each member."""
+    def round(self) -> bool:
+        """Make one step of each member that goes on; False once there is none."""
+        live = [member for member in self._members if self._goes_on(member)]
         rows = [member.trainer.next_examples() for member in live]
         small = [
             (member, examples)
@@ -146,6 +155,7 @@ class JointRun:
             if not any(member is each for each, _ in together):
                 with self._only_ending(member), member.own_random_numbers():
                     self._conclude(member, member.trainer.step())
+        return bool(live)
 
     def _pass(self, small: Sequence[tuple[Member, list[Example]]]) -> bool:
         """Make a step of several members in shared passes; False where memory does not allow it."""
@@ -160,6 +170,7 @@ class JointRun:
             for (member, _), state in zip(small, before, strict=True):
                 member.trainer.optimizer.zero_grad(set_to_none=True)
                 member.generator.set_state(state)
+            log.warning("shared_pass_out_of_memory", n_jobs=len(small), error=str(error)[:200])
             self._shared_tokens = 0
             return False
         for (member, examples), each in zip(small, scores, strict=True):

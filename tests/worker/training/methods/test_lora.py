@@ -137,3 +137,16 @@ def test_the_configuration_names_the_base_and_is_one_that_is_served(tmp_path: Pa
     assert config["base_model_name_or_path"] == "tiny"
     assert config["target_modules"] == PROJECTIONS
     assert (served.r, served.alpha, served.scale("x")) == (4, 8, 2)
+
+
+def test_an_adapter_beside_another_starts_as_it_does_alone() -> None:
+    peft = lora(r=2, target_modules=["q_proj", "down_proj"])
+    expected = trainable_parameters(attach(tiny_llama(), peft, seed=3))
+    model = attach(attach(tiny_llama(), lora(r=8), seed=7), peft, 3, "beside")
+    found = trainable_parameters(model, "beside")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    first = trainable_parameters(model)
+    alone = trainable_parameters(attach(tiny_llama(), lora(r=8), seed=7))
+    assert first.keys() == alone.keys()
+    assert all(torch.equal(first[name], alone[name]) for name in alone)

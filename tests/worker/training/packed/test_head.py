@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from worker.training.packed import head
-from worker.training.packed.head import summed_cross_entropy
+from worker.training.packed.head import summed_cross_entropies, summed_cross_entropy
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -28,6 +28,24 @@ def test_loss_hits_and_gradient_do_not_depend_on_the_chunks(
     (expected / 7).backward()
     torch.testing.assert_close(loss, expected)
     assert n_correct == (logits.argmax(-1) == targets).sum()
+    torch.testing.assert_close(hidden.grad, twin.grad)
+
+
+def test_runs_of_positions_have_the_losses_and_gradients_that_each_has_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(53, 12, generator=generator).requires_grad_()
+    weight = torch.randn(50, 12, generator=generator)
+    targets = torch.randint(50, (53,), generator=generator)
+    sizes, shares = [20, 3, 30], torch.tensor([0.5, 2.0, 0.25])
+    losses, n_correct = summed_cross_entropies(hidden, weight, None, targets, sizes)
+    (losses * shares).sum().backward()
+    twin = hidden.detach().clone().requires_grad_()
+    runs = zip(twin.split(sizes), targets.split(sizes), strict=True)
+    for index, (part, wanted) in enumerate(runs):
+        loss, hits = summed_cross_entropy(part, weight, None, wanted)
+        (loss * shares[index]).backward()
+        torch.testing.assert_close(losses[index], loss)
+        assert n_correct[index] == hits
     torch.testing.assert_close(hidden.grad, twin.grad)
 
 
