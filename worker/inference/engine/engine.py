@@ -273,6 +273,10 @@ class BatchingEngine:
         if not self._decoding:
             return
         everyone = slice(0, len(self._decoding))
+        if len(self._decoding) == 1:  # its failure is its own: nothing to try again
+            with self._isolated(self._decoding[0]):
+                self._take(self._decoding[0], self._forward_rows(everyone)[0])
+            return
         try:
             logits = self._forward_rows(everyone)
         except Exception:
