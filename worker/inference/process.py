@@ -26,7 +26,7 @@ from worker.base_models import (
 )
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
-from worker.inference.engine.engine import InterleavedEngine
+from worker.inference.engine.engine import BatchingEngine
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.server import create_app
@@ -84,7 +84,7 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         dequantise_(model)
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
-    engine = InterleavedEngine(
+    engine = BatchingEngine(
         model,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,

@@ -16,7 +16,7 @@ from tests.worker.inference.tiny import tiny_llama
 from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
-from worker.inference.engine.engine import InterleavedEngine
+from worker.inference.engine.engine import BatchingEngine
 from worker.inference.process import HttpThread
 from worker.inference.residency import Residency
 from worker.inference.service import InferenceService
@@ -77,7 +77,7 @@ class TinyServer:
         self.base = base.model_copy(update={"vocab_size": len(tokenizer)})
         self.store = LocalStore(root / "objects")
         self.model = tiny_llama(len(tokenizer))
-        self.engine = InterleavedEngine(
+        self.engine = BatchingEngine(
             self.model,
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             [],

@@ -36,7 +36,7 @@ from tests.worker.inference.test_server import body, slow_down
 from tests.worker.inference.tiny import Files, publish, tiny_llama
 from worker.base_models import BaseModelInfo, dequantise_, load_model, load_tokenizer
 from worker.inference import process
-from worker.inference.engine.engine import InterleavedEngine
+from worker.inference.engine.engine import BatchingEngine
 from worker.inference.process import InferenceProcess, build_service, listen, stop_ids
 
 REPOSITORY = Path(__file__).parents[3]
@@ -64,7 +64,7 @@ def real(
     settings = settings_in(root, base_model_cache)
     service, info = build_service(settings)
     engine = service.engine
-    assert isinstance(engine, InterleavedEngine)
+    assert isinstance(engine, BatchingEngine)
     template = service._renderer.template_sha256
     store = open_store(settings.storage)
     refs = [

@@ -13,7 +13,7 @@ from models.storage import LocalStore
 from tests.worker.inference.tiny import Files, decode_bytes, publish, shapes_of, tiny_llama
 from worker.base_models import BaseModelInfo
 from worker.inference.adapter_store import AdapterStore
-from worker.inference.engine.engine import InterleavedEngine
+from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.pool import AdapterLease
 from worker.inference.residency import Residency
 
@@ -21,7 +21,7 @@ SHAPES = shapes_of(tiny_llama())
 TEMPLATE = "e" * 64
 
 
-class CountingEngine(InterleavedEngine):
+class CountingEngine(BatchingEngine):
     """Counts loads, and takes its time over them."""
 
     loads = 0

@@ -15,7 +15,7 @@ from models.domain.reports import AdapterManifest
 from models.storage import ObjectStore
 from worker.adapter_format import digest_of, put_adapter
 from worker.base_models import BaseModelInfo
-from worker.inference.engine.engine import Engine, InterleavedEngine, Request
+from worker.inference.engine.engine import BatchingEngine, Engine, Request
 from worker.inference.engine.errors import EngineError
 from worker.inference.engine.params import LinearShape, TokenEvent
 
@@ -49,8 +49,8 @@ def decode_bytes(ids: Sequence[int]) -> str:
     return bytes(ids).decode("utf-8", errors="replace")
 
 
-def byte_engine(model: LlamaForCausalLM | None = None, **options: Any) -> InterleavedEngine:
-    return InterleavedEngine(model or tiny_llama(), decode_bytes, [END], **options)
+def byte_engine(model: LlamaForCausalLM | None = None, **options: Any) -> BatchingEngine:
+    return BatchingEngine(model or tiny_llama(), decode_bytes, [END], **options)
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, LinearShape]:

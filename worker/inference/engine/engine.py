@@ -1,13 +1,15 @@
-"""The engine: the seam that the server talks to, and an implementation that steps in turn.
+"""The engine: the seam that the server talks to, and an implementation that batches decoding.
 
-`InterleavedEngine` gives every sequence a cache and a forward pass of its own. That is not the
-fastest way, but an answer is, to the bit, the answer that the same request gets alone.
+Prompts are fed one sequence at a time; the sequences past their prompt then share forward passes
+of one token each, whatever their adapters. Rows do not see each other: in float32 an answer has
+the tokens that the same request gets alone.
 """
 
 import inspect
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +26,15 @@ from worker.inference.engine.errors import (
     EngineFullError,
     GenerationError,
 )
-from worker.inference.engine.lora import ActiveAdapter, wrap_linears
+from worker.inference.engine.lora import ActiveAdapters, wrap_linears
 from worker.inference.engine.params import EngineStats, LinearShape, Sampling, TokenEvent
 from worker.inference.engine.pool import AdapterLease, AdapterPool
+from worker.inference.engine.row_cache import RowCache, can_share_rows
 from worker.inference.engine.sequence import Sequence
 from worker.inference.engine.stream import Decode, TextStream
 
 PREFILL_CHUNK = 512
-"""Prompt tokens of one step: a long prompt holds up the other streams no longer than that."""
+"""Prompt tokens of one step, all sequences together: prompts hold up the streams no longer."""
 
 Emit = Callable[[int, TokenEvent | EngineError], None]
 """Takes (choice, event) on the engine's thread; it must return at once and not raise."""
@@ -114,15 +117,17 @@ class _Ticket:
             self._changed.notify_all()
 
 
-class InterleavedEngine:
-    """Steps the running sequences in turn, each by itself: a prompt chunk or a token at a time.
+class BatchingEngine:
+    """Each step feeds a share of the prompts, then one token to all sequences past theirs.
+
+    A model whose layers do not all attend to every token (sliding windows) decodes in turn.
 
     Args:
         model: A causal language model in evaluation mode; its linear layers get wrapped.
         decode: Token ids to text.
         stop_ids: Tokens that end an answer.
         max_adapters: Adapters kept in memory.
-        max_running: Sequences stepped in turn; each holds a cache.
+        max_running: Sequences that run side by side; each holds a cache.
         max_waiting: Sequences that may wait for a turn.
     """
 
@@ -140,7 +145,7 @@ class InterleavedEngine:
         self._cache_argument = cache_argument(model)
         self._decode = decode
         self._stop_ids = frozenset(stop_ids)
-        self._active = ActiveAdapter()
+        self._active = ActiveAdapters()
         self._linears: Mapping[str, LinearShape] = wrap_linears(model, self._active)
         self._pool = AdapterPool(max_adapters)
         self._max_running = max_running
@@ -148,6 +153,10 @@ class InterleavedEngine:
         self._changed = Condition()
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._rows = RowCache()
+        self._decoding: list[Sequence] = []  # its index is the row
+        parameters = inspect.signature(type(model).forward).parameters
+        self._shares_rows = can_share_rows(model.config, parameters)
         self._closing = False
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -203,8 +212,8 @@ class InterleavedEngine:
     def _run(self) -> None:
         try:
             while self._admit():
-                for sequence in self._running:
-                    self._step(sequence)
+                self._step_in_turn()
+                self._step_rows()
         finally:
             with self._changed:
                 self._closing = True
@@ -232,35 +241,82 @@ class InterleavedEngine:
                     return True
                 self._changed.wait()
 
-    def _step(self, sequence: Sequence) -> None:
-        if sequence.aborted:
+    def _step_in_turn(self) -> None:
+        """Feed the sequences that have no row, together at most `PREFILL_CHUNK` tokens of prompts.
+
+        Those whose prompt is done get a row, where the model allows it.
+        """
+        budget = PREFILL_CHUNK
+        for sequence in self._running:
+            if sequence.has_row or sequence.aborted or budget == 0:
+                continue
+            chunk = sequence.pending[:budget]
+            if len(chunk) > 1:
+                budget -= len(chunk)
+            with self._isolated(sequence):
+                logits = self._forward(sequence, chunk)
+                if logits is None:
+                    continue
+                self._take(sequence, logits)
+                if self._shares_rows and not sequence.ended and sequence.cache is not None:
+                    self._rows.append(sequence.cache)
+                    self._decoding.append(sequence)
+                    sequence.has_row, sequence.cache = True, None
+
+    def _step_rows(self) -> None:
+        """Feed one token to every sequence that has a row."""
+        for row in reversed(range(len(self._decoding))):
+            if self._decoding[row].ended or self._decoding[row].aborted:
+                self._rows.remove(row)
+                self._decoding[row] = self._decoding[-1]
+                self._decoding.pop()
+        if not self._decoding:
+            return
+        everyone = slice(0, len(self._decoding))
+        if len(self._decoding) == 1:  # its failure is its own: nothing to try again
+            with self._isolated(self._decoding[0]):
+                self._take(self._decoding[0], self._forward_rows(everyone)[0])
             return
         try:
-            logits = self._forward(sequence)
-            if logits is None:
-                return
-            token = sequence.sampler.pick(logits)
-            event = sequence.push(token, self._stop_ids)
+            logits = self._forward_rows(everyone)
+        except Exception:
+            # One of them broke the pass: each alone shows which. Lengths have not advanced, so
+            # that what the broken pass wrote is overwritten.
+            logger.warning("A batch failed; its sequences are tried one by one.", exc_info=True)
+            for row, sequence in enumerate(self._decoding):
+                with self._isolated(sequence):
+                    self._take(sequence, self._forward_rows(slice(row, row + 1))[0])
+            return
+        for sequence, row_logits in zip(self._decoding, logits, strict=True):
+            with self._isolated(sequence):
+                self._take(sequence, row_logits)
+
+    @contextmanager
+    def _isolated(self, sequence: Sequence) -> Iterator[None]:
+        """End `sequence`, and no other, with whatever goes wrong inside."""
+        try:
+            yield
         except GenerationError as error:
             self._end(sequence, error)
         except Exception as error:
             # The edge of one sequence: whatever broke it, the others go on.
             logger.exception("A sequence failed.")
             self._end(sequence, GenerationError(f"{type(error).__name__} while generating."))
-        else:
-            if event.finish_reason is not None:
-                self._end(sequence, event)
-            elif event.text:
-                self._emit(sequence, event)
+
+    def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        event = sequence.push(sequence.sampler.pick(logits), self._stop_ids)
+        if event.finish_reason is not None:
+            self._end(sequence, event)
+        elif event.text:
+            self._emit(sequence, event)
 
     @torch.inference_mode()
-    def _forward(self, sequence: Sequence) -> torch.Tensor | None:
-        """Feed pending tokens; return the next token's logits [vocabulary] once all are fed."""
+    def _forward(self, sequence: Sequence, chunk: list[int]) -> torch.Tensor | None:
+        """Feed the next pending tokens; return the logits [vocabulary] once all are fed."""
         if sequence.cache is None:
             sequence.cache = DynamicCache(config=self._model.config)
-        chunk = sequence.pending[:PREFILL_CHUNK]
-        sequence.pending = sequence.pending[PREFILL_CHUNK:]
-        self._active.modules = sequence.lease.weights.modules if sequence.lease is not None else {}
+        sequence.pending = sequence.pending[len(chunk) :]
+        self._active.use_one(sequence.lease.weights if sequence.lease is not None else None)
         output = self._model(
             input_ids=torch.tensor([chunk], device=self._model.device),
             use_cache=True,
@@ -270,6 +326,24 @@ class InterleavedEngine:
         if sequence.pending:
             return None
         logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    @torch.inference_mode()
+    def _forward_rows(self, rows: slice) -> torch.Tensor:
+        """Feed the pending token of each of `rows`; return their logits [rows, vocabulary]."""
+        sequences = self._decoding[rows]
+        cache, positions, mask = self._rows.feed(rows, self._model.dtype)
+        self._active.use_rows([s.lease.weights if s.lease is not None else None for s in sequences])
+        output = self._model(
+            input_ids=torch.tensor([s.pending for s in sequences], device=self._model.device),
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_argument: cache},
+        )
+        self._rows.advance(rows)
+        logits: torch.Tensor = output.logits[:, -1]
         return logits
 
     def _end(self, sequence: Sequence, event: TokenEvent | EngineError) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from transformers import Cache
+from transformers import DynamicCache
 
 from worker.inference.engine.errors import EngineError
 from worker.inference.engine.params import FinishReason, Sampling, TokenEvent
@@ -34,7 +34,8 @@ class Sequence:
         self.sampler = Sampler(sampling)
         self.lease = lease
         self.emit = emit
-        self.cache: Cache | None = None
+        self.cache: DynamicCache | None = None
+        self.has_row = False
         self.aborted = False
         self.ended = False
         self._max_tokens = sampling.max_tokens

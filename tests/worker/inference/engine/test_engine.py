@@ -23,7 +23,7 @@ from tests.worker.inference.tiny import (
 )
 from worker.inference.engine.engine import (
     PREFILL_CHUNK,
-    InterleavedEngine,
+    BatchingEngine,
     Request,
     cache_argument,
 )
@@ -45,7 +45,7 @@ GREEDY = Sampling(max_tokens=24, temperature=0)
 
 
 @pytest.fixture
-def engine() -> Iterator[InterleavedEngine]:
+def engine() -> Iterator[BatchingEngine]:
     engine = byte_engine(max_adapters=2, max_running=3, max_waiting=3)
     yield engine
     engine.close()
@@ -62,7 +62,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
-def is_idle(engine: InterleavedEngine) -> bool:
+def is_idle(engine: BatchingEngine) -> bool:
     stats = engine.stats()
     return stats.running + stats.waiting == 0 and not any(stats.references.values())
 
@@ -70,11 +70,11 @@ def is_idle(engine: InterleavedEngine) -> bool:
 class Slow:
     """Makes every forward pass of a model take a while."""
 
-    def __init__(self, engine: InterleavedEngine, seconds: float = 0.01) -> None:
+    def __init__(self, engine: BatchingEngine, seconds: float = 0.01) -> None:
         engine._model.register_forward_pre_hook(lambda *_: time.sleep(seconds))
 
 
-def test_greedy_text_is_that_of_the_librarys_own_generate(engine: InterleavedEngine) -> None:
+def test_greedy_text_is_that_of_the_librarys_own_generate(engine: BatchingEngine) -> None:
     reference = (
         tiny_llama()
         .generate(torch.tensor([PROMPT]), max_new_tokens=24, do_sample=False, pad_token_id=END)[
@@ -88,9 +88,7 @@ def test_greedy_text_is_that_of_the_librarys_own_generate(engine: InterleavedEng
     assert last.n_tokens == len(reference)
 
 
-def test_answers_side_by_side_are_the_answers_alone(
-    engine: InterleavedEngine, tmp_path: Path
-) -> None:
+def test_answers_side_by_side_are_the_answers_alone(engine: BatchingEngine, tmp_path: Path) -> None:
     leases = [engine.load(str(seed), adapter(tmp_path, seed)) for seed in (1, 2)]
     requests = [
         Request((*PROMPT, extra), GREEDY, lease=lease)
@@ -107,7 +105,7 @@ def test_answers_side_by_side_are_the_answers_alone(
     wait_for(lambda: is_idle(engine))
 
 
-def test_streams_proceed_together(engine: InterleavedEngine) -> None:
+def test_streams_proceed_together(engine: BatchingEngine) -> None:
     Slow(engine)
     order: list[int] = []
 
@@ -139,17 +137,17 @@ def test_a_prompt_longer_than_a_chunk_gives_the_same_text() -> None:
 def test_end_token_stops_and_is_no_text() -> None:
     model = tiny_llama()
     first = int(model(input_ids=torch.tensor([PROMPT])).logits[0, -1].argmax())
-    engine = InterleavedEngine(model, decode_bytes, [first])
+    engine = BatchingEngine(model, decode_bytes, [first])
     assert generate(engine, Request(PROMPT, GREEDY)) == ("", TokenEvent("", "stop", 1))
     engine.close()
 
 
-def test_max_tokens_stops_with_length(engine: InterleavedEngine) -> None:
+def test_max_tokens_stops_with_length(engine: BatchingEngine) -> None:
     _, last = generate(engine, Request(PROMPT, Sampling(3, temperature=0)))
     assert (last.finish_reason, last.n_tokens) == ("length", 3)
 
 
-def test_stop_string_ends_the_text_before_it(engine: InterleavedEngine) -> None:
+def test_stop_string_ends_the_text_before_it(engine: BatchingEngine) -> None:
     whole, _ = generate(engine, Request(PROMPT, GREEDY))
     stop = whole[4:6]
     text, last = generate(engine, Request(PROMPT, Sampling(24, temperature=0, stop=(stop,))))
@@ -158,7 +156,7 @@ def test_stop_string_ends_the_text_before_it(engine: InterleavedEngine) -> None:
 
 
 def test_same_seed_gives_the_same_text_and_choices_have_seeds_of_their_own(
-    engine: InterleavedEngine,
+    engine: BatchingEngine,
 ) -> None:
     def texts(seed: int, n: int) -> list[str]:
         events = submit(engine, Request(PROMPT, Sampling(12, seed=seed), n=n))
@@ -177,7 +175,7 @@ def test_same_seed_gives_the_same_text_and_choices_have_seeds_of_their_own(
 
 
 def test_one_broken_sequence_leaves_the_others_alive(
-    engine: InterleavedEngine, caplog: pytest.LogCaptureFixture
+    engine: BatchingEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     def spoil(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if POISON in kwargs["input_ids"][0].tolist():
@@ -195,7 +193,7 @@ def test_one_broken_sequence_leaves_the_others_alive(
 
 
 def test_a_receiver_that_raises_ends_its_own_sequence_only(
-    engine: InterleavedEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    engine: BatchingEngine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(index: int, event: object) -> None:
         raise OSError("nobody is listening")
@@ -207,9 +205,30 @@ def test_a_receiver_that_raises_ends_its_own_sequence_only(
     assert generate(engine, Request(PROMPT, GREEDY))[1].n_tokens > 0
 
 
+def test_a_batch_that_breaks_costs_only_the_sequence_that_breaks_it(
+    engine: BatchingEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    requests = [Request((*PROMPT, extra), GREEDY) for extra in (1, 2)]
+    alone = [generate(engine, request) for request in requests]
+    victim = len(PROMPT) + 5
+
+    def spoil(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        positions = kwargs.get("position_ids")
+        if positions is not None and victim + 20 in positions[:, 0].tolist():
+            raise RuntimeError("secret detail")
+
+    engine._model.register_forward_pre_hook(spoil, with_kwargs=True)
+    bad = submit(engine, Request(tuple(range(1, victim + 19)), Sampling(200, temperature=0)))
+    good = [submit(engine, request) for request in requests]
+    with pytest.raises(GenerationError, match="RuntimeError"):
+        collect(bad)
+    assert [collect(stream) for stream in good] == alone
+    wait_for(lambda: is_idle(engine))
+
+
 @pytest.mark.parametrize("when", ["waiting", "first", "streaming"])
 def test_abort_at_any_stage_frees_the_sequence_and_its_adapter(
-    engine: InterleavedEngine, tmp_path: Path, when: str
+    engine: BatchingEngine, tmp_path: Path, when: str
 ) -> None:
     Slow(engine, 0.003)
     endless = Sampling(100_000, seed=1)
@@ -233,7 +252,7 @@ def test_abort_at_any_stage_frees_the_sequence_and_its_adapter(
 
 
 def test_the_engine_says_when_it_is_full_and_takes_no_part_of_a_request(
-    engine: InterleavedEngine, tmp_path: Path
+    engine: BatchingEngine, tmp_path: Path
 ) -> None:
     Slow(engine)
     with engine.load("1", adapter(tmp_path, 1)) as lease:
@@ -251,7 +270,7 @@ def test_the_engine_says_when_it_is_full_and_takes_no_part_of_a_request(
 
 
 def test_an_adapter_in_use_keeps_its_place_and_an_idle_one_makes_room(
-    engine: InterleavedEngine, tmp_path: Path
+    engine: BatchingEngine, tmp_path: Path
 ) -> None:
     first = engine.load("1", adapter(tmp_path, 1))
     second = engine.load("2", adapter(tmp_path, 2))
@@ -265,7 +284,7 @@ def test_an_adapter_in_use_keeps_its_place_and_an_idle_one_makes_room(
 
 
 def test_a_bad_adapter_is_refused_and_takes_no_place(
-    engine: InterleavedEngine, tmp_path: Path
+    engine: BatchingEngine, tmp_path: Path
 ) -> None:
     directory = adapter(tmp_path, 1)
     (directory / "adapter_model.safetensors").write_bytes(b"rubbish")
@@ -275,7 +294,7 @@ def test_a_bad_adapter_is_refused_and_takes_no_place(
 
 
 def test_adapters_that_come_and_go_do_not_change_a_running_answer(
-    engine: InterleavedEngine, tmp_path: Path
+    engine: BatchingEngine, tmp_path: Path
 ) -> None:
     request = Request(PROMPT, Sampling(60, temperature=0))
     with engine.load("1", adapter(tmp_path, 1)) as lease:
@@ -304,7 +323,7 @@ def test_closing_ends_every_sequence_with_an_error_and_takes_no_more(tmp_path: P
         engine.submit(request, lambda *_: None)
 
 
-def test_an_empty_prompt_is_refused(engine: InterleavedEngine) -> None:
+def test_an_empty_prompt_is_refused(engine: BatchingEngine) -> None:
     with pytest.raises(ValueError, match="at least one token"):
         engine.submit(Request((), GREEDY), lambda *_: None)
 

@@ -10,7 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tests.worker.inference.tiny import tiny_llama
 from worker.inference.engine.adapters import read_adapter
-from worker.inference.engine.lora import ActiveAdapter, wrap_linears
+from worker.inference.engine.lora import ActiveAdapters, stack, wrap_linears
+from worker.inference.engine.params import AdapterWeights, LoraWeights
 
 # peft 0.21.2 reads an attribute that transformers 5.24 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -67,10 +68,10 @@ def test_logits_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> No
     peft_model.save_pretrained(str(tmp_path), save_embedding_layers=False)
     expected = logits(peft_model)
 
-    model, active = tiny_llama(), ActiveAdapter()
+    model, active = tiny_llama(), ActiveAdapters()
     base = logits(model)
     linears = wrap_linears(model, active)
-    active.modules = read_adapter(tmp_path, "d" * 40, linears).modules
+    active.use_one(read_adapter(tmp_path, "d" * 40, linears))
     error = (logits(model) - expected).norm() / expected.norm()
     assert error < 1e-5
     assert (base - expected).norm() / expected.norm() > 0.05
@@ -83,8 +84,8 @@ def test_conv1d_layers_of_gpt2_are_served_like_peft(tmp_path: Path) -> None:
     peft_model.save_pretrained(str(tmp_path))
     expected = logits(peft_model)
 
-    model, active = tiny_gpt2(), ActiveAdapter()
-    active.modules = read_adapter(tmp_path, "d" * 40, wrap_linears(model, active)).modules
+    model, active = tiny_gpt2(), ActiveAdapters()
+    active.use_one(read_adapter(tmp_path, "d" * 40, wrap_linears(model, active)))
     assert (logits(model) - expected).norm() / expected.norm() < 1e-5
 
 
@@ -93,13 +94,13 @@ def test_without_an_adapter_the_wrapped_model_is_the_base_to_the_bit(dtype: torc
     model = tiny_llama()
     torch.nn.Module.to(model, dtype)
     expected = logits(model)
-    wrap_linears(model, ActiveAdapter())
+    wrap_linears(model, ActiveAdapters())
     assert torch.equal(logits(model), expected)
 
 
 def test_every_linear_layer_is_wrapped_once_and_the_head_is_known() -> None:
     model = tiny_llama()
-    shapes = wrap_linears(model, ActiveAdapter())
+    shapes = wrap_linears(model, ActiveAdapters())
     assert len(shapes) == 2 * 7 + 1
     assert [path for path, shape in shapes.items() if shape.is_output] == ["lm_head"]
     gate = shapes["model.layers.1.mlp.gate_proj"]
@@ -108,6 +109,22 @@ def test_every_linear_layer_is_wrapped_once_and_the_head_is_known() -> None:
 
 def test_a_model_that_goes_past_the_wrapper_fails_instead_of_losing_the_adapter() -> None:
     model = tiny_llama()
-    wrap_linears(model, ActiveAdapter())
+    wrap_linears(model, ActiveAdapters())
     with pytest.raises(AttributeError, match="weight"):
         _ = model.lm_head.weight
+
+
+def test_adapters_of_any_rank_stack_and_each_row_sees_its_own() -> None:
+    def weights(digest: str, rank: int, scale: float) -> AdapterWeights:
+        lora = LoraWeights(torch.ones(rank, 3), torch.ones(2, rank), scale)
+        return AdapterWeights(digest, {"x": lora})
+
+    one, two = weights("1", 1, 1.0), weights("2", 4, 0.5)
+    stacked = stack([one, two])["x"]
+    assert stacked.layout == ((0, 1), (1, 4))
+    assert stacked.b[0].tolist() == [1, 0.5, 0.5, 0.5, 0.5]
+    active = ActiveAdapters()
+    active.use_rows([two, None, one])
+    found = active.stack_of("x")
+    assert found is not None
+    assert active.mask(found)[:, 0].int().tolist() == [[0, 1, 1, 1, 1], [0] * 5, [1, 0, 0, 0, 0]]
