@@ -58,7 +58,7 @@ def training_spec(body: JobCreate, start: Start) -> TrainingSpec:
 def _peft(given: JsonObject | None, start: Start) -> JsonObject:
     if start.spec is None:
         return methods.parse_params(given or {"type": "lora"}).model_dump()
-    own = start.spec.peft
+    own = methods.parse_params(start.spec.peft).model_dump()  # with what is newer than the job
     wanted = methods.parse_params(own | (given or {})).model_dump()
     free = methods.get_method(own["type"]).may_change
     for name, value in wanted.items():

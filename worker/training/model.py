@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from models.domain.training import Precision
 from worker.base_models import load_model
@@ -79,9 +80,14 @@ def linear_shapes(model: PeftModel) -> dict[str, tuple[int, int, bool]]:
     head = base.get_output_embeddings()  # type: ignore[operator]
     shapes = {}
     for path, module in base.named_modules():
-        if isinstance(module, nn.Linear) and ".lora_" not in path:
-            own_path = path.removesuffix(".base_layer")
+        if ".lora_" in path:
+            continue
+        own_path = path.removesuffix(".base_layer")
+        if isinstance(module, nn.Linear):
             shapes[own_path] = (module.in_features, module.out_features, module is head)
+        elif isinstance(module, Conv1D):
+            inputs, outputs = module.weight.shape
+            shapes[own_path] = (inputs, outputs, module is head)
     return shapes
 
 

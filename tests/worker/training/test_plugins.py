@@ -74,6 +74,8 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "use_rslora": False,
         "lora_plus_ratio": 1.0,
         "init": "default",
+        "rank_pattern": {},
+        "alpha_pattern": {},
     }
     assert methods.parse_params({}) == LoraParams()
     assert objectives.parse_params({}) == SftParams()
@@ -94,7 +96,8 @@ def test_defaults_are_those_of_the_documentation() -> None:
         ({"dropout": 1}, "peft.dropout"),
         ({"dropout": -0.1}, "peft.dropout"),
         ({"use_rslora": 1}, "peft.use_rslora"),
-        ({"init": "pissa"}, "peft.init"),
+        ({"init": "loftq"}, "peft.init"),
+        ({"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 2}}, "peft.rank_pattern"),
         ({"target_modules": "q_proj"}, "peft.target_modules"),
         ({"target_modules": []}, "peft.target_modules"),
         ({"target_modules": [".*"]}, "peft.target_modules"),

@@ -3,8 +3,10 @@
 On an ``nf4`` base this is QLoRA (arXiv 2305.14314).
 """
 
+import math
 import re
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+PRINCIPAL = ("pissa", "olora")
+"""Starts that are taken from the base weights (``worker.training.principal``)."""
 _MODULE_NAME = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$"
 
 
@@ -41,6 +45,15 @@ def _distinct(names: list[str]) -> list[str]:
     if len(set(names)) != len(names):
         raise ValueError("must not name a module twice")
     return names
+
+
+def _separate(pattern: dict[str, Any]) -> dict[str, Any]:
+    # PEFT lets the first name that fits decide, and files do not keep the order of their keys.
+    for name in pattern:
+        for other in pattern:
+            if name.endswith(f".{other}"):
+                raise ValueError(f"{name!r} is also meant by {other!r}; name each layer once")
+    return pattern
 
 
 class LoraParams(MethodParams):
@@ -72,9 +85,42 @@ class LoraParams(MethodParams):
         1.0,
         description="LoRA+ (arXiv 2402.12354): B learns so many times as fast as A; 16 is usual.",
     )
-    init: Literal["default", "gaussian"] = Field(
-        "default", description="How A starts: Kaiming-uniform, or Gaussian. B starts at 0."
+    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+        "default",
+        description=(
+            "`default`, `gaussian`: A is drawn Kaiming-uniform or Gaussian, B starts at 0. `pissa` "
+            "(arXiv 2404.02948), `olora` (arXiv 2406.01775): both start at the weight's principal "
+            "singular vectors or its QR factors; the adapter has rank 2r."
+        ),
     )
+    rank_pattern: Annotated[
+        dict[ModuleName, Annotated[StrictInt, Field(ge=1, le=256)]],
+        Field(max_length=256),
+        AfterValidator(_separate),
+    ] = Field({}, description="Other ranks for some of the targets: their names, and each's rank.")
+    alpha_pattern: Annotated[
+        dict[ModuleName, Annotated[float, Field(gt=0, le=10_000, strict=True)]],
+        Field(max_length=256),
+        AfterValidator(_separate),
+    ] = Field({}, description="Other strengths for some of the targets, in the same form.")
+
+    @property
+    def widening(self) -> int:
+        """How many times r the stored rank is: a principal start keeps its own negative."""
+        return 2 if self.init in PRINCIPAL else 1
+
+    @property
+    def stored(self) -> JsonObject:
+        """Rank and strength as PEFT names them; the scale stays that of the ranks asked for."""
+        wider = self.widening
+        # alpha / r stays when both double; alpha / √r when alpha grows by √2.
+        stronger = math.sqrt(wider) if self.use_rslora else wider
+        return {
+            "r": wider * self.r,
+            "lora_alpha": stronger * self.alpha,
+            "rank_pattern": {name: wider * rank for name, rank in self.rank_pattern.items()},
+            "alpha_pattern": {name: stronger * each for name, each in self.alpha_pattern.items()},
+        }
 
 
 @register
@@ -83,7 +129,7 @@ class Lora(Method):
 
     name: ClassVar[str] = "lora"
     Params: ClassVar[type[MethodParams]] = LoraParams
-    may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio", "init"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio"})
 
     def attach(
         self,
@@ -92,22 +138,22 @@ class Lora(Method):
         seed: int,
         adapter: str = DEFAULT_ADAPTER,
     ) -> "PeftModel":
-        """Add A ~ U(−1/√d_in, 1/√d_in) (or Gaussian) and B = 0 to the targeted linear layers."""
+        """Add A ~ U(−1/√d_in, 1/√d_in) (or another start) and B to the targeted linear layers."""
         import torch
         from peft import LoraConfig, PeftModel, get_peft_model
         from peft.tuners.lora import LoraLayer
 
         from worker.training.dropout import LaneDropout
+        from worker.training.principal import start_principal
 
-        names = _target_names(model, params)
         config = LoraConfig(
             task_type="CAUSAL_LM",
-            r=params.r,
-            lora_alpha=params.alpha,
             lora_dropout=params.dropout,
-            target_modules=names,
+            target_modules=_target_names(model, params),
             use_rslora=params.use_rslora,
             init_lora_weights="gaussian" if params.init == "gaussian" else True,
+            fan_in_fan_out=_is_transposed(model),
+            **params.stored,
         )
         with torch.random.fork_rng(), warnings.catch_warnings():
             # peft 0.21 asks transformers 5.24 for an attribute under its old name.
@@ -120,6 +166,8 @@ class Lora(Method):
                 fresh = get_peft_model(model, config, adapter_name=adapter)
                 assert isinstance(fresh, PeftModel)
                 adapted = fresh
+            if params.init in PRINCIPAL:
+                start_principal(adapted, params.init, adapter)
         for module in adapted.modules():
             if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
                 continue
@@ -141,30 +189,30 @@ class Lora(Method):
         return {
             "base_model_name_or_path": base_model,
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": config.fan_in_fan_out,
             "inference_mode": True,
             "init_lora_weights": "gaussian" if params.init == "gaussian" else True,
-            "lora_alpha": params.alpha,
             "lora_dropout": params.dropout,
             "peft_type": "LORA",
-            "r": params.r,
             "target_modules": sorted(config.target_modules or ()),
             "task_type": "CAUSAL_LM",
             "use_rslora": params.use_rslora,
+            **params.stored,
         }
 
     def count_parameters(self, shape: BaseShape, params: Any) -> int:
-        """Return Σ r · (inputs + outputs) over the targeted layers."""
+        """Return Σ rank · (inputs + outputs) over the targeted layers."""
         names = params.target_modules
         if names == "all-linear":
             names = list(shape.layers)
-        n_columns = 0
+        n_parameters = 0
         for name in names:
             last = name.rpartition(".")[2]
             if (layer := shape.layers.get(last)) is not None:
                 n_layers = layer.count if name == last else 1
-                n_columns += n_layers * (layer.inputs + layer.outputs)
-        return int(params.r * n_columns)
+                n_ranks = _sum_of_ranks(params, name, n_layers)
+                n_parameters += n_ranks * (layer.inputs + layer.outputs)
+        return int(params.widening * n_parameters)
 
     def rate_factor(self, parameter: str, params: Any) -> float:
         return params.lora_plus_ratio if ".lora_B." in parameter else 1.0
@@ -185,27 +233,58 @@ def _target_names(model: "PreTrainedModel | PeftModel", params: LoraParams) -> l
         raise InvalidRequestError(
             "This base model has no linear layer that LoRA could adapt.", param="model"
         )
-    if params.target_modules == "all-linear":
-        return last_parts
-    for name in params.target_modules:
-        if not any(path == name or path.endswith(f".{name}") for path in linears):
+    given = params.target_modules
+    names = last_parts if given == "all-linear" else list(given)
+    _require_known("target_modules", names, linears)
+    targets = [path for path in linears if any(_ends_with(path, name) for name in names)]
+    _require_known("rank_pattern", params.rank_pattern, targets)
+    _require_known("alpha_pattern", params.alpha_pattern, targets)
+    return names
+
+
+def _sum_of_ranks(params: LoraParams, name: str, n_layers: int) -> int:
+    """Return the ranks of the `n_layers` layers called `name`, added up."""
+    pattern = params.rank_pattern
+    for key, rank in pattern.items():
+        if _ends_with(name, key):
+            return rank * n_layers
+    special = [rank for key, rank in pattern.items() if _ends_with(key, name)]
+    return sum(special) + params.r * (n_layers - len(special))
+
+
+def _ends_with(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _require_known(field: str, names: Iterable[str], paths: Sequence[str]) -> None:
+    """Raise `InvalidRequestError` for a name in ``peft.{field}`` that none of `paths` ends with."""
+    for name in names:
+        if not any(_ends_with(path, name) for path in paths):
+            there = ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+            what = "linear layer" if field == "target_modules" else "target"
             raise InvalidRequestError(
-                f"peft.target_modules: no linear layer is called {name!r}. This base model has: "
-                f"{', '.join(last_parts)}.",
-                param="peft.target_modules",
+                f"peft.{field}: no {what} is called {name!r}. There are: {there}.",
+                param=f"peft.{field}",
             )
-    return list(params.target_modules)
 
 
 def _linear_layers(model: "PreTrainedModel | PeftModel") -> list[str]:
     """Return the base's own paths of all linear layers but the language-model head."""
     from peft import PeftModel
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head: torch.nn.Module | None = base.get_output_embeddings()
     return [
         path.removesuffix(".base_layer")
         for path, module in base.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in path
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in path
     ]
+
+
+def _is_transposed(model: "PreTrainedModel | PeftModel") -> bool:
+    """Tell whether the weights are [in, out], as those of GPT-2's ``Conv1D`` are."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
