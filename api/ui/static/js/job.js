@@ -60,6 +60,9 @@ function drawJob() {
   show("resume", job.status === "paused" || (!ended && job.pause_requested));
   show("cancel", !ended && !job.cancel_requested);
   show("rerun", ended);
+  const link = /** @type {HTMLAnchorElement} */ (by("try"));
+  link.hidden = !job.fine_tuned_model;
+  link.href = `${root}/ui/playground?left=${encodeURIComponent(job.base_model)}&right=${encodeURIComponent(job.fine_tuned_model ?? "")}`;
   by("failure").hidden = !job.error;
   if (job.error) by("failure").textContent = `${job.error.code}: ${job.error.message}`;
   const name = job.user_provided_suffix ?? job.id;
