@@ -5,6 +5,8 @@ together, each under its own adapter, so that every product with a frozen weight
 NF4 weight dequantised) once for all of them. Losses, gradients, clipping, schedules, optimizers,
 checkpoints and random numbers stay apart: a job gives what it gives alone, within rounding, and
 what ends one job ends only that.
+
+The worker does not use it yet: claiming several jobs at once is still to come.
 """
 
 import time
@@ -26,7 +28,7 @@ from worker.training.task import Outcome, Reporter, Scores, Stop, Task
 log = structlog.get_logger(__name__)
 
 SHARED_STEP_TOKENS = {"cpu": 256, "cuda": 4096}
-"""Steps of more tokens fill the device alone, and go through it alone (docs/benchmarks.md)."""
+"""Steps of more tokens fill the device alone, and go through it alone. Not measured yet."""
 
 
 @dataclass(slots=True)
