@@ -323,7 +323,7 @@ def test_memory_that_runs_out_fails_the_job(
     def exhaust(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("worker.training.loop.Trainer._step", exhaust)
+    monkeypatch.setattr("worker.training.loop.Trainer.step", exhaust)
     job = service.submit()
     assert service.run(job) == exit_codes.FAILED
     assert service.job(job.id).error_code == "out_of_memory"
@@ -335,7 +335,7 @@ def test_an_unexpected_error_leaves_the_job_to_its_parent(
     def break_down(*_: Any) -> None:
         raise KeyError("surprise")
 
-    monkeypatch.setattr("worker.training.loop.Trainer._step", break_down)
+    monkeypatch.setattr("worker.training.loop.Trainer.step", break_down)
     job = service.submit()
     assert service.run(job) == 1
     assert service.job(job.id).status == "running"
