@@ -4,8 +4,9 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
-from starlette.concurrency import run_in_threadpool
+from anyio import CapacityLimiter, to_thread
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -18,6 +19,8 @@ from models.registry.idempotency import Answer
 HEADER = "idempotency-key"
 REPLAYED = "idempotent-replayed"
 MAX_ANSWER_BYTES = 1024 * 1024
+THREADS = 4
+_Result = TypeVar("_Result")
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -30,6 +33,15 @@ class Idempotency:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
+        self._threads = CapacityLimiter(THREADS)
+
+    async def _aside(self, function: Callable[..., _Result], *arguments: object) -> _Result:
+        """Run what asks the database in a thread that no route could be waiting for.
+
+        Many claims that wait for the lock of one database would else take all threads from the
+        request that holds it, until their patience ends.
+        """
+        return await to_thread.run_sync(function, *arguments, limiter=self._threads)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = _key_of(scope)
@@ -44,7 +56,7 @@ class Idempotency:
                     "An Idempotency-Key has 1 to 255 visible ASCII characters, e.g. a UUID.",
                     param="Idempotency-Key",
                 )
-            project_id = await run_in_threadpool(_project_of, services, scope)
+            project_id = await self._aside(_project_of, services, scope)
         except AuthenticationError:
             await self.app(scope, receive, send)  # which says what is wrong with the key
             return
@@ -60,7 +72,7 @@ class Idempotency:
             limit = claim.services.settings.api.max_body_bytes
             receive = await _read_ahead(receive, limit, digest.update)
         try:
-            before = await run_in_threadpool(claim.take, digest.hexdigest())
+            before = await self._aside(claim.take, digest.hexdigest())
         except TuneryError as error:
             await error_response(error)(scope, receive, send)
             return
@@ -73,9 +85,9 @@ class Idempotency:
         except Exception:
             # The transaction was rolled back. A request that is cancelled, as when the process
             # ends, keeps its claim instead: it may have been committed.
-            await run_in_threadpool(claim.close, None)
+            await self._aside(claim.close, None)
             raise
-        await run_in_threadpool(claim.close, answer.recorded())
+        await self._aside(claim.close, answer.recorded())
 
 
 @dataclass(frozen=True, slots=True)
