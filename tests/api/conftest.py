@@ -11,11 +11,13 @@ from fastapi.testclient import TestClient
 from api.app import create_app
 from api.cli.migrate import upgrade
 from models.db import Database
+from models.domain.status import JobStatus
 from models.logs import configure_logging
-from models.registry import inference_servers, tenancy
+from models.registry import inference_servers, job_runs, jobs, tenancy
 from models.registry.inference_servers import Announcement
 from models.settings import Settings, WorkerSettings
 from models.storage import open_store
+from tests.api.calls import new_job
 from tests.api.fake_inference import FakeInference, running_fake
 from worker.lint_files import FileLinter
 
@@ -68,6 +70,16 @@ def client(settings: Settings, database: Database) -> Iterator[TestClient]:
     with TestClient(create_app(settings), raise_server_exceptions=False) as made:
         made.headers["authorization"] = f"Bearer {secret}"
         yield made
+
+
+@pytest.fixture
+def job_id(client: TestClient, database: Database) -> str:
+    """A job that a worker has claimed."""
+    made = str(new_job(client).json()["id"])
+    with database.write() as session:
+        jobs.move(session, made, JobStatus.QUEUED)
+        assert job_runs.claim(session, "worker", 600) is not None
+    return made
 
 
 @pytest.fixture

@@ -5,24 +5,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
-from fastapi.testclient import TestClient
 
 from api import feed as module
 from api.feed import JobFeed, News, Position
 from models.db import Database
 from models.domain.reports import StepMetrics
-from models.domain.status import JobStatus
-from models.registry import events, job_runs, jobs, metrics
-from tests.api.calls import new_job
-
-
-@pytest.fixture
-def job_id(client: TestClient, database: Database) -> str:
-    made = str(new_job(client).json()["id"])
-    with database.write() as session:
-        jobs.move(session, made, JobStatus.QUEUED)
-        assert job_runs.claim(session, "worker", 600) is not None
-    return made
+from models.registry import events, job_runs, metrics
 
 
 def write(database: Database, job_id: str, *steps: int) -> None:

@@ -1,38 +1,21 @@
 """Ownership of jobs, on both databases: claimed once, fenced by the attempt, never lost."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from api.cli.migrate import upgrade
 from models.db import Database, db_now
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
-from models.registry import adapters, base_models, events, job_runs, jobs, tenancy
+from models.registry import adapters, events, job_runs, jobs, tenancy
 from models.registry.job_files import DataDemand
-from models.settings import DatabaseSettings
 from models.tables import Event, File, Job
 
 LOST = job_runs.LostRun("trainer_crashed", "The trainer crashed.")
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path / 'tunery.db'}"
-    else:
-        url = request.getfixturevalue("postgres_url")
-    upgrade(url)
-    made = Database(DatabaseSettings(url=url))
-    with made.write() as session:
-        base_models.sync_catalog(session, {"base": "path:/nowhere"})
-    yield made
-    made.close()
 
 
 def queued(database: Database, priority: int = 0) -> str:

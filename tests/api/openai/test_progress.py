@@ -3,26 +3,14 @@
 import json
 from typing import Any
 
-import pytest
 from fastapi.testclient import TestClient
 
 from models.db import Database
-from models.domain.status import JobStatus
-from models.registry import job_runs, jobs
-from tests.api.calls import expect, new_job
+from tests.api.calls import expect
 from tests.api.test_feed import end, write
 
 URL = "/v1/fine_tuning/jobs"
 NOT_FOUND = ("fine_tuning_job_id", "fine_tuning_job_not_found")
-
-
-@pytest.fixture
-def job_id(client: TestClient, database: Database) -> str:
-    made = str(new_job(client).json()["id"])
-    with database.write() as session:
-        jobs.move(session, made, JobStatus.QUEUED)
-        assert job_runs.claim(session, "worker", 600) is not None
-    return made
 
 
 def parsed(text: str) -> list[tuple[str, str, Any]]:

@@ -1,32 +1,14 @@
 """Where a model comes from and what came of it, on both databases."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from api.cli.migrate import upgrade
 from models.db import Database
 from models.domain.generation import AdapterRef
 from models.domain.training import TrainingSpec
-from models.registry import adapters, base_models, jobs, lineage, tenancy
-from models.settings import DatabaseSettings
+from models.registry import adapters, jobs, lineage, tenancy
 from models.tables import Adapter
 
 NAMES = ["ft:base:local::one", "ft:base:local::two", "ft:base:local::three"]
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'tunery.db'}"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres_url")
-    upgrade(url)
-    made = Database(DatabaseSettings(url=url))
-    with made.write() as session:
-        base_models.sync_catalog(session, {"base": "path:/nowhere"})
-    yield made
-    made.close()
 
 
 def train(database: Database, name: str, start: AdapterRef | None) -> AdapterRef:

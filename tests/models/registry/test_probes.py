@@ -1,18 +1,13 @@
 """Measurements are wished for once, made by one worker, and corrected by the jobs that end."""
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 from sqlalchemy import update
 
-from api.cli.migrate import upgrade
 from models.db import Database, db_now
 from models.domain.estimates import Measured, Probe
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import base_models, job_runs, jobs, probes, tenancy
-from models.settings import DatabaseSettings
+from models.registry import job_runs, jobs, probes, tenancy
 from models.tables import BaseProbe
 
 PROBE = Probe(
@@ -30,19 +25,6 @@ PROBE = Probe(
     forward_share=0.3,
     start_seconds=1.0,
 )
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'tunery.db'}"
-    if request.param == "postgresql":
-        url = request.getfixturevalue("postgres_url")
-    upgrade(url)
-    made = Database(DatabaseSettings(url=url))
-    with made.write() as session:
-        base_models.sync_catalog(session, {"base": "path:/nowhere"})
-    yield made
-    made.close()
 
 
 def want(database: Database) -> None:
