@@ -46,6 +46,19 @@ app.add_typer(key_app, name="key")
 app.add_typer(project_app, name="project")
 
 
+TrainingArgument = Annotated[
+    Path, typer.Argument(exists=True, dir_okay=False, help="Training data.")
+]
+ValidationOption = Annotated[
+    Path | None, typer.Option(exists=True, dir_okay=False, help="Held-out data.")
+]
+BaseOption = Annotated[str, typer.Option(help="Base model.")]
+EpochsOption = Annotated[int | None, typer.Option(min=1, max=50)]
+BatchOption = Annotated[int | None, typer.Option(min=1, max=256)]
+RankOption = Annotated[int | None, typer.Option(min=1, max=256, help="LoRA rank.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="nf4 (QLoRA), bf16 or fp32.")]
+
+
 @app.command()
 def up(
     home: HomeOption = None,
@@ -73,17 +86,15 @@ def demo(
 
 @app.command()
 def tune(  # noqa: PLR0913 (one argument for each option of the command)
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Training data.")],
-    model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
-    validation: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Held-out data.")
-    ] = None,
+    file: TrainingArgument,
+    model: BaseOption = "smollm2-135m-instruct",
+    validation: ValidationOption = None,
     suffix: Annotated[str | None, typer.Option(help="Part of the new model's name.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, max=50)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=256)] = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchOption = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
-    rank: Annotated[int | None, typer.Option(min=1, max=256, help="LoRA rank.")] = None,
-    precision: Annotated[str | None, typer.Option(help="nf4 (QLoRA), bf16 or fp32.")] = None,
+    rank: RankOption = None,
+    precision: PrecisionOption = None,
     seed: Annotated[int | None, typer.Option(min=0)] = None,
     watch: Annotated[bool, typer.Option(help="Show progress until the job ends.")] = True,
     home: HomeOption = None,
@@ -110,15 +121,13 @@ def tune(  # noqa: PLR0913 (one argument for each option of the command)
 
 @app.command("estimate")
 def estimate_job(  # noqa: PLR0913 (one argument for each option of the command)
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="Training data.")],
-    model: Annotated[str, typer.Option(help="Base model.")] = "smollm2-135m-instruct",
-    validation: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="Held-out data.")
-    ] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, max=50)] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=256)] = None,
-    rank: Annotated[int | None, typer.Option(min=1, max=256, help="LoRA rank.")] = None,
-    precision: Annotated[str | None, typer.Option(help="nf4 (QLoRA), bf16 or fp32.")] = None,
+    file: TrainingArgument,
+    model: BaseOption = "smollm2-135m-instruct",
+    validation: ValidationOption = None,
+    epochs: EpochsOption = None,
+    batch_size: BatchOption = None,
+    rank: RankOption = None,
+    precision: PrecisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     home: HomeOption = None,
 ) -> None:
