@@ -5,13 +5,14 @@ of a model run together, in the call of the last one: those below only note what
 with.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_PREFIX_MAPPING,
@@ -23,12 +24,14 @@ from transformers import Cache
 from transformers.activations import ACT2FN
 
 from worker.training.dropout import LaneDropout
+from worker.training.packed import layout
 from worker.training.reversible import blocks
 from worker.training.reversible.blocks import Call
 from worker.training.reversible.streams import Block, Coupling, Plan, run
 
 PEFT_TYPE = "MEFT"
-START_STD = 0.02
+START_STD = 0.01
+"""Half of the released code's: it starts nearer to the base."""
 KINDS = {
     "meft1": ("feed_forward", "coupling"),
     "meft2": ("feed_forward", "coupling"),
@@ -51,7 +54,7 @@ class MeftConfig(PeftConfig):
 
     variant: str = "meft1"
     lambda_bits: int = 7
-    bottleneck_size: int = 16
+    r: int = 16
     activation: str = "gelu"
     dropout: float = 0.0
     target_modules: list[str] | set[str] | None = None
@@ -68,7 +71,7 @@ class MeftConfig(PeftConfig):
 
 
 class Bottleneck(nn.Module):
-    """``up(f(down(x)))`` in float32, no residual: [.., D] to [.., D]; N(0, 0.02) at first."""
+    """``up(f(down(x)))`` in float32, no residual: [.., D] to [.., D]; N(0, 0.01) at first."""
 
     def __init__(self, width: int, size: int, activation: str, dropout: float) -> None:
         super().__init__()
@@ -87,8 +90,9 @@ class Bottleneck(nn.Module):
 class Stack:
     """What the wrapped layers of one model share."""
 
-    def __init__(self, call: Call, width: int) -> None:
+    def __init__(self, call: Call, width: int, paths: Sequence[str]) -> None:
         self.layers: list[MeftLayer] = []
+        self.paths = tuple(paths)
         self.configs: dict[str, MeftConfig] = {}
         self.width = width
         self.keeps_inputs = False
@@ -121,10 +125,13 @@ class Stack:
     def _run(self, hidden: torch.Tensor, calls: list[Call]) -> torch.Tensor:
         [adapter] = self.layers[0].active_adapters
         variant = self.configs[adapter].variant
+        # A packed pass has its layout around it, and so must the way back.
+        around = partial(layout.active, layout.current()) if layout.is_active() else nullcontext
         plan = Plan(
             [layer.coupling(adapter, call) for layer, call in zip(self.layers, calls, strict=True)],
             output=0 if variant == "meft2" else 1,
             keeps_inputs=self.keeps_inputs,
+            around=around,
             history=[] if self.keeps_history else None,
         )
         self.last_plan = plan if self.keeps_history else None
@@ -163,7 +170,7 @@ class MeftLayer(nn.Module, BaseTunerLayer):
         for name in self.adapter_layer_names:
             if has_bottleneck(config.variant, name.removeprefix("meft_"), is_last=self._is_last):
                 getattr(self, name)[adapter] = Bottleneck(
-                    self._stack.width, config.bottleneck_size, config.activation, config.dropout
+                    self._stack.width, config.r, config.activation, config.dropout
                 ).to(device)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -234,20 +241,19 @@ class MeftModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
         if not hasattr(self, "stack"):
             call, self._split_error = blocks.probe(model)
-            self._paths = list(blocks.transformer_layers(model))
             width: int = model.config.hidden_size  # type: ignore[union-attr,assignment]
-            self.stack = Stack(call, width)
+            self.stack = Stack(call, width, list(blocks.transformer_layers(model)))
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: Any) -> Any:
         if peft_config.variant == "meft3" and self._split_error is not None:
             raise self._split_error
-        peft_config.target_modules = list(self._paths)
+        peft_config.target_modules = list(self.stack.paths)
         return peft_config
 
     def _check_target_module_exists(  # type: ignore[override]
         self, peft_config: Any, key: str
     ) -> bool:
-        return key in self._paths
+        return key in self.stack.paths
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -264,7 +270,7 @@ class MeftModel(BaseTuner):
         if isinstance(target, MeftLayer):
             target.update_layer(adapter_name, peft_config)
             return
-        layer = MeftLayer(target, self.stack, is_last=current_key == self._paths[-1])
+        layer = MeftLayer(target, self.stack, is_last=current_key == self.stack.paths[-1])
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
@@ -273,6 +279,20 @@ class MeftModel(BaseTuner):
     ) -> None:
         # PEFT's own would give the layer the weight of the one that it replaces, which has none.
         setattr(parent, child_name, new_module)
+
+
+def activation_of(model: Any) -> str:
+    """Return the non-linearity of the base's feed-forward by transformers' name.
+
+    Raises:
+        InvalidRequestError: its configuration names none.
+    """
+    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    for name in ("hidden_act", "hidden_activation", "activation_function", "activation"):
+        value = getattr(config, name, None)
+        if isinstance(value, str) and value in ACT2FN:
+            return value
+    raise blocks.unsupported("its configuration names no activation function that is known")
 
 
 def stack_of(model: nn.Module) -> Stack:

@@ -1,14 +1,12 @@
 """A stack of two streams: exact inverse, right gradients, flat memory; and when it has to fail."""
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 
+from bench._activations import saved_bytes
 from worker.training.reversible.fixed_point import GRID
 from worker.training.reversible.streams import Block, Coupling, NotReversibleError, Plan, run
 
@@ -128,35 +126,14 @@ def test_autocast_holds_on_the_way_back() -> None:
     assert plan.n_mismatches == 0
 
 
-def saved(forward: Callable[[], torch.Tensor]) -> int:
-    """Return the bytes that the graph of `forward` keeps, parameters left out."""
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    class Kept:
-        def __init__(self, tensor: torch.Tensor) -> None:
-            self.tensor = tensor
-            alive.add(self)
-
-    with saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        output = forward()
-    storages = {
-        each.tensor.untyped_storage().data_ptr(): each.tensor.untyped_storage().nbytes()
-        for each in alive
-        if not isinstance(each.tensor, nn.Parameter)
-        and not isinstance(each.tensor._base, nn.Parameter)
-    }
-    del output
-    return sum(storages.values())
-
-
 def test_a_layer_adds_the_bits_that_its_shift_loses_and_no_more() -> None:
     x = torch.randn(B, T, D, requires_grad=True)
     exact, plain = [], []
     for depth in (6, 12, 24):
         layers = parts(depth)
-        exact.append(saved(lambda layers=layers: run(plan_of(layers), x)))  # type: ignore[misc]
+        exact.append(saved_bytes(lambda layers=layers: run(plan_of(layers), x)))  # type: ignore[misc]
         plain.append(
-            saved(lambda layers=layers: in_floats(layers, "meft1", x))  # type: ignore[misc]
+            saved_bytes(lambda layers=layers: in_floats(layers, "meft1", x))  # type: ignore[misc]
         )
     n = B * T * D
     assert exact == [2 * 8 * n + depth * n * BITS // 8 for depth in (6, 12, 24)]

@@ -28,7 +28,7 @@ def tiny(family: str) -> Any:
 
 
 def adapted(family: str, variant: str = "meft1", **others: Any) -> tuple[Any, Stack]:
-    config = MeftConfig(variant=variant, bottleneck_size=4, **others)
+    config = MeftConfig(variant=variant, r=4, **others)
     model = get_peft_model(tiny(family), config)
     return model, stack_of(model)
 
@@ -91,7 +91,7 @@ def test_what_is_stored_gives_the_same_logits_when_peft_reads_it(tmp_path: Path)
 def test_adapters_of_one_base_stay_apart() -> None:
     model, stack = adapted("llama")
     first = logits(model.eval()).detach()
-    model.add_adapter("other", MeftConfig(variant="meft3", lambda_bits=3, bottleneck_size=2))
+    model.add_adapter("other", MeftConfig(variant="meft3", lambda_bits=3, r=2))
     assert torch.equal(logits(model), first)
     model.set_adapter("other")
     assert not torch.allclose(logits(model), first, atol=1e-3)
