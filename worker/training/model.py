@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from models.domain.training import Precision
 from worker.base_models import load_model
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
-from worker.training.tuners.attach import linear_layers
+from worker.training.tuners.attach import head_of, linear_layers
 
 PROBE_TOKENS = 16
 LOGITS_TOLERANCE = 1e-5
@@ -78,7 +78,7 @@ def trainable_parameters(
 
 def linear_shapes(model: PeftModel) -> dict[str, tuple[int, int, bool]]:
     """Return (inputs, outputs, is the head) of the base's linear layers by their own paths."""
-    head = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
+    head = head_of(model.get_base_model())
     shapes = {}
     for path, module in linear_layers(model, with_head=True).items():
         if isinstance(module, nn.Linear):
