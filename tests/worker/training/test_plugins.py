@@ -124,7 +124,7 @@ def test_bad_parameters_name_the_field(given: dict[str, Any], param: str) -> Non
 def test_an_unknown_type_lists_the_known_ones() -> None:
     with pytest.raises(InvalidRequestError, match="Known types: sft"):
         objectives.parse_params({"type": "dpo"})
-    with pytest.raises(InvalidRequestError, match="Known types: .*lora"):
+    with pytest.raises(InvalidRequestError, match=r"Known types: .*lora"):
         methods.get_method("dora")
 
 
