@@ -12,7 +12,7 @@ from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
 from worker.training.methods import register
-from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, Served
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 
 if TYPE_CHECKING:
     import torch
@@ -37,9 +37,6 @@ class Ia3(Method):
     )
     Params: ClassVar[type[MethodParams]] = Ia3Params
     rate_scale: ClassVar[float] = 5.0
-
-    def served(self, params: Any) -> Served:
-        return Served.MERGED
 
     def attach(
         self,

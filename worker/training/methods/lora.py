@@ -14,7 +14,7 @@ from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
 from worker.training.methods import register
-from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, Served
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 
 if TYPE_CHECKING:
     import torch
@@ -142,9 +142,6 @@ class Lora(Method):
     )
     Params: ClassVar[type[MethodParams]] = LoraParams
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio"})
-
-    def served(self, params: Any) -> Served:
-        return Served.MERGED if params.use_dora else Served.BATCHED
 
     def attach(
         self,
