@@ -29,6 +29,7 @@ from worker.base_models import (
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import BatchingEngine
+from worker.inference.engine.scheduler import Limits
 from worker.inference.own_model import load_own_model
 from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
@@ -97,8 +98,8 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
             model,
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-            max_adapters=mine.max_adapters,
-            max_waiting=mine.max_waiting,
+            limits=Limits(n_slots=mine.max_adapters, max_waiting=mine.max_waiting),
+            adapter_bytes=mine.adapter_memory_bytes,
         )
 
     def build_own(adapter: Path, served: str) -> BatchingEngine:
@@ -107,7 +108,9 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         )
 
     engine = build_engine(model)
-    adapters = AdapterStore(store, mine.adapter_cache_dir, info)
+    adapters = AdapterStore(
+        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
+    )
     residency = Residency(engine, adapters, renderer.template_sha256)
     description = {"precision": mine.precision, "device": device}
     service = InferenceService(engine, renderer, residency, info, description)
