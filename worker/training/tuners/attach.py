@@ -58,7 +58,7 @@ def linear_layers(
         with_head: Whether the language-model head counts.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = getattr(base, "get_output_embeddings", lambda: None)()
+    head = head_of(base)
     adapted: tuple[str, ...] = ()
     found: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
@@ -69,6 +69,12 @@ def linear_layers(
         if path.endswith(".base_layer") or not path.startswith(adapted):
             found[path.replace(".base_layer", "")] = module
     return found
+
+
+def head_of(base: Any) -> nn.Module | None:
+    """Return the language-model head of a base, without what an adapter put around it."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
 def is_transposed(model: PreTrainedModel | PeftModel) -> bool:
