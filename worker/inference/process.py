@@ -89,7 +89,13 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         model,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-        limits=Limits(n_slots=mine.max_adapters, max_waiting=mine.max_waiting),
+        fingerprint=info.fingerprint,
+        limits=Limits(
+            n_slots=mine.max_adapters,
+            max_waiting=mine.max_waiting,
+            cache_tokens=mine.cache_tokens,
+            prefix_tokens=mine.prefix_tokens,
+        ),
         adapter_bytes=mine.adapter_memory_bytes,
     )
     adapters = AdapterStore(

@@ -116,6 +116,7 @@ class BatchingEngine:
         model: A causal language model in evaluation mode; its linear layers get wrapped.
         decode: Token ids to text.
         stop_ids: Tokens that end an answer.
+        fingerprint: What identifies the base model.
         limits: How much runs and waits at a time.
         adapter_bytes: Memory for adapters on the host, in use or not.
     """
@@ -126,6 +127,7 @@ class BatchingEngine:
         decode: Decode,
         stop_ids: Iterable[int],
         *,
+        fingerprint: str = "",
         limits: Limits | None = None,
         adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
@@ -134,7 +136,7 @@ class BatchingEngine:
         self._decode = decode
         self._stop_ids = frozenset(stop_ids)
         self._pool = AdapterPool(adapter_bytes)
-        self._runner = Runner(model, limits.n_slots)
+        self._runner = Runner(model, fingerprint, limits)
         self._changed = Condition()
         self._scheduler: Scheduler[Sequence] = Scheduler(limits)
         self._closing = False
