@@ -41,7 +41,10 @@ class Runner:
     def __init__(self, model: PreTrainedModel, fingerprint: str, limits: Limits) -> None:
         self.model = model
         self.layers = BaseLayers(model)
-        like = torch.empty(0, dtype=model.dtype, device=model.device)
+        # On a CPU adapters stay in float32, as they were trained: half precision gains nothing
+        # there, and an answer in bfloat16 would depend more on its company.
+        self.adapter_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+        like = torch.empty(0, dtype=self.adapter_dtype, device=model.device)
         self.slots = Slots(self.layers.shapes, limits.n_slots, like)
         self.layers.attach(self.slots)
         self.decoding: list[Sequence] = []
