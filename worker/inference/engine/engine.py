@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Condition, Thread
@@ -27,9 +27,10 @@ from worker.inference.engine.errors import (
     GenerationError,
 )
 from worker.inference.engine.lora import ActiveAdapters, wrap_linears
-from worker.inference.engine.params import EngineStats, LinearShape, Sampling, TokenEvent
+from worker.inference.engine.params import Constraint, EngineStats, LinearShape, TokenEvent
 from worker.inference.engine.pool import AdapterLease, AdapterPool
 from worker.inference.engine.row_cache import RowCache, can_share_rows
+from worker.inference.engine.sequence import Request as Request
 from worker.inference.engine.sequence import Sequence
 from worker.inference.engine.stream import Decode, TextStream
 
@@ -40,17 +41,6 @@ Emit = Callable[[int, TokenEvent | EngineError], None]
 """Takes (choice, event) on the engine's thread; it must return at once and not raise."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt (not empty) to continue `n` times; choice i draws with ``sampling.seed + i``."""
-
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    n: int = 1
-    lease: AdapterLease | None = None
-    """On the adapter to use; the engine takes leases of its own. None is the base model."""
 
 
 class Ticket(Protocol):
@@ -171,23 +161,31 @@ class BatchingEngine:
     def submit(self, request: Request, emit: Emit) -> Ticket:
         if not request.prompt:
             raise ValueError("A prompt needs at least one token.")
+        make = request.constraint
+        constraints = [make() if make is not None else None for _ in range(request.n)]
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("The engine is closed.")
             free = self._max_running - self._n_running()
             if len(self._waiting) + request.n > self._max_waiting + free:
                 raise EngineFullError(f"{len(self._waiting)} sequences are waiting already.")
-            sequences = [self._sequence(request, index, emit) for index in range(request.n)]
+            sequences = [
+                self._sequence(request, index, emit, constraint)
+                for index, constraint in enumerate(constraints)
+            ]
             self._waiting.extend(sequences)
             self._changed.notify_all()
         return _Ticket(sequences, self._changed)
 
-    def _sequence(self, request: Request, index: int, emit: Emit) -> Sequence:
+    def _sequence(
+        self, request: Request, index: int, emit: Emit, constraint: Constraint | None
+    ) -> Sequence:
         seed = request.sampling.seed
         sampling = replace(request.sampling, seed=None if seed is None else seed + index)
         lease = request.lease.share() if request.lease is not None else None
         text = TextStream(self._decode, sampling.stop)
-        return Sequence(request.prompt, sampling, lease, text, partial(emit, index))
+        own = replace(request, sampling=sampling)
+        return Sequence(own, lease, text, partial(emit, index), constraint)
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -304,10 +302,10 @@ class BatchingEngine:
             self._end(sequence, GenerationError(f"{type(error).__name__} while generating."))
 
     def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        event = sequence.push(sequence.sampler.pick(logits), self._stop_ids)
+        event = sequence.take(logits, self._stop_ids)
         if event.finish_reason is not None:
             self._end(sequence, event)
-        elif event.text:
+        elif event.text or event.prompt_logprobs:
             self._emit(sequence, event)
 
     @torch.inference_mode()
@@ -320,11 +318,14 @@ class BatchingEngine:
         output = self._model(
             input_ids=torch.tensor([chunk], device=self._model.device),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=0 if sequence.scores_prompt else 1,
             **{self._cache_argument: sequence.cache},
         )
+        if sequence.scores_prompt:
+            sequence.score(output.logits[0])
         if sequence.pending:
             return None
+        sequence.scores_prompt = False
         logits: torch.Tensor = output.logits[0, -1]
         return logits
 
