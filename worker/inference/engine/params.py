@@ -96,7 +96,8 @@ class TokenLogprobs:
 class TokenEvent:
     """Text that became final; the last event of a sequence has a `finish_reason`.
 
-    `n_tokens` counts all tokens drawn so far, the end token included. `logprobs` is of the tokens
+    `n_tokens` counts all tokens drawn so far, the end token included; `n_cached` the prompt tokens
+    that needed no computing. `logprobs` is of the tokens
     that the text is of, and `prompt_logprobs`, on the first event where they were asked for, of the
     prompt's tokens from the second one on.
     """
@@ -104,6 +105,7 @@ class TokenEvent:
     text: str
     finish_reason: FinishReason | None
     n_tokens: int
+    n_cached: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 

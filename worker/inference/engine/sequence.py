@@ -98,7 +98,8 @@ class Sequence:
         self._n_tokens += 1
         self.pending = [drawn.token]
         text, reason = self._advance(drawn, stop_ids)
-        return TokenEvent(text, reason, self._n_tokens, self._final_logprobs(reason), scored)
+        final = self._final_logprobs(reason)
+        return TokenEvent(text, reason, self._n_tokens, logprobs=final, prompt_logprobs=scored)
 
     def _advance(
         self, drawn: TokenLogprobs, stop_ids: frozenset[int]
