@@ -65,12 +65,15 @@ class Runner:
         output = self.model(
             input_ids=torch.tensor([chunk], device=self.model.device),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=0 if sequence.scores_prompt else 1,
             **{self._cache_argument: cache},
         )
+        if sequence.scores_prompt:
+            sequence.score(output.logits[0])
         sequence.n_fed += len(chunk)
         if sequence.n_pending:
             return None
+        sequence.scores_prompt = False
         if self._shares_rows:
             self._prefixes.save(self._root(sequence), sequence.tokens, cache)
         logits: torch.Tensor = output.logits[0, -1]
@@ -79,7 +82,7 @@ class Runner:
     def _start(self, sequence: Sequence) -> DynamicCache:
         """Give a sequence a cache, with what is stored of its prompt in it."""
         cache, n_cached = DynamicCache(config=self.model.config), 0
-        if self._shares_rows:
+        if self._shares_rows and not sequence.scores_prompt:
             n_cached = self._prefixes.load(self._root(sequence), sequence.tokens, cache)
         sequence.cache, sequence.n_fed = cache, n_cached
         if sequence.n_cached is None:
@@ -103,8 +106,7 @@ class Runner:
             self._rows.remove(row)
             self.decoding[row] = self.decoding[-1]
             self.decoding.pop()
-        sequence.has_row, sequence.cache = False, None
-        sequence.n_fed = 0
+        sequence.restart()
 
     @torch.inference_mode()
     def decode(self, rows: slice) -> torch.Tensor:
