@@ -148,6 +148,12 @@ class InferenceSettings(Group):
         le=64,
         description="Copies of the base held for adapters that no batch can serve.",
     )
+    cache_tokens: int = Field(
+        131_072, ge=1024, description="Tokens of all running answers whose states are held."
+    )
+    prefix_tokens: int = Field(
+        8192, ge=0, description="Tokens of prompts kept for later prompts that begin alike."
+    )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more answer 429.")
     token: SecretStr = Field(
         SecretStr(""), description="Shared secret between API and inference servers; required."
