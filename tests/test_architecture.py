@@ -41,7 +41,6 @@ TESTED_ELSEWHERE = {
     "worker/inference/engine/errors.py": "tests/worker/inference: each refusal by its class",
     "worker/inference/engine/params.py": "tests/worker/inference/engine",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
-    "worker/inference/service.py": "tests/worker/inference/test_server.py, over HTTP",
     "worker/data/formats/plain_text.py": "tests/test_corpus.py",
     "worker/data/normalised.py": "tests/worker/data/test_lint.py and training/test_prepare.py",
     "worker/data/reader.py": "tests/test_corpus.py: every format under any name",
