@@ -44,7 +44,6 @@ TESTED_ELSEWHERE = {
     "worker/inference/engine/params.py": "tests/worker/inference/engine",
     "worker/inference/engine/weights.py": "tests/worker/inference/engine/test_runner.py",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
-    "worker/inference/service.py": "tests/worker/inference/test_server.py, over HTTP",
     "worker/training/methods": "tests/worker/training/test_methods.py: the contract of each",
     "worker/training/tuners": "tests/worker/training/test_methods.py: the contract of each",
     "worker/data/formats/plain_text.py": "tests/test_corpus.py",
