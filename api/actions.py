@@ -20,7 +20,7 @@ from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, PayloadTooLargeError
-from models.registry import adapters, base_models, files, jobs
+from models.registry import adapters, base_models, files, jobs, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
@@ -51,9 +51,12 @@ def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
 
     Raises:
         InvalidRequestError: the file is empty.
-        PayloadTooLargeError: it exceeds the limit; nothing of it is kept.
+        PayloadTooLargeError: it exceeds the limit, or what the project may store; nothing of it is
+            kept.
     """
-    stored = store_content(services, upload.content)
+    with services.database.read() as session:
+        room = quotas.room_for_bytes(session, caller.project_id)
+    stored = store_content(services, upload.content, room)
     with adding(services, stored.key) as session:
         return add_file(session, services, caller, upload, stored)
 
@@ -87,8 +90,8 @@ class Stored:
     sha256: str
 
 
-def store_content(services: Services, content: Iterable[bytes]) -> Stored:
-    """Stream bytes into the store under the key of a new file.
+def store_content(services: Services, content: Iterable[bytes], room: int | None = None) -> Stored:
+    """Stream bytes into the store under the key of a new file, at most `room` if that is a number.
 
     Raises:
         InvalidRequestError: there are none.
@@ -107,6 +110,8 @@ def store_content(services: Services, content: Iterable[bytes]) -> Stored:
                     f"The file is larger than {limit:,} bytes, the limit of this service.",
                     param="file",
                 )
+            if room is not None and size > room:
+                raise quotas.bytes_exceeded(room)
             digest.update(chunk)
             yield chunk
         if size == 0:
@@ -122,6 +127,7 @@ def add_file(
     session: Session, services: Services, caller: Caller, upload: Upload, stored: Stored
 ) -> File:
     """Add the row of stored bytes; of content that the project has already, one object is kept."""
+    quotas.check_bytes(session, caller.project_id, stored.bytes)
     trainable = upload.purpose == files.TRAINABLE
     same = files.find_same(session, caller.project_id, stored.sha256, stored.bytes)
     if same is not None:
@@ -204,9 +210,11 @@ def submit_job(
 
     Raises:
         InvalidRequestError, NotFoundError: as `check_job`.
+        QuotaError: the project's limits do not allow it.
     """
     check_job(session, services, caller, spec)
     job = jobs.create(session, caller.project_id, spec, metadata or None, caller.key_id)
+    quotas.reserve(session, job)
     services.bell.ring_after_commit(session)
     return job
 

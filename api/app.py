@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
-from api.deps import ServicesDep
+from api.deps import ServicesDep, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import projects
@@ -74,7 +74,10 @@ def _v1(settings: Settings) -> APIRouter:
     v1 = APIRouter(prefix="/v1")
     for router, access, max_body_size in groups:
         # On the routes and not on the application, whose own answer would have no OpenAI body.
-        v1.include_router(router, max_body_size=max_body_size, dependencies=[Depends(access)])
+        needed = [Depends(access)]
+        if access is INFERENCE:
+            needed.append(Depends(require_tokens))
+        v1.include_router(router, max_body_size=max_body_size, dependencies=needed)
     return v1
 
 

@@ -9,7 +9,8 @@ from api import bodies
 from api.deps import CallerDep, ReadSession, WriteSession
 from api.strict_json import StrictJsonRoute
 from models.domain.access import Scope
-from models.domain.base import JsonObject, Parameters, Text
+from models.domain.base import JsonObject, Text
+from models.domain.limits import KeyRates
 from models.errors import InvalidRequestError
 from models.registry import tenancy
 
@@ -18,7 +19,7 @@ MAX_TIME = 2**40
 router = APIRouter(prefix="/api_keys", tags=["keys"], route_class=StrictJsonRoute)
 
 
-class KeyCreate(Parameters):
+class KeyCreate(KeyRates):
     """The body of ``POST /api_keys``."""
 
     name: Annotated[Text, Field(min_length=1, max_length=100)]
@@ -39,9 +40,15 @@ def list_keys(session: ReadSession, caller: CallerDep) -> JsonObject:
 def create_key(body: KeyCreate, session: WriteSession, caller: CallerDep) -> JsonObject:
     """Make a key; its secret is in this answer and never again."""
     key, secret = tenancy.create_key(
-        session, caller.project_id, body.name, body.scopes, body.expires_at
+        session, caller.project_id, body.name, body.scopes, body.expires_at, _rates(body)
     )
     return bodies.key_body(key) | {"value": secret}
+
+
+def _rates(body: KeyCreate) -> KeyRates:
+    return KeyRates(
+        requests_per_minute=body.requests_per_minute, tokens_per_minute=body.tokens_per_minute
+    )
 
 
 @router.delete("/{key_id}")
