@@ -11,6 +11,7 @@ from functools import partial
 import structlog
 from sqlalchemy.orm import Session
 
+from api.audit import note
 from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
@@ -146,6 +147,7 @@ def add_file(
             status=FileStatus.UPLOADED if trainable else FileStatus.PROCESSED,
         ),
     )
+    note(session, caller, "file.created", file.id, filename=file.filename, bytes=file.bytes)
     if trainable:
         services.bell.ring_after_commit(session)
     return file
@@ -167,6 +169,7 @@ def display_name(filename: str) -> str:
 
 def delete_file(session: Session, services: Services, caller: Caller, file_id: str) -> None:
     discard(session, services, files.delete(session, caller.project_id, file_id))
+    note(session, caller, "file.deleted", file_id)
 
 
 def discard(session: Session, services: Services, freed: Freed) -> None:
@@ -194,7 +197,7 @@ def find_start(session: Session, caller: Caller, model: str) -> Start:
     """
     if not model.startswith("ft:"):
         return Start(model)
-    resolved = adapters.resolve(session, caller.project_id, model)
+    resolved = adapters.resolve_own(session, caller.project_id, model)
     job = session.get_one(Job, resolved.job_id)
     return Start(resolved.base_model, resolved.adapter, TrainingSpec.model_validate(job.spec))
 
@@ -254,6 +257,7 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
 def delete_model(session: Session, services: Services, caller: Caller, name: str) -> None:
     """Delete a fine-tuned model; its objects go too unless another name stands for them."""
     orphan = adapters.delete(session, caller.project_id, name)
+    note(session, caller, "model.deleted", name)
     if orphan is not None:
         after_commit(
             session,

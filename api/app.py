@@ -13,10 +13,10 @@ from api.adapters import routes as adapters
 from api.deps import ServicesDep, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
-from api.keys import projects
+from api.keys import audit_logs, projects
 from api.keys import routes as keys
 from api.middleware import RequestId
-from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads
+from api.openai import chat, estimates, files, fine_tuning, models, permissions, progress, uploads
 from api.operations import routes as operations
 from api.services import Services
 from api.ui import serve as page
@@ -64,10 +64,12 @@ def _v1(settings: Settings) -> APIRouter:
         (fine_tuning.router, TRAINING, limits.max_body_bytes),
         (progress.router, TRAINING, limits.max_body_bytes),
         (estimates.router, TRAINING, limits.max_body_bytes),
+        (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
+        (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]

@@ -8,6 +8,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from api import bodies
+from api.audit import note
 from api.deps import Caller, CallerDep, ReadSession, WriteSession
 from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject, Parameters, Text
@@ -65,6 +66,7 @@ def create_project(body: ProjectCreate, session: WriteSession, caller: CallerDep
     project = tenancy.create_project(session, body.name, body.organization)
     tenancy.set_limits(session, project, body.limits)
     key, secret = tenancy.create_key(session, project.id, "first key")
+    note(session, caller, "project.created", project.id, name=project.name)
     made = project_body(project, tenancy.organization_names(session))
     return made | {"api_key": bodies.key_body(key) | {"value": secret}}
 
@@ -78,6 +80,8 @@ def update_project(
     if not _is_operator(session, caller):
         raise PermissionDeniedError("Only an admin key of the default project can change limits.")
     tenancy.set_limits(session, project, body.limits)
+    changed = body.limits.model_dump(exclude_unset=True)
+    note(session, caller, "project.updated", project.id, limits=changed)
     return project_body(project, tenancy.organization_names(session))
 
 

@@ -6,6 +6,7 @@ from fastapi import APIRouter
 from pydantic import Field, StrictInt
 
 from api import bodies
+from api.audit import note
 from api.deps import CallerDep, ReadSession, WriteSession
 from api.strict_json import StrictJsonRoute
 from models.domain.access import Scope
@@ -42,6 +43,7 @@ def create_key(body: KeyCreate, session: WriteSession, caller: CallerDep) -> Jso
     key, secret = tenancy.create_key(
         session, caller.project_id, body.name, body.scopes, body.expires_at, _rates(body)
     )
+    note(session, caller, "api_key.created", key.id, name=key.name, scopes=key.scopes)
     return bodies.key_body(key) | {"value": secret}
 
 
@@ -59,4 +61,5 @@ def revoke_key(key_id: str, session: WriteSession, caller: CallerDep) -> JsonObj
             "A key cannot revoke itself. Use another key.", param="key_id", code="key_in_use"
         )
     key = tenancy.revoke_key(session, key_id, caller.project_id)
+    note(session, caller, "api_key.deleted", key.id, name=key.name)
     return bodies.key_body(key)
