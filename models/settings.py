@@ -57,6 +57,12 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests of a key, unless it or its project has a limit."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens served to a key, unless it or its project has a limit."
+    )
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
     )
