@@ -57,6 +57,12 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path under which a proxy publishes the API and which it strips, e.g. "
+        "`/tunery`.",
+    )
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
     )

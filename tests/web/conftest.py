@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from api.app import create_app
@@ -40,6 +42,7 @@ class Site:
     settings: Settings
     scratch: Path
     faults: list[str] = field(default_factory=list)
+    app: FastAPI | None = None
 
     def job(self, suffix: str = "desk", **changes: Any) -> str:
         """Add a queued job."""
@@ -153,30 +156,47 @@ class Site:
             pass
 
 
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database with the schema; each site copies it, which is much faster."""
+    path = tmp_path_factory.mktemp("migrated") / "tunery.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, migrated_database: Path) -> Iterator[Site]:
+    shutil.copy(migrated_database, tmp_path / "tunery.db")
     with running_site(tmp_path) as made:
         yield made
 
 
-@contextmanager
-def running_site(tmp_path: Path) -> Iterator[Site]:
-    """Run the API with its page until the block ends."""
-    url = f"sqlite:///{tmp_path / 'tunery.db'}"
-    upgrade(url)
-    settings = Settings.model_validate(
+def settings_in(folder: Path) -> Settings:
+    return Settings.model_validate(
         {
-            "database": {"url": url},
-            "broker": {"url": f"redis+socket://{tmp_path / 'nobody.sock'}"},
-            "storage": {"url": f"file:{tmp_path / 'objects'}"},
+            "database": {"url": f"sqlite:///{folder / 'tunery.db'}"},
+            "broker": {"url": f"redis+socket://{folder / 'nobody.sock'}"},
+            "storage": {"url": f"file:{folder / 'objects'}"},
             "models": {"catalog": {"base": "path:/nowhere"}},
+            "inference": {"token": "secret-between-servers"},
         }
     )
-    database = Database(settings.database)
+
+
+def new_key(database: Database) -> str:
     with database.write() as session:
-        _, key = tenancy.create_key(session, tenancy.default_project(session).id, "tester")
-    with serving(create_app(settings), lifespan="on") as address:
-        yield Site(address, key, database, settings, tmp_path / "scratch")
+        return tenancy.create_key(session, tenancy.default_project(session).id, "tester")[1]
+
+
+@contextmanager
+def running_site(tmp_path: Path) -> Iterator[Site]:
+    """Run the API with its page until the block ends; the folder holds a migrated database."""
+    settings = settings_in(tmp_path)
+    database = Database(settings.database)
+    app = create_app(settings)
+    with serving(app, lifespan="on") as address:
+        key = new_key(database)
+        yield Site(address, key, database, settings, tmp_path / "scratch", app=app)
     database.close()
 
 
@@ -198,7 +218,7 @@ def open_context(browser: Browser, site: Site, **options: Any) -> BrowserContext
         ),
     )
     page = context.new_page()
-    page.goto("/ui/login")
+    page.goto(f"{site.url}/ui/login")
     page.get_by_label("API key").fill(site.key)
     page.get_by_role("button", name="Log in").click()
     page.wait_for_url("**/ui/jobs")

@@ -51,7 +51,7 @@ def everything(site: Site) -> list[str]:
 
 def upload(site: Site, context: BrowserContext, data: bytes) -> str:
     page = context.new_page()
-    page.goto("/ui/datasets")
+    page.goto(f"{site.url}/ui/datasets")
     page.locator("#file").set_input_files(
         FilePayload(name="rows.jsonl", mimeType="application/jsonl", buffer=data)
     )

@@ -17,6 +17,9 @@ const legendHeight = (place, n_lines) => (n_lines < 2 ? 0 : (place?.clientWidth 
 /** A tick's value, short enough for the axis. @param {number} value */
 const brief = (value) => (value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(1).replace("e", " e") : String(Number(value.toPrecision(4))));
 
+/** The smallest value on a logarithmic axis: uPlot's ticks never end far below it. */
+const LEAST = 1e-9;
+
 /** One chart. @param {HTMLElement|null} place @param {{label: string, token: string, width?: number, dash?: number[], alpha?: number, points?: boolean}[]} lines
  * @returns {{draw: (data: (number|null)[][], log?: boolean) => void}} */
 export function chart(place, lines) {
@@ -40,7 +43,7 @@ export function chart(place, lines) {
   window.addEventListener("resize", () => plot?.setSize({ width: place?.clientWidth ?? 300, height: (place?.clientHeight ?? 200) - legendHeight(place, lines.length) }));
   return {
     draw(data, log = false) {
-      shown = log ? data.map((values, at) => (at ? values.map((value) => (value !== null && value > 0 ? value : null)) : values)) : data;
+      shown = log ? data.map((values, at) => (at ? values.map((value) => (value !== null && value > 0 ? Math.max(value, LEAST) : null)) : values)) : data;
       if (!plot || log !== wasLog) { wasLog = log; build(); } else plot.setData(shown);
     },
   };
