@@ -206,7 +206,7 @@ def submit_job(
         InvalidRequestError, NotFoundError: as `check_job`.
     """
     check_job(session, services, caller, spec)
-    job = jobs.create(session, caller.project_id, spec, metadata or None)
+    job = jobs.create(session, caller.project_id, spec, metadata or None, caller.key_id)
     services.bell.ring_after_commit(session)
     return job
 

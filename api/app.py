@@ -17,6 +17,7 @@ from api.keys import projects
 from api.keys import routes as keys
 from api.middleware import RequestId
 from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads
+from api.operations import routes as operations
 from api.services import Services
 from api.ui import serve as page
 from models.registry import base_models
@@ -66,6 +67,7 @@ def _v1(settings: Settings) -> APIRouter:
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
+        (operations.router, TRAINING, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]

@@ -12,6 +12,7 @@ from api import page_session
 from api.services import Services
 from models.errors import AuthenticationError
 from models.registry import tenancy
+from models.registry.usage import User
 from models.tables import ApiKey
 
 
@@ -47,6 +48,10 @@ class Caller:
     project_id: str
     key_id: str
     scopes: tuple[str, ...]
+
+    def using(self, model: str) -> User:
+        """Return whom the use of a model is counted for."""
+        return User(self.project_id, self.key_id, model)
 
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")

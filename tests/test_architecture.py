@@ -32,6 +32,7 @@ TESTED_ELSEWHERE = {
     "api/middleware.py": "tests/api/test_openai.py",
     "api/services.py": "tests/api/test_openai.py",
     "api/bodies.py": "tests/api/openai: the body of every route",
+    "api/operations/bodies.py": "tests/api/operations/test_routes.py",
     "api/model_card.py": "tests/api/adapters/test_routes.py",
     "api/ui/pages.py": "tests/web/test_pages.py, in a browser",
     "api/ui/serve.py": "tests/web/test_pages.py, in a browser",

@@ -22,6 +22,7 @@ from api.cli.common import HomeOption, console, errors, give_up, reported, servi
 from api.cli.estimate import show, wait_for_estimate
 from api.cli.home import Home
 from api.cli.job_commands import diff_jobs, jobs_app, watch_to_end
+from api.cli.operations import list_workers, show_usage
 from models.db import Database
 from models.domain.access import Scope
 from models.logs import configure_logging
@@ -44,6 +45,8 @@ app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
 app.add_typer(project_app, name="project")
+app.command("workers")(list_workers)
+app.command("usage")(show_usage)
 
 
 TrainingArgument = Annotated[

@@ -16,8 +16,9 @@ from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
-from models.registry import events
+from models.registry import events, usage
 from models.registry.jobs import end_as_failed, move, to_queue
+from models.registry.usage import Used, User
 from models.tables import Checkpoint, Job, JobAttempt
 
 
@@ -150,12 +151,25 @@ def record_trainer(session: Session, job_id: str, attempt: int, pid: int) -> Non
 def end_attempt(
     session: Session, job_id: str, attempt: int, outcome: str, exit_code: int | None
 ) -> None:
-    """Note how an attempt ended; history only, so it needs no fence."""
-    session.execute(
+    """Note how an attempt ended; history only, so it needs no fence.
+
+    The first to do so ends it: its time on devices is then counted as used, once.
+    """
+    this = (JobAttempt.job_id == job_id, JobAttempt.attempt == attempt)
+    started_at = session.scalar(
         update(JobAttempt)
-        .where(JobAttempt.job_id == job_id, JobAttempt.attempt == attempt)
-        .values(ended_at=db_now(), outcome=outcome, exit_code=exit_code)
+        .where(*this, JobAttempt.ended_at.is_(None))
+        .values(ended_at=db_now())
+        .returning(JobAttempt.started_at)
     )
+    session.execute(update(JobAttempt).where(*this).values(outcome=outcome, exit_code=exit_code))
+    if started_at is None:
+        return
+    job = session.get_one(Job, job_id)
+    now = session.scalar(select(db_now())) or started_at
+    seconds = max(0.0, now - started_at) * int(job.spec.get("num_devices", 1))
+    user = User(job.project_id, job.key_id, job.base_model)
+    usage.add(session, [(user, Used(device_seconds=seconds))])
 
 
 def release(session: Session, job_id: str, attempt: int, reason: str) -> JobStatus:

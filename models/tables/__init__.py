@@ -6,6 +6,7 @@ from models.tables.file import File, Upload, UploadPart
 from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
+from models.tables.operations import Usage, Worker
 from models.tables.result import Adapter, Checkpoint, Metric
 from models.tables.tenancy import ApiKey, Project
 
@@ -26,5 +27,7 @@ __all__ = [
     "Project",
     "Upload",
     "UploadPart",
+    "Usage",
+    "Worker",
     "new_id",
 ]

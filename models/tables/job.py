@@ -24,6 +24,7 @@ class Job(Created, Base):
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    key_id: Mapped[str | None]
     status: Mapped[str] = mapped_column(default=JobStatus.VALIDATING_FILES)
     base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"), index=True)
     training_file: Mapped[str] = mapped_column(index=True)
