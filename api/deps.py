@@ -87,4 +87,7 @@ def _caller(key: ApiKey) -> Caller:
 
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
+MAX_TEXT = 200
+"""Longest text to look for in a list."""
+Text = Annotated[str, Query(max_length=MAX_TEXT, description="A text in the name or the id.")]
 After = Annotated[str | None, Query(description="Id of the last item of the previous page.")]

@@ -59,6 +59,8 @@ class Large:
             "/ui/models",
             f"/ui/models/{self.model}",
             "/ui/playground",
+            "/ui/workers",
+            "/ui/usage",
             "/ui/keys",
         ]
 
@@ -167,7 +169,8 @@ def _metric(job_id: str, step: int) -> dict[str, Any]:
     }
     if step % 1000 == 0:
         values["full_valid_loss"] = 0.4 + 1 / (1 + step / 800)
-    return {"job_id": job_id, "step": step, "attempt": 1, "values": values}
+    judged = "full_valid_loss" in values
+    return {"job_id": job_id, "step": step, "attempt": 1, "is_judged": judged, "values": values}
 
 
 def _event(job_id: str, number: int, now: float) -> dict[str, Any]:

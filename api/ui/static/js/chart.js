@@ -1,4 +1,6 @@
 // @ts-check
+import { t } from "./app.js";
+
 /** uPlot charts that read the page's colours, so that they follow the theme. */
 
 /** @param {string} token */
@@ -21,8 +23,9 @@ const brief = (value) => (value !== 0 && Math.abs(value) < 0.01 ? value.toExpone
 const LEAST = 1e-9;
 
 /** One chart. @param {HTMLElement|null} place @param {{label: string, token: string, width?: number, dash?: number[], alpha?: number, points?: boolean}[]} lines
+ * @param {(value: number) => string} [label] How a place on the x axis is written.
  * @returns {{draw: (data: (number|null)[][], log?: boolean) => void}} */
-export function chart(place, lines) {
+export function chart(place, lines, label) {
   /** @type {any} */ let plot = null;
   let wasLog = false;
   /** @type {(number|null)[][]} */ let shown = [];
@@ -35,8 +38,8 @@ export function chart(place, lines) {
       width: place.clientWidth, height: place.clientHeight - legendHeight(place, lines.length), legend: { show: lines.length > 1 },
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: { distr: wasLog ? 3 : 1 } },
-      axes: [axis, { ...axis, size: 62, values: (/** @type {unknown} */ _, /** @type {(number|null)[]} */ ticks) => ticks.map((tick) => (tick === null ? "" : brief(tick))) }],
-      series: [{ label: "step" }, ...lines.map((line) => ({ label: line.label, stroke: colour(line.token), width: line.width ?? 1.5, dash: line.dash, alpha: line.alpha ?? 1, spanGaps: true, points: { show: line.points ?? false, size: 5 } }))],
+      axes: [label ? { ...axis, incrs: [1, 2, 7, 14, 30], values: (/** @type {unknown} */ _, /** @type {number[]} */ ticks) => ticks.map(label) } : axis, { ...axis, size: 62, values: (/** @type {unknown} */ _, /** @type {(number|null)[]} */ ticks) => ticks.map((tick) => (tick === null ? "" : brief(tick))) }],
+      series: [{ label: label ? t("Day") : t("Step"), ...(label ? { value: (/** @type {unknown} */ _, /** @type {number|null} */ at) => (at === null ? "–" : label(at)) } : {}) }, ...lines.map((line) => ({ label: line.label, stroke: colour(line.token), width: line.width ?? 1.5, dash: line.dash, alpha: line.alpha ?? 1, spanGaps: true, points: { show: line.points ?? false, size: 5 } }))],
     }, shown, place);
   }
   document.addEventListener("themechange", () => requestAnimationFrame(build));
