@@ -16,10 +16,11 @@ from playwright.sync_api import Browser, BrowserContext, Page
 from api.app import create_app
 from api.cli.migrate import upgrade
 from models.db import Database
+from models.domain.machine import Device, Machine
 from models.domain.reports import StepMetrics
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import adapters, checkpoints, events, job_runs, jobs, metrics, tenancy
+from models.registry import adapters, checkpoints, events, job_runs, jobs, metrics, tenancy, workers
 from models.settings import Settings, WorkerSettings
 from models.storage import open_store
 from models.tables import Adapter, Checkpoint, Job, new_id
@@ -144,6 +145,20 @@ class Site:
     def status(self, job_id: str) -> Job:
         with self.database.read() as session:
             return session.get_one(Job, job_id)
+
+    def announce_worker(self, memory: int) -> None:
+        """Have a worker on a machine with so many bytes of memory, a quarter of it in use."""
+        used = memory // 4
+        device = Device(type="cpu", index=0, name="2 x CPU", memory_total=memory, memory_used=used)
+        machine = Machine(
+            devices=(device,),
+            memory_total=memory,
+            memory_available=memory - used,
+            memory_used=used,
+        )
+        about = workers.Announcement("worker", "desk-1", 7, "0.1.0", 1, machine)
+        with self.database.write() as session:
+            workers.announce(session, about, 600)
 
     def say(self, job_id: str, message: str) -> None:
         with self.database.write() as session:

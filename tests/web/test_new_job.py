@@ -9,8 +9,7 @@ from playwright.sync_api import BrowserContext, Page, expect
 from starlette.types import Receive, Scope, Send
 
 from models.domain.estimates import BaseShape, LayerShape, Probe
-from models.domain.machine import Device, Machine
-from models.registry import inference_servers, probes, workers
+from models.registry import inference_servers, probes
 from models.registry.inference_servers import Announcement
 from models.tables import BaseModel, BaseProbe
 from tests.api.fake_inference import FakeInference, serving
@@ -72,16 +71,6 @@ def measured(site: Site) -> Iterator[None]:
         yield
 
 
-def announce_worker(site: Site, memory: int) -> None:
-    device = Device(type="cpu", index=0, name="2 x CPU", memory_total=memory, memory_used=0)
-    machine = Machine(
-        devices=(device,), memory_total=memory, memory_available=memory, memory_used=0
-    )
-    about = workers.Announcement("w", "box", 7, "0.1.0", 1, machine)
-    with site.database.write() as session:
-        workers.announce(session, about, 600)
-
-
 def peak(page: Page, precision: str, last: int) -> int:
     """Choose a precision; return the estimate once it has changed."""
     page.locator('[data-field="precision.type"]').select_option(precision)
@@ -94,7 +83,7 @@ def peak(page: Page, precision: str, last: int) -> int:
 def test_fewer_bits_take_less_and_what_fits_no_worker_cannot_be_started(
     site: Site, page: Page, context: BrowserContext
 ) -> None:
-    announce_worker(site, 4 * 10**9)
+    site.announce_worker(4 * 10**9)
     path = upload(site, context, rows(40))
     page.goto(f"/ui/jobs/new?file={path.rpartition('/')[2]}")
     found = [0]

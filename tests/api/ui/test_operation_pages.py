@@ -132,6 +132,11 @@ def test_an_error_keeps_the_menu_of_who_is_logged_in(page: TestClient, path: str
     assert "Request req_" in answer.text
 
 
-def test_a_data_set_that_is_not_checked_yet_is_in_the_list(page: TestClient, job_id: str) -> None:
+@pytest.mark.usefixtures("job_id")
+def test_a_data_set_that_is_not_checked_yet_is_in_the_list(
+    client: TestClient, database: Database
+) -> None:
+    del client.headers["authorization"]
+    page = log_in(client, database, "boss", (Scope.ADMIN,))
     text = page.get("/ui/datasets").text
     assert 'data-status="uploaded"' in text

@@ -136,6 +136,7 @@ function changed() {
 
 /** Fill the form with a job's numbers. @param {any} job */
 function fill(job) {
+  job.suffix = job.user_provided_suffix;
   for (const field of form.querySelectorAll("[data-field]")) {
     const input = /** @type {HTMLInputElement} */ (field);
     const value = (input.dataset.field ?? "").split(".").reduce((/** @type {any} */ here, part) => here?.[part], job);
