@@ -63,6 +63,12 @@ class ApiSettings(Group):
     tokens_per_minute: int | None = Field(
         None, ge=1, description="Tokens served to a key, unless it or its project has a limit."
     )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path under which a proxy publishes the API and which it strips, e.g. "
+        "`/tunery`.",
+    )
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
     )
