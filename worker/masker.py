@@ -13,14 +13,24 @@ MAX_TAILS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as token ids; ``trained[i]`` says that ``input_ids[i]`` is a target of the loss."""
+    """One row as token ids; ``trained[i]`` says that ``input_ids[i]`` is a target of the loss.
+
+    A row of several sequences has them one after another, `parts` being their lengths. `labels` are
+    what is to be told of the row, as numbers. `weight` is the row's share in the mean loss where
+    that is not its trained tokens. If `frame` is given, a row that is too long becomes several,
+    each with so many of its first and last ids around it.
+    """
 
     input_ids: list[int]
     trained: list[bool]
+    parts: tuple[int, ...] = ()
+    labels: tuple[float, ...] = ()
+    weight: int | None = None
+    frame: tuple[int, int] | None = None
 
     @property
     def n_trained(self) -> int:
-        return sum(self.trained)
+        return sum(self.trained) if self.weight is None else self.weight
 
 
 @dataclass(frozen=True, slots=True)

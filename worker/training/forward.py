@@ -23,11 +23,18 @@ from worker.training.model import autocast
 from worker.training.objectives.base import IGNORED, Batch, LanguageForward, LossSum
 from worker.training.packed import attention, layout
 from worker.training.packed.attention import UnsupportedAttentionError
-from worker.training.packed.head import summed_cross_entropies, summed_cross_entropy
+from worker.training.packed.head import (
+    log_probabilities,
+    summed_cross_entropies,
+    summed_cross_entropy,
+)
 from worker.training.packed.layout import Layout, Segment
 from worker.training.packed.rewire import rewire
 
 log = structlog.get_logger(__name__)
+
+NO_ADAPTER = ""
+"""No adapter's name: a segment of it goes through the frozen weights alone."""
 
 PROOF_LENGTHS = [5, 9, 2]
 PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -57,6 +64,17 @@ class PaddedForward:
         with self.autocast():
             logits = label_logits(self._model, targets != IGNORED, **self._inputs(batch))
             return _loss_of(logits, targets[targets != IGNORED])
+
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        targets = _side_by_side(batch.targets, batch.lengths, IGNORED)
+        with self.autocast():
+            logits = label_logits(self._model, targets != IGNORED, **self._inputs(batch))
+        return -functional.cross_entropy(
+            logits.float(), targets[targets != IGNORED], reduction="none"
+        )
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        return _frozen(self._model)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D], padding left out."""
@@ -115,6 +133,25 @@ class PackedForward:
                 return _loss_of(logits, targets)
         hidden = self.hidden_states(batch)[wanted]
         return LossSum(*summed_cross_entropy(hidden, *self._head, targets))
+
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        wanted = batch.targets != IGNORED
+        targets = batch.targets[wanted]
+        if self._head is None:
+            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
+                logits = label_logits(self._model, wanted[None], **self._inputs(batch))
+            return -functional.cross_entropy(logits.float(), targets, reduction="none")
+        return log_probabilities(self.hidden_states(batch)[wanted], *self._head, targets)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        own = self._adapter
+        self._adapter = NO_ADAPTER
+        try:
+            with _frozen(self._model):  # for the modules that keep PEFT's own pass
+                yield
+        finally:
+            self._adapter = own
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D]."""
@@ -216,6 +253,18 @@ def _proof_batch(model: PeftModel) -> Batch:
     n_ids = sum(PROOF_LENGTHS)
     ids = torch.randint(vocabulary, (n_ids,), generator=generator).to(model.device)
     return Batch(ids, torch.full_like(ids, IGNORED), PROOF_LENGTHS)
+
+
+@contextmanager
+def _frozen(model: PeftModel) -> Iterator[None]:
+    """Switch the adapter and every dropout off for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager

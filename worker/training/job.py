@@ -195,7 +195,8 @@ class JobRun:
     def _resolve(self, spec: TrainingSpec, n_rows: int, n_parameters: int) -> TrainingSpec:
         if spec.is_resolved:
             return spec
-        resolved = spec.resolved(n_rows, n_parameters)
+        objective = objectives.get_objective(spec.objective["type"])
+        resolved = spec.resolved(n_rows, n_parameters, objective.rate_scale)
         with self._around.database.write() as session:
             job_runs.record_spec(session, self._job_id, self._attempt, resolved)
         return resolved
@@ -249,6 +250,7 @@ def _task(
     """Return what is trained, and why not packed if so."""
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
+    objective, objective_params = objectives.resolve(spec.objective)
     model = build_model(directory, spec.precision, method, params, seed=spec.seed, device=device)
     cache = can_cache_weights(model, device)
     forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)
@@ -257,8 +259,8 @@ def _task(
         forward=forward,
         method=method,
         method_params=params,
-        objective=objectives.get_objective(spec.objective["type"]),
-        objective_params=objectives.parse_params(spec.objective),
+        objective=objective,
+        objective_params=objective_params,
         spec=spec,
         train=train,
         valid=valid,
