@@ -69,22 +69,25 @@ class Trainer:
         self.steps_per_epoch = -(-len(task.train) // self.batch_size)
         self.total_steps = self.steps_per_epoch * numbers.n_epochs
         trainable = trainable_parameters(task.model, task.adapter)
-        factors = {name: task.method.rate_factor(name, task.method_params) for name in trainable}
+        groups = {
+            name: (task.method.rate_factor(name, task.method_params), task.method.decays(name))
+            for name in trainable
+        }
         # In the order of the optimizer's groups, by which a checkpoint knows them.
-        by_factor = sorted(trainable, key=lambda name: factors[name])
-        self.parameters = {name: trainable[name] for name in by_factor}
+        by_group = sorted(trainable, key=lambda name: groups[name])
+        self.parameters = {name: trainable[name] for name in by_group}
         self.learning_rate = spec.optimizer.learning_rate
         self.optimizer = torch.optim.AdamW(
             [
                 {
-                    "params": [p for name, p in self.parameters.items() if factors[name] == factor],
-                    "rate_factor": factor,
+                    "params": [p for name, p in self.parameters.items() if groups[name] == group],
+                    "rate_factor": group[0],
+                    "weight_decay": spec.optimizer.weight_decay if group[1] else 0.0,
                 }
-                for factor in sorted(set(factors.values()))
+                for group in sorted(set(groups.values()))
             ],
             lr=self.learning_rate,
             betas=(spec.optimizer.beta1, spec.optimizer.beta2),
-            weight_decay=spec.optimizer.weight_decay,
             fused=True,
         )
         self._token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(

@@ -33,6 +33,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"r": 4, "dropout": 0.0},
         {"r": 4, "dropout": 0.0, "init": "pissa"},
         {"r": 4, "dropout": 0.0, "init": "olora", "use_rslora": True},
+        {"r": 4, "dropout": 0.0, "use_dora": True},
     ],
 }
 """What each method is tried with beside its defaults; one that is not named has its defaults."""

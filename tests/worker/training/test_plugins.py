@@ -71,6 +71,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "alpha": 32.0,
         "dropout": 0.05,
         "target_modules": "all-linear",
+        "use_dora": False,
         "use_rslora": False,
         "lora_plus_ratio": 1.0,
         "init": "default",
