@@ -40,6 +40,7 @@ TESTED_ELSEWHERE = {
     "worker/inference/engine/errors.py": "tests/worker/inference: each refusal by its class",
     "worker/inference/engine/params.py": "tests/worker/inference/engine",
     "worker/inference/engine/sequence.py": "tests/worker/inference/engine/test_engine.py",
+    "worker/inference/encoder_service.py": "tests/examples/test_fill_mask.py, over HTTP",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
     "worker/inference/service.py": "tests/worker/inference/test_server.py, over HTTP",
     "worker/data/formats/plain_text.py": "tests/test_corpus.py",

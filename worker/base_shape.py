@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from models.domain.estimates import BaseShape, LayerShape
+from worker.heads import family_of
 
 
 def read_shape(directory: Path) -> BaseShape:
@@ -12,6 +13,7 @@ def read_shape(directory: Path) -> BaseShape:
     Matrices inside a numbered block count as linear layers; embeddings, head and norms do not.
     """
     from safetensors import safe_open
+    from transformers import AutoConfig
 
     kinds: Counter[tuple[str, int, int]] = Counter()
     n_all = 0
@@ -36,4 +38,5 @@ def read_shape(directory: Path) -> BaseShape:
         else:
             layers[name] = known.model_copy(update={"count": known.count + count})
     n_linear = sum(outputs * inputs * count for (_, outputs, inputs), count in kinds.items())
-    return BaseShape(layers=layers, n_other=n_all - n_linear)
+    family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    return BaseShape(layers=layers, n_other=n_all - n_linear, family=family)

@@ -88,6 +88,11 @@ class ChatRenderer:
         """The tokenizer itself, e.g. for an encoder, which has no conversations."""
         return self._tokenizer
 
+    @property
+    def guard(self) -> TokenGuard:
+        """What encodes plain text, in which special tokens are text."""
+        return self._guard
+
     @cached_property
     def text_start(self) -> list[int]:
         """The tokens that running text starts with: often none, or a begin-of-text token."""

@@ -8,6 +8,7 @@ since (`Corrections`).
 from collections.abc import Sequence
 from math import ceil
 from statistics import median
+from typing import Literal
 
 from pydantic import Field
 
@@ -39,11 +40,18 @@ class LayerShape(Frozen):
         return self.outputs * self.inputs * self.count
 
 
+Family = Literal["decoder", "encoder", "encoder_decoder"]
+
+
 class BaseShape(Frozen):
-    """A base model in numbers: its linear layers by the last part of their names, and the rest."""
+    """A base model in numbers: its linear layers by the last part of their names, and the rest.
+
+    `family` tells which objectives it can be trained with.
+    """
 
     layers: dict[str, LayerShape]
     n_other: int
+    family: Family = "decoder"
 
     @property
     def n_linear(self) -> int:

@@ -106,6 +106,7 @@ class AdapterManifest(Frozen):
     the adapter's identity everywhere: slot, cache directory, ``system_fingerprint``.
     `chat_template` is the source that its rows were rendered with (of several named ones, JSON);
     it and the tokenizer's digest tell for ever what text the adapter was taught in.
+    `objective_params` has the labels of a classifier, in the order of its outputs.
     """
 
     format: Literal["tunery-adapter-1"] = "tunery-adapter-1"
@@ -119,6 +120,7 @@ class AdapterManifest(Frozen):
     tokenizer_sha256: str = ""
     method: str
     objective: str
+    objective_params: JsonObject = Field(default_factory=dict)
     precision: JsonObject
     step: int
     spec_sha256: str

@@ -31,7 +31,9 @@ _CODE = (
     "models.domain.rows",
     "worker.chat",
     "worker.chat_template",
+    "worker.encode.choices",
     "worker.encode.documents",
+    "worker.encode.encoder",
     "worker.encode.pairs",
     "worker.masker",
     "worker.template_sandbox",
@@ -104,6 +106,7 @@ class TokenWriter:
                 "n_trained": pa.int64(),
                 "parts": pa.list_(pa.int64()),
                 "labels": pa.list_(pa.float64()),
+                "n_first": pa.int64(),
             }
         )
         self._writer = pa.ipc.new_file(path, self._schema)
@@ -144,6 +147,7 @@ class TokenWriter:
             pa.array([example.n_trained for example in self._examples], pa.int64()),
             pa.array([list(example.parts) for example in self._examples], pa.list_(pa.int64())),
             pa.array([example.labels for example in self._examples], pa.list_(pa.float64())),
+            pa.array([example.n_first for example in self._examples], pa.int64()),
         ]
         self._writer.write_batch(
             pa.record_batch(columns, schema=self._schema), custom_metadata=notes
@@ -162,6 +166,7 @@ class _Chunk:
     n_trained: np.ndarray
     parts: "pa.ListArray"
     labels: "pa.ListArray"
+    n_first: "pa.Int64Array"
 
     def parts_of(self, at: int) -> tuple[int, ...]:
         return tuple(self.parts[at].as_py())
@@ -195,6 +200,7 @@ class TokenFile(Sequence[Example]):
                     batch.column("n_trained").to_numpy(),
                     batch.column("parts"),
                     batch.column("labels"),
+                    batch.column("n_first"),
                 )
             )
             self._starts.append(self._starts[-1] + batch.num_rows)
@@ -224,6 +230,7 @@ class TokenFile(Sequence[Example]):
             n_trained=int(chunk.n_trained[at]),
             parts=chunk.parts_of(at),
             labels=chunk.labels_of(at),
+            n_first=chunk.n_first[at].as_py(),
         )
 
     @property

@@ -23,6 +23,6 @@ class DocumentRenderer:
         """Return the ids of each row, or why it has none."""
         n_start = len(self._chat.text_start)
         return [
-            each if isinstance(each, RowError) else replace(each, frame=(n_start, 0))
+            each if isinstance(each, RowError) else replace(each, frame=(n_start, 0), splits=True)
             for each in self._chat.render_all(rows)
         ]

@@ -131,8 +131,8 @@ class _Builder:
             return
         limit = self._policy.max_length
         n_ids = max(rendered.parts, default=len(rendered.input_ids))
-        if n_ids > limit and rendered.frame is not None and self._policy.on_overlong == "error":
-            for window in _windows(rendered, rendered.frame, limit):
+        if n_ids > limit and rendered.splits and self._policy.on_overlong == "error":
+            for window in _windows(rendered, rendered.frame or (0, 0), limit):
                 self._keep(line, window)
         elif n_ids > limit and self._policy.on_overlong == "drop":
             self.counts.n_dropped += 1
@@ -148,14 +148,16 @@ class _Builder:
         input_ids = np.array(cut.input_ids, dtype=np.int32)
         trained = np.array(cut.trained, dtype=np.bool_)
         trained[:1] = False  # nothing predicts the first id
-        n_trained = int(trained.sum()) if cut.weight is None else cut.weight
+        n_trained = cut.weigh(int(trained.sum()))
         if n_trained == 0 or _lost_a_target(rendered, cut):
             self._refuse(_nothing_to_learn(line, len(rendered.input_ids), limit))
             return
         self.counts.n_truncated += len(rendered.input_ids) > len(cut.input_ids)
         self.counts.n_examples += 1
         labels = np.array(cut.labels, dtype=np.float64) if cut.labels else None
-        self._sink.append(Example(line, input_ids, trained, n_trained, cut.parts, labels))
+        self._sink.append(
+            Example(line, input_ids, trained, n_trained, cut.parts, labels, cut.n_first)
+        )
 
     def _refuse(self, finding: RowFinding) -> None:
         if self._policy.on_error == "skip":
@@ -169,18 +171,21 @@ class _Builder:
             self.faults.append(finding)
 
 
-def _sequences(rendered: Rendered) -> list[Rendered]:
-    """Return the sequences of a row, each alone."""
+def _spans(rendered: Rendered) -> list[tuple[int, int]]:
+    """Return where each sequence of a row begins and ends."""
     ends = accumulate(rendered.parts or (len(rendered.input_ids),), initial=0)
-    return [
-        replace(
-            rendered,
-            input_ids=rendered.input_ids[start:end],
-            trained=rendered.trained[start:end],
-            parts=(),
-        )
-        for start, end in pairwise(ends)
-    ]
+    return list(pairwise(ends))
+
+
+def _selected(rendered: Rendered, kept: Sequence[int], parts: tuple[int, ...]) -> Rendered:
+    labels = rendered.labels
+    return replace(
+        rendered,
+        input_ids=[rendered.input_ids[at] for at in kept],
+        trained=[rendered.trained[at] for at in kept],
+        labels=tuple(labels[at] for at in kept) if rendered.per_token else labels,
+        parts=parts,
+    )
 
 
 def _cut(rendered: Rendered, limit: int) -> Rendered:
@@ -188,30 +193,22 @@ def _cut(rendered: Rendered, limit: int) -> Rendered:
     if max(rendered.parts, default=len(rendered.input_ids)) <= limit:
         return rendered
     _, n_last = rendered.frame or (0, 0)
-    ids: list[int] = []
-    trained: list[bool] = []
+    kept: list[int] = []
     parts = []
-    for each in _sequences(rendered):
-        n_kept = len(each.input_ids)
-        if n_kept > limit:
-            kept = [*range(limit - n_last), *range(n_kept - n_last, n_kept)]
-            ids += [each.input_ids[at] for at in kept]
-            trained += [each.trained[at] for at in kept]
-            n_kept = limit
+    for start, end in _spans(rendered):
+        if end - start > limit:
+            kept += [*range(start, start + limit - n_last), *range(end - n_last, end)]
         else:
-            ids += each.input_ids
-            trained += each.trained
-        parts.append(n_kept)
-    return replace(
-        rendered, input_ids=ids, trained=trained, parts=tuple(parts) if rendered.parts else ()
-    )
+            kept += range(start, end)
+        parts.append(min(limit, end - start))
+    return _selected(rendered, kept, tuple(parts) if rendered.parts else ())
 
 
 def _lost_a_target(before: Rendered, after: Rendered) -> bool:
     """Tell whether a sequence that had trained ids has none left."""
-    return any(
-        any(one.trained) and not any(other.trained)
-        for one, other in zip(_sequences(before), _sequences(after), strict=True)
+    return before is not after and any(
+        any(before.trained[slice(*one)]) and not any(after.trained[slice(*other)])
+        for one, other in zip(_spans(before), _spans(after), strict=True)
     )
 
 
@@ -224,11 +221,7 @@ def _windows(rendered: Rendered, frame: tuple[int, int], limit: int) -> Iterator
         stop = min(start + step, n_ids - last)
         kept = [*range(first), *range(start, stop), *range(n_ids - last, n_ids)]
         if any(rendered.trained[at] for at in kept[1:]):
-            yield replace(
-                rendered,
-                input_ids=[rendered.input_ids[at] for at in kept],
-                trained=[rendered.trained[at] for at in kept],
-            )
+            yield _selected(rendered, kept, ())
 
 
 def _overlong(line: int, n_ids: int, limit: int) -> RowFinding:

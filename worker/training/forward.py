@@ -60,13 +60,13 @@ class PaddedForward:
         self._pad_id = pad_id
 
     def cross_entropy(self, batch: Batch) -> LossSum:
-        targets = _side_by_side(batch.targets, batch.lengths, IGNORED)
+        targets = side_by_side(batch.targets, batch.lengths, IGNORED)
         with self.autocast():
             logits = label_logits(self._model, targets != IGNORED, **self._inputs(batch))
-            return _loss_of(logits, targets[targets != IGNORED])
+            return loss_of(logits, targets[targets != IGNORED])
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
-        targets = _side_by_side(batch.targets, batch.lengths, IGNORED)
+        targets = side_by_side(batch.targets, batch.lengths, IGNORED)
         with self.autocast():
             logits = label_logits(self._model, targets != IGNORED, **self._inputs(batch))
         return -functional.cross_entropy(
@@ -87,12 +87,12 @@ class PaddedForward:
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         ones = torch.ones_like(batch.input_ids)
         return {
-            "input_ids": _side_by_side(batch.input_ids, batch.lengths, self._pad_id),
-            "attention_mask": _side_by_side(ones, batch.lengths, 0),
+            "input_ids": side_by_side(batch.input_ids, batch.lengths, self._pad_id),
+            "attention_mask": side_by_side(ones, batch.lengths, 0),
         }
 
 
-def _side_by_side(values: torch.Tensor, lengths: list[int], fill: int) -> torch.Tensor:
+def side_by_side(values: torch.Tensor, lengths: list[int], fill: int) -> torch.Tensor:
     return pad_sequence(list(values.split(lengths)), batch_first=True, padding_value=fill)
 
 
@@ -130,7 +130,7 @@ class PackedForward:
         if self._head is None:
             with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
                 logits = label_logits(self._model, wanted[None], **self._inputs(batch))
-                return _loss_of(logits, targets)
+                return loss_of(logits, targets)
         hidden = self.hidden_states(batch)[wanted]
         return LossSum(*summed_cross_entropy(hidden, *self._head, targets))
 
@@ -305,7 +305,7 @@ def label_logits(model: PeftModel, wanted: torch.Tensor, **inputs: torch.Tensor)
     return logits
 
 
-def _loss_of(logits: torch.Tensor, targets: torch.Tensor) -> LossSum:
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> LossSum:
     logits = logits.float()
     loss = functional.cross_entropy(logits, targets, reduction="sum")
     return LossSum(loss, (logits.detach().argmax(-1) == targets).sum())

@@ -36,7 +36,10 @@ N_SHARED_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One linted file of a job: where its usable rows are, how many were not, and their form."""
+    """One linted file of a job: where its usable rows are, how many were not, and their form.
+
+    `labels` are those of its rows, in order of their names; None if there are too many.
+    """
 
     file_id: str
     param: Param
@@ -44,6 +47,7 @@ class DataFile:
     data_sha256: str
     n_faulty: int
     form: str
+    labels: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -192,7 +192,7 @@ def test_an_example_beyond_the_budget_stands_alone() -> None:
 
 def test_running_text_that_is_too_long_becomes_several_rows(renderer: ChatRenderer) -> None:
     text = " ".join(f"The gate at lock {number} is shut." for number in range(20))
-    rendered = replace(renderer.render(TextRow(text=text)), frame=(0, 0))
+    rendered = replace(renderer.render(TextRow(text=text)), frame=(0, 0), splits=True)
     sink: list[Example] = []
     policy = RowPolicy("fail", "error", 32)
     counts = build_dataset([(1, TextRow(text=text))], Framed(rendered), policy, PARAM, sink)
@@ -205,7 +205,9 @@ def test_running_text_that_is_too_long_becomes_several_rows(renderer: ChatRender
 
 
 def test_each_window_of_a_text_is_in_its_frame(renderer: ChatRenderer) -> None:
-    rendered = Rendered([1, *range(10, 20), 2], [False] + [True] * 10 + [False], frame=(1, 1))
+    rendered = Rendered(
+        [1, *range(10, 20), 2], [False] + [True] * 10 + [False], frame=(1, 1), splits=True
+    )
     sink: list[Example] = []
     build_dataset(
         [(1, TextRow(text="x"))], Framed(rendered), RowPolicy("fail", "error", 6), PARAM, sink

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from models.errors import InvalidRequestError
 from tests.worker.training.tiny import make_examples, make_spec, make_trainer
 from worker.training import objectives
 from worker.training.loop import Trainer
@@ -124,3 +126,67 @@ def test_a_lower_learning_rate_is_the_default_of_preferences() -> None:
     sft, dpo = (objectives.get_objective(name).rate_scale for name in ("sft", "dpo"))
     rates = [spec.resolved(8, 10**8, scale).optimizer.learning_rate for scale in (sft, dpo)]
     assert rates == [1e-3, pytest.approx(1e-4)]
+
+
+def test_the_document_has_every_objective_with_its_rows() -> None:
+    document = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
+    table = {line.split("`")[1]: line for line in document.splitlines() if line.startswith("| `")}
+    for name, objective in objectives.all_objectives().items():
+        assert all(f"`{form}`" in table[name] for form in objective.forms), name
+
+
+def make_choices(n_rows: int) -> list[Example]:
+    """A prompt of 4 ids, the next number as the right choice, two others as wrong ones."""
+    rows = []
+    for line in range(1, n_rows + 1):
+        start = 7 * line % 80
+        prompt = [start, start + 1, start + 2, start + 3]
+        choices = [[start + 4, start + 5], [start], [start + 9, 3, 5]]
+        ids = np.array([each for choice in choices for each in prompt + choice], np.int32)
+        parts = tuple(4 + len(choice) for choice in choices)
+        trained = np.concatenate([np.arange(length) >= 4 for length in parts])
+        rows.append(Example(line, ids, trained, 1, parts))
+    return rows
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["packed", "padded"])
+def test_tfew_is_the_sum_of_its_three_losses(padded: bool) -> None:
+    rows = make_choices(3)
+    found = []
+    for given in ({}, {"unlikelihood": False}, {"length_normalised": False}):
+        spec = make_spec(objective=objectives.parse_params({"type": "tfew", **given}).model_dump())
+        trainer = make_trainer(spec, train=rows, padded=padded)
+        trainer.task.model.eval()
+        found.append(loss_of(trainer, rows))
+    forward, batch = trainer.task.forward, trainer.task.objective.collate(rows, "cpu")
+    parts = forward.log_probs(batch).detach().split([2, 1, 3] * 3)
+    likely = unlikely = normalised = 0.0
+    for at in range(0, 9, 3):
+        right, *wrong = parts[at : at + 3]
+        likely += float(-right.mean())
+        unlikely += float(-torch.cat(wrong).exp().neg().log1p().mean())
+        scores = torch.stack([each.mean() for each in parts[at : at + 3]])
+        normalised += float(scores.logsumexp(0) - scores[0])
+    assert found == pytest.approx(
+        [likely + unlikely + normalised, likely + normalised, likely + unlikely], rel=1e-4
+    )
+
+
+def test_tfew_learns_to_choose() -> None:
+    spec = make_spec(objective=objectives.parse_params({"type": "tfew"}).model_dump())
+    trainer = make_trainer(spec, train=make_choices(8))
+    before = trainer.evaluate(trainer.task.train)
+    trainer.run(Silent(), lambda *_: None, lambda: None)
+    after = trainer.evaluate(trainer.task.train)
+    assert after.accuracy > before.accuracy
+    assert after.n_trained == 8
+
+
+def test_a_method_that_trains_the_base_itself_leaves_no_reference() -> None:
+    trainer = trainer_of("simpo")
+    objective = objectives.get_objective("dpo")
+    objective.prepare(trainer.task.model, None)
+    base: Any = trainer.task.model.get_base_model()
+    base.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(InvalidRequestError, match="compares with the base model"):
+        objective.prepare(trainer.task.model, None)

@@ -138,7 +138,7 @@ def test_all_faults_are_in_one_message() -> None:
 
 
 def test_every_field_of_every_form_is_described() -> None:
-    forms = [plugin.Params for plugin in methods.all_methods().values()]
+    forms: list[type[Parameters]] = [plugin.Params for plugin in methods.all_methods().values()]
     forms += [plugin.Params for plugin in objectives.all_objectives().values()]
     for form in forms:
         for name, field in form.model_fields.items():

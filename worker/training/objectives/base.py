@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from models.domain.base import Parameters
+from models.domain.estimates import Family
+from models.errors import InvalidRequestError
 from worker.training.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from worker.chat import ChatRenderer
+    from worker.heads import HeadKind
     from worker.training.batches import Renderer
 
 
@@ -39,6 +42,8 @@ class Example:
     n_trained: int
     parts: tuple[int, ...] = ()
     labels: "np.ndarray | None" = None
+    n_first: int | None = None
+    """How many ids are of the first of two texts that make up one sequence."""
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -48,6 +53,18 @@ class Example:
 
 IGNORED = -100
 """The target of a position where nothing is learned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an objective may need to know before rows are encoded.
+
+    `labels` are those of the training file's rows, in order of their names; None where there are
+    too many to tell.
+    """
+
+    labels: tuple[str, ...] | None
+    mask_token_id: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +79,14 @@ class Batch:
     targets: "torch.Tensor"
     lengths: list[int]
     labels: "torch.Tensor | None" = None
+    weights: "torch.Tensor | None" = None
+    """`Example.n_trained` of each example, int64 [N], where the loss needs it."""
+    n_sequences: list[int] = field(default_factory=list)
+    """How many of the sequences are of each example."""
+    segments: "torch.Tensor | None" = None
+    """Which of two texts each token is of, int64 [T], where the rows have two."""
+    words: "torch.Tensor | None" = None
+    """The word that each token is part of, int64 [T], −1 for none, where words are masked whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +117,13 @@ class LanguageForward(Protocol):
         """Make passes inside those of the frozen base alone."""
 
 
+_FAMILIES: "dict[HeadKind, Family]" = {
+    "causal_lm": "decoder",
+    "seq2seq_lm": "encoder_decoder",
+}
+"""The kind of base models that each head is put on: all others, on encoders."""
+
+
 class Objective(Plugin, ABC):
     """One loss over one kind of rows."""
 
@@ -102,6 +134,32 @@ class Objective(Plugin, ABC):
     """Whether the labels of the training file are all there can be, as in classification."""
     rate_scale: ClassVar[float] = 1.0
     """What the default learning rate is multiplied with."""
+
+    head: ClassVar["HeadKind"] = "causal_lm"
+    """What the base model is loaded with."""
+
+    def require_base(self, family: Family) -> None:
+        """Raise `InvalidRequestError` if a base model of this family cannot have the head."""
+        wanted = _FAMILIES.get(self.head, "encoder")
+        if family != wanted:
+            raise InvalidRequestError(
+                f"Objective '{self.name}' needs a base model of kind {wanted}; this one is of kind "
+                f"{family}. Choose another base model or another objective.",
+                param="objective.type",
+                code="objective_not_for_base",
+            )
+
+    def n_outputs(self, params: Any) -> int:
+        """Return how many outputs the head has; 0 where they are the vocabulary."""
+        return 0
+
+    def settled(self, params: Any, facts: "Facts") -> Any:
+        """Return `params` with what follows from the data and the base model filled in.
+
+        Raises:
+            InvalidRequestError: the data or the base model do not allow this objective.
+        """
+        return params
 
     def mixes(self, params: Any) -> bool:
         """Tell whether batches of several jobs may share one pass through the base.
@@ -147,8 +205,37 @@ def next_tokens(examples: Sequence[Example], device: str) -> Batch:
         torch.from_numpy(input_ids).to(device),
         torch.from_numpy(targets).to(device),
         [length for example in examples for length in example.lengths],
-        labels_of(examples, device),
+        n_sequences=[len(example.lengths) for example in examples],
     )
+
+
+def same_tokens(examples: Sequence[Example], device: str) -> Batch:
+    """Return a batch in which each trained id is its own position's target, as encoders have it."""
+    import numpy as np
+    import torch
+
+    input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
+    trained = np.concatenate([example.trained for example in examples])
+    return Batch(
+        torch.from_numpy(input_ids).to(device),
+        torch.from_numpy(np.where(trained, input_ids, IGNORED)).to(device),
+        [length for example in examples for length in example.lengths],
+        n_sequences=[len(example.lengths) for example in examples],
+    )
+
+
+def segments_of(examples: Sequence[Example], device: str) -> "torch.Tensor | None":
+    """Return which of two texts each id is of, int64 [T], or None if no row has two."""
+    import torch
+
+    if all(example.n_first is None for example in examples):
+        return None
+    segments = []
+    for example in examples:
+        n_ids = len(example.input_ids)
+        n_first = n_ids if example.n_first is None else example.n_first
+        segments += [0] * n_first + [1] * (n_ids - n_first)
+    return torch.tensor(segments, device=device)
 
 
 def labels_of(examples: Sequence[Example], device: str) -> "torch.Tensor | None":

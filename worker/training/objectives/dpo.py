@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from models.errors import InvalidRequestError
 from worker.training.objectives import register
 from worker.training.objectives.base import (
     Batch,
@@ -14,6 +15,8 @@ from worker.training.objectives.base import (
 )
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from worker.chat import ChatRenderer
     from worker.training.batches import Renderer
 
@@ -45,8 +48,24 @@ class PairObjective(Objective):
         return PairRenderer(chat)
 
 
+class ReferencedObjective(PairObjective):
+    """One whose reference is the base model: the adapter must be all that is trained."""
+
+    def prepare(self, model: "PeftModel", params: Any) -> None:
+        """Raise `InvalidRequestError` if switching the adapter off would not give the base back."""
+        adapter = model.active_adapter
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and adapter not in name.split("."):
+                raise InvalidRequestError(
+                    f"Objective '{self.name}' compares with the base model, but this method trains "
+                    f"the base's own {name}. Choose method 'lora', or objective 'simpo' or 'orpo'.",
+                    param="objective.type",
+                    code="objective_not_for_method",
+                )
+
+
 @register
-class Dpo(PairObjective):
+class Dpo(ReferencedObjective):
     """Sums over pairs: a pair counts once, however long its answers are."""
 
     name: ClassVar[str] = "dpo"

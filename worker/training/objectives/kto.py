@@ -6,7 +6,7 @@ from pydantic import Field
 
 from worker.training.objectives import register
 from worker.training.objectives.base import Batch, LanguageForward, LossSum, ObjectiveParams
-from worker.training.objectives.dpo import PairObjective
+from worker.training.objectives.dpo import ReferencedObjective
 
 
 class KtoParams(ObjectiveParams):
@@ -19,7 +19,7 @@ class KtoParams(ObjectiveParams):
 
 
 @register
-class Kto(PairObjective):
+class Kto(ReferencedObjective):
     """The reference point is estimated from the pairs that go through the model together."""
 
     name: ClassVar[str] = "kto"
