@@ -134,6 +134,12 @@ class InferenceSettings(Group):
         Path("adapters"), description="Local copies of adapters, by digest."
     )
     max_adapters: int = Field(16, ge=1, le=4096, description="Adapters held in memory.")
+    max_own_models: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="Copies of the base held for adapters that no batch can serve.",
+    )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more answer 429.")
     token: SecretStr = Field(
         SecretStr(""), description="Shared secret between API and inference servers; required."

@@ -43,6 +43,8 @@ TESTED_ELSEWHERE = {
     "worker/inference/encoder_service.py": "tests/examples/test_fill_mask.py, over HTTP",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
     "worker/inference/service.py": "tests/worker/inference/test_server.py, over HTTP",
+    "worker/training/methods": "tests/worker/training/test_methods.py: the contract of each",
+    "worker/training/tuners": "tests/worker/training/test_methods.py: the contract of each",
     "worker/data/formats/plain_text.py": "tests/test_corpus.py",
     "worker/data/normalised.py": "tests/worker/data/test_lint.py and training/test_prepare.py",
     "worker/data/reader.py": "tests/test_corpus.py: every format under any name",

@@ -4,8 +4,10 @@ import secrets
 import signal
 import socket
 import time
+from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
@@ -29,10 +31,15 @@ from worker.inference.adapter_store import AdapterStore
 from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine
+from worker.inference.own_model import load_own_model
+from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.server import create_app
 from worker.inference.service import InferenceService
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEARTBEAT_SECONDS = 5.0
 TTL_SECONDS = 15.0
@@ -105,16 +112,28 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         dequantise_(model)
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
-    engine = BatchingEngine(
-        model,
-        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-        max_adapters=mine.max_adapters,
-        max_waiting=mine.max_waiting,
-    )
+
+    def build_engine(model: "PreTrainedModel") -> BatchingEngine:
+        return BatchingEngine(
+            model,
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
+            max_adapters=mine.max_adapters,
+            max_waiting=mine.max_waiting,
+        )
+
+    def build_own(adapter: Path, served: str) -> BatchingEngine:
+        return build_engine(
+            load_own_model(directory, adapter, served, precision=mine.precision, device=device)
+        )
+
+    engine = build_engine(model)
     residency = Residency(engine, adapters, renderer.template_sha256)
     service = InferenceService(engine, renderer, residency, info, description)
     service.previewer = Previewer(store, directory, info)
+    service.own_models = OwnModels(
+        adapters, renderer.template_sha256, build_own, mine.max_own_models
+    )
     return service, info
 
 

@@ -21,17 +21,15 @@ from safetensors.torch import load_file, save_file
 from models.domain.base import Frozen, JsonObject
 from models.errors import TrainingFailedError
 from worker.heads import PEFT_TASKS, head_paths
+from worker.training import optimizers
 from worker.training.loop import Trainer
 from worker.training.task import Progress
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OPTIMIZER, RNG, TRAINER = "optimizer.safetensors", "rng.safetensors", "trainer.json"
 STATE_FILES = (OPTIMIZER, RNG, TRAINER)
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps for each parameter: a float32 scalar and two tensors of its shape."""
-
 VALUE = "value"
-"""What the file of the moments holds beside them where the adapter's file is no way back."""
+"""What the file of the states holds beside them where the adapter's file is no way back."""
 
 SMALL_FILES_BYTES = 1024**2
 
@@ -80,7 +78,7 @@ def save(trainer: Trainer, directory: Path, base_model: str) -> None:
     adapter.mkdir()
     state.mkdir()
     config = task.method.adapter_config(task.model, task.method_params, base_model, task.adapter)
-    config |= head_config(trainer)
+    config |= head_config(trainer, config)
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     save_file(published_tensors(trainer), adapter / ADAPTER_TENSORS, metadata={"format": "pt"})
     tensors = _optimizer_tensors(trainer)
@@ -110,16 +108,12 @@ def restore(trainer: Trainer, directory: Path) -> None:
         raise StateError(f"{type(error).__name__}: {error}") from error
     if kept.step > trainer.total_steps:
         raise StateError(f"step {kept.step} is beyond the last of this run")
-    _require_fit(trainer, weights, moments)
+    states = _by_parameter(moments)
+    _require_fit(trainer, weights, states)
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(weights[name])
-    state_dict: JsonObject = trainer.optimizer.state_dict()
-    state_dict["state"] = {
-        index: {moment: moments[f"{name}:{moment}"] for moment in MOMENTS}
-        for index, name in enumerate(trainer.parameters)
-    }
-    trainer.optimizer.load_state_dict(state_dict)
+    optimizers.load_states(trainer.optimizer, [states[name] for name in trainer.parameters])
     trainer.progress = Progress(
         step=kept.step,
         n_tokens=kept.n_tokens,
@@ -174,14 +168,18 @@ def published_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     return task.method.published(trained, task.method_params)
 
 
-def head_config(trainer: Trainer) -> JsonObject:
+def head_config(trainer: Trainer, config: JsonObject) -> JsonObject:
     """Return what PEFT has to know of a head: what is put on the base, and what of it is stored."""
     task = trainer.task
     if task.objective.head == "causal_lm":
         return {}
+    found: JsonObject = {"task_type": PEFT_TASKS[task.objective.head]}
     heads = head_paths(task.model.get_base_model())
-    config: JsonObject = {"task_type": PEFT_TASKS[task.objective.head]}
-    return config | ({"modules_to_save": heads, "exclude_modules": heads} if heads else {})
+    if heads:
+        found |= {"modules_to_save": heads, "exclude_modules": heads}
+        if isinstance(targets := config.get("target_modules"), list):
+            found["target_modules"] = [each for each in targets if each not in heads]
+    return found
 
 
 def _taken_up(trainer: Trainer, adapter: Path) -> dict[str, torch.Tensor] | None:
@@ -204,11 +202,19 @@ def require_room(trainer: Trainer, directory: Path) -> None:
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in trainer.parameters.items():
-        for moment, value in trainer.optimizer.state[parameter].items():
-            tensors[f"{name}:{moment}"] = value.detach().to("cpu", copy=True).contiguous()
-    return tensors
+    return {
+        f"{name}:{state}": tensor
+        for name, parameter in trainer.parameters.items()
+        for state, tensor in optimizers.state_tensors(trainer.optimizer, parameter).items()
+    }
+
+
+def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, optimizers.StateTensors]:
+    states: dict[str, optimizers.StateTensors] = {}
+    for key, tensor in tensors.items():
+        name, _, state = key.rpartition(":")
+        states.setdefault(name, {})[state] = tensor
+    return states
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:
@@ -239,12 +245,17 @@ def _trainer_state(trainer: Trainer) -> _TrainerState:
 
 
 def _require_fit(
-    trainer: Trainer, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]
+    trainer: Trainer,
+    weights: dict[str, torch.Tensor],
+    states: dict[str, optimizers.StateTensors],
 ) -> None:
-    expected = {f"{name}:{moment}" for name in trainer.parameters for moment in MOMENTS}
-    if weights.keys() != trainer.parameters.keys() or moments.keys() != expected:
+    shapes = {name: parameter.shape for name, parameter in trainer.parameters.items()}
+    if weights.keys() != shapes.keys():
         raise StateError("it belongs to other parameters than this run trains")
-    for name, parameter in trainer.parameters.items():
-        for tensor in (weights[name], moments[f"{name}:exp_avg"], moments[f"{name}:exp_avg_sq"]):
-            if tensor.shape != parameter.shape:
-                raise StateError(f"{name} has shape {tuple(tensor.shape)}")
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise StateError(f"{name} has shape {tuple(weights[name].shape)}")
+    try:
+        optimizers.require_states(trainer.task.spec.optimizer.type, shapes, states)
+    except ValueError as error:
+        raise StateError(str(error)) from error

@@ -76,6 +76,12 @@ class PaddedForward:
     def without_adapter(self) -> AbstractContextManager[None]:
         return _frozen(self._model)
 
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N targets in order."""
+        targets = side_by_side(batch.targets, batch.lengths, IGNORED)
+        with self.autocast():
+            return label_logits(self._model, targets != IGNORED, **self._inputs(batch))
+
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D], padding left out."""
         inputs = self._inputs(batch)
@@ -152,6 +158,16 @@ class PackedForward:
                 yield
         finally:
             self._adapter = own
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N targets in order."""
+        wanted = batch.targets != IGNORED
+        if self._head is None:
+            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
+                return label_logits(self._model, wanted[None], **self._inputs(batch))
+        weight, bias = self._head
+        hidden = self.hidden_states(batch)[wanted]
+        return functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D]."""

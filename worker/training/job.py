@@ -291,7 +291,7 @@ def _task(
         forward = headed_forward(model, spec.precision, device, pad_id)
     task = Task(
         model=model,
-        forward=forward,
+        forward=method.wrap_forward(model, forward, params),
         method=method,
         method_params=params,
         objective=objective,

@@ -16,6 +16,7 @@ import torch
 
 from models.domain.reports import StepMetrics
 from models.errors import InvalidRequestError, TrainingFailedError
+from worker.training import optimizers, recompute
 from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
 from worker.training.model import trainable_parameters
@@ -69,30 +70,29 @@ class Trainer:
         self.steps_per_epoch = -(-len(task.train) // self.batch_size)
         self.total_steps = self.steps_per_epoch * numbers.n_epochs
         trainable = trainable_parameters(task.model, task.adapter)
+        method, decay = task.method, spec.optimizer.weight_decay
         groups = {
-            name: (task.method.rate_factor(name, task.method_params), task.method.decays(name))
+            name: (method.rate_factor(name, task.method_params), decay * method.decays(name))
             for name in trainable
         }
         # In the order of the optimizer's groups, by which a checkpoint knows them.
         by_group = sorted(trainable, key=lambda name: groups[name])
         self.parameters = {name: trainable[name] for name in by_group}
         self.learning_rate = spec.optimizer.learning_rate
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = optimizers.build(
+            spec.optimizer,
             [
-                {
-                    "params": [p for name, p in self.parameters.items() if groups[name] == group],
-                    "rate_factor": group[0],
-                    "weight_decay": spec.optimizer.weight_decay if group[1] else 0.0,
-                }
+                {"params": [trainable[n] for n in by_group if groups[n] == group]}
+                | {"rate_factor": group[0], "weight_decay": group[1]}
                 for group in sorted(set(groups.values()))
             ],
-            lr=self.learning_rate,
-            betas=(spec.optimizer.beta1, spec.optimizer.beta2),
-            fused=True,
+            self.learning_rate,
         )
-        self._token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
+        self._first_token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
             torch.device(task.device).type, TOKENS_PER_MICRO_BATCH["cpu"]
         )
+        self._token_budget = self._first_token_budget
+        self._may_recompute = recompute.is_possible(task.model)
         self._valid_interval = max(1, self.steps_per_epoch // VALIDATIONS_PER_EPOCH)
         lengths = [len(example.input_ids) for example in task.train]
         self._batches = lru_cache(maxsize=1)(
@@ -189,15 +189,17 @@ class Trainer:
         make it up. Dropout draws other numbers then.
 
         Raises:
-            What torch raises when memory runs out even for one row at a time.
+            What torch raises when memory runs out even for one row at a time, its activations
+                not kept.
         """
+        longest = max(len(example.input_ids) for example in examples)
         while True:
             own, reason = None, "on another device"
             try:
                 own = self._sums(examples, backward=True, only_first=only_first)
             except (RuntimeError, MemoryError) as error:
-                longest = max(len(example.input_ids) for example in examples)
-                if not is_out_of_memory(error) or self._token_budget < longest:
+                can_shrink = self._token_budget >= longest or self._may_recompute
+                if not is_out_of_memory(error) or not can_shrink:
                     raise
                 reason = str(error).partition("\n")[0][:200]
             # Outside of the handler, whose error holds the tensors of the failed pass.
@@ -205,12 +207,22 @@ class Trainer:
                 self._ranks.sum_gradients(self.parameters.values())
                 return scores
             self.optimizer.zero_grad(set_to_none=True)
-            self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
+            if self._token_budget >= longest:
+                self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
+                remedy = f"a step is computed in parts of at most {self._token_budget:,} tokens"
+            else:
+                self._recompute()
+                remedy = "activations are computed again instead of kept, which takes longer"
             self._warn(
-                f"Memory ran out in step {self.progress.step + 1} ({reason}); from now on a step "
-                f"is computed in parts of at most {self._token_budget:,} tokens. Its rows, its "
-                "loss and the order of the data stay the same."
+                f"Memory ran out in step {self.progress.step + 1} ({reason}); from now on {remedy}."
+                " Its rows, its loss and the order of the data stay the same."
             )
+
+    def _recompute(self) -> None:
+        """Turn activation checkpointing on, and try parts of the first size again."""
+        recompute.enable(self.task.model)
+        self._may_recompute = False
+        self._token_budget = self._first_token_budget
 
     def _largest_group(self, examples: Sequence[Example]) -> int:
         groups = self.micro_batches(examples)

@@ -3,8 +3,8 @@
 Cast rules: the base stays in the very numbers that the inference server holds (NF4 with bfloat16
 norms, embeddings and head; or all of it in bfloat16 or float32), so that what was trained is what
 is served. Adapter weights are float32: their updates are far below bfloat16's resolution. Matrix
-products run in bfloat16 under autocast, in float32 where the base is float32. Gradient
-checkpointing is off; micro-batches bound the memory of activations instead.
+products run in bfloat16 under autocast, in float32 where the base is float32. Micro-batches bound
+the memory of activations; only where one row is too much are they computed again (``recompute``).
 """
 
 from contextlib import AbstractContextManager
@@ -21,7 +21,7 @@ from models.domain.training import Precision
 from worker.base_models import load_model
 from worker.heads import COPIES
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
-from worker.training.tuners.attach import linear_layers
+from worker.training.tuners.attach import head_of, linear_layers
 
 PROBE_TOKENS = 16
 LOGITS_TOLERANCE = 1e-5
@@ -89,7 +89,7 @@ def trainable_parameters(
 
 def linear_shapes(model: PeftModel) -> dict[str, tuple[int, int, bool]]:
     """Return (inputs, outputs, is the head) of the base's linear layers by their own paths."""
-    head = model.get_base_model().get_output_embeddings()  # type: ignore[operator]
+    head = head_of(model.get_base_model())
     shapes = {}
     for path, module in linear_layers(model, with_head=True).items():
         if isinstance(module, nn.Linear):

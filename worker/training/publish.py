@@ -38,6 +38,7 @@ from worker.base_models import BaseModelInfo
 from worker.inference.engine.adapters import read_adapter
 from worker.inference.engine.errors import AdapterFormatError
 from worker.inference.engine.params import LinearShape
+from worker.training import methods
 from worker.training.checkpoint import (
     ADAPTER_TENSORS,
     STATE_FILES,
@@ -196,6 +197,7 @@ class Publisher:
             chat_template=run.chat_template,
             tokenizer_sha256=run.tokenizer_sha256,
             method=run.spec.peft["type"],
+            served=methods.served(run.spec.peft).value,
             objective=run.spec.objective["type"],
             objective_params=run.spec.objective,
             precision=run.spec.precision.model_dump(mode="json"),

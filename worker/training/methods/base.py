@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from worker.training.objectives.base import LanguageForward
+
 
 DEFAULT_ADAPTER = "default"
 """PEFT's name of the adapter of a model that has one."""
@@ -97,6 +99,12 @@ class Method(Plugin, ABC):
         A checkpoint then keeps the trained tensors beside the file, and no job can go on from it.
         """
         return dict(published)
+
+    def wrap_forward(
+        self, model: "torch.nn.Module", forward: "LanguageForward", params: Any
+    ) -> "LanguageForward":
+        """Return the forward to train with, given that of one pass through the adapted `model`."""
+        return forward
 
     def rate_factor(self, parameter: str, params: Any) -> float:
         """Return what the learning rate is multiplied with for a trainable parameter."""

@@ -116,6 +116,9 @@ class LanguageForward(Protocol):
     def without_adapter(self) -> AbstractContextManager[None]:
         """Make passes inside those of the frozen base alone."""
 
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Return the logits [N, vocabulary] of the N targets in order."""
+
 
 _FAMILIES: "dict[HeadKind, Family]" = {
     "causal_lm": "decoder",

@@ -35,6 +35,9 @@ def attach_adapter(
     if heads and not config.is_prompt_learning:
         config.modules_to_save = heads  # type: ignore[attr-defined]
         config.exclude_modules = heads  # type: ignore[attr-defined]
+        targets = getattr(config, "target_modules", None)
+        if isinstance(targets, list):
+            config.target_modules = [each for each in targets if each not in heads]  # type: ignore[attr-defined]
     if not base.can_generate() or base.config.is_encoder_decoder:
         config.task_type = None
     with torch.random.fork_rng(), warnings.catch_warnings():
@@ -67,7 +70,7 @@ def linear_layers(
         with_head: Whether the language-model head counts.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = getattr(base, "get_output_embeddings", lambda: None)()
+    head = head_of(base)
     heads = set(head_paths(base))
     adapted: tuple[str, ...] = ()
     found: dict[str, nn.Module] = {}
@@ -81,6 +84,12 @@ def linear_layers(
         if path.endswith(".base_layer") or not path.startswith(adapted):
             found[path.replace(".base_layer", "")] = module
     return found
+
+
+def head_of(base: Any) -> nn.Module | None:
+    """Return the language-model head of a base, without what an adapter put around it."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
 
 
 def is_transposed(model: PreTrainedModel | PeftModel) -> bool:
