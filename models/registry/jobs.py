@@ -11,19 +11,25 @@ from models.domain.base import JsonObject
 from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, NotFoundError
-from models.registry import events, job_files
+from models.registry import events, job_files, usage
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
+from models.registry.usage import Used, User
 from models.tables import Job, new_id
 
 
 def create(
-    session: Session, project_id: str, spec: TrainingSpec, metadata: JsonObject | None
+    session: Session,
+    project_id: str,
+    spec: TrainingSpec,
+    metadata: JsonObject | None,
+    key_id: str | None = None,
 ) -> Job:
     """Add a job in state ``validating_files``; a worker moves it on once its files are linted."""
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
+        key_id=key_id,
         base_model=spec.model,
         training_file=spec.training_file,
         validation_file=spec.validation_file,
@@ -86,7 +92,8 @@ def move(
 ) -> bool:
     """Change a job's status if the moves allow it and `conditions` hold; say whether it happened.
 
-    This is the only place that writes ``jobs.status``.
+    This is the only place that writes ``jobs.status``. What a job has trained counts as used when
+    it ends.
     """
     if target.is_terminal:
         values |= {
@@ -94,6 +101,8 @@ def move(
             "lease_owner": None,
             "lease_until": None,
             "estimated_finish": None,
+            "reserved_tokens": 0,
+            "reserved_device_seconds": 0.0,
         }
     result = session.execute(
         update(Job)
@@ -101,6 +110,11 @@ def move(
         .values(status=target, **values)
     )
     assert isinstance(result, CursorResult)
+    if result.rowcount == 1 and target.is_terminal:
+        job = session.get_one(Job, job_id, populate_existing=True)
+        if job.trained_tokens:
+            user = User(job.project_id, job.key_id, job.base_model)
+            usage.add(session, [(user, Used(trained_tokens=job.trained_tokens))])
     return result.rowcount == 1
 
 
