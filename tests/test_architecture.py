@@ -49,6 +49,7 @@ TESTED_ELSEWHERE = {
     "worker/inference/engine/methods/base.py": "tests/worker/inference/engine/test_runner.py",
     "worker/inference/engine/methods/lora.py": "engine/test_runner.py and test_adapter_config.py",
     "worker/inference/engine/params.py": "tests/worker/inference/engine",
+    "worker/inference/encoder_service.py": "tests/examples/test_fill_mask.py, over HTTP",
     "worker/inference/engine/weights.py": "tests/worker/inference/engine/test_runner.py",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
     "worker/training/methods": "tests/worker/training/test_methods.py: the contract of each",
