@@ -51,6 +51,7 @@ TESTED_ELSEWHERE = {
     "worker/inference/engine/params.py": "tests/worker/inference/engine",
     "worker/inference/encoder_service.py": "tests/examples/test_fill_mask.py, over HTTP",
     "worker/inference/engine/weights.py": "tests/worker/inference/engine/test_runner.py",
+    "worker/inference/engine/sequence.py": "tests/worker/inference/engine/test_engine.py",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
     "worker/training/methods": "tests/worker/training/test_methods.py: the contract of each",
     "worker/training/tuners": "tests/worker/training/test_methods.py: the contract of each",

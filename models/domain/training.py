@@ -91,7 +91,7 @@ class TrainingSpec(Frozen):
         Args:
             n_rows: Rows that will be trained in one epoch.
             n_parameters: Parameters of the base model.
-            rate_scale: The objective's factor of the learning rate.
+            rate_scale: The objective's and the method's factor of the learning rate.
 
         The rules, also in ``docs/jobs.md``: batch 8 (less below 64 rows); as many epochs as give
         about 100 steps, between 3 and 10; the learning rate of `base_learning_rate`.

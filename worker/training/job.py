@@ -217,7 +217,8 @@ class JobRun:
     ) -> TrainingSpec:
         """Return `spec` with numbers for all "auto"; recorded unless it is what the job has."""
         objective = objectives.get_objective(spec.objective["type"])
-        resolved = spec.resolved(n_rows, n_parameters, objective.rate_scale)
+        scale = objective.rate_scale * methods.get_method(spec.peft["type"]).rate_scale
+        resolved = spec.resolved(n_rows, n_parameters, scale)
         if resolved == known:
             return known
         with self._around.database.write() as session:
