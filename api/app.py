@@ -16,7 +16,7 @@ from api.idempotency import Idempotency
 from api.keys import projects
 from api.keys import routes as keys
 from api.middleware import RequestId
-from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads
+from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads, webhooks
 from api.services import Services
 from api.ui import serve as page
 from models.registry import base_models
@@ -66,6 +66,7 @@ def _v1(settings: Settings) -> APIRouter:
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
+        (webhooks.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]

@@ -6,10 +6,11 @@ A setting is an environment variable ``TUNERY_<GROUP>__<NAME>``, e.g. ``TUNERY_D
 """
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "TUNERY_"
@@ -149,6 +150,22 @@ class ModelSettings(Group):
     )
 
 
+class WebhookSettings(Group):
+    allowed_networks: list[str] = Field(
+        [],
+        description="Networks besides the public ones that webhooks may go to, e.g. "
+        '`["10.0.0.0/8"]`; to these also by `http://`.',
+    )
+    timeout_seconds: float = Field(15, gt=0, le=120, description="Time that one delivery may take.")
+
+    @field_validator("allowed_networks")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        for each in value:
+            ip_network(each)  # its ValueError says what is wrong
+        return value
+
+
 class ClientSettings(Group):
     """What the `tunery` command needs to find a running service."""
 
@@ -175,6 +192,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     inference: InferenceSettings = InferenceSettings()
     models: ModelSettings = ModelSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     client: ClientSettings = ClientSettings()
     log_level: str = Field(
         "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged."

@@ -10,8 +10,9 @@ from models.db import db_now
 from models.domain.base import JsonObject
 from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
+from models.domain.webhooks import job_event
 from models.errors import InvalidRequestError, NotFoundError
-from models.registry import events, job_files
+from models.registry import events, job_files, webhooks
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
 from models.tables import Job, new_id
@@ -101,7 +102,11 @@ def move(
         .values(status=target, **values)
     )
     assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+    moved = result.rowcount == 1
+    if moved and (event := job_event(target)) is not None:
+        project_id = session.scalars(select(Job.project_id).where(Job.id == job_id)).one()
+        webhooks.emit(session, project_id, event, job_id)
+    return moved
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:

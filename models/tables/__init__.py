@@ -2,12 +2,16 @@
 
 from models.tables.base import Base, new_id
 from models.tables.base_model import BaseModel, BaseProbe
+from models.tables.batch import Batch, BatchResult
 from models.tables.file import File, Upload, UploadPart
 from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
 from models.tables.result import Adapter, Checkpoint, Metric
+from models.tables.stored_completion import StoredCompletion
+from models.tables.sweep import Sweep, SweepJob
 from models.tables.tenancy import ApiKey, Project
+from models.tables.webhook import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "Adapter",
@@ -15,6 +19,8 @@ __all__ = [
     "Base",
     "BaseModel",
     "BaseProbe",
+    "Batch",
+    "BatchResult",
     "Checkpoint",
     "Event",
     "File",
@@ -24,7 +30,12 @@ __all__ = [
     "JobAttempt",
     "Metric",
     "Project",
+    "StoredCompletion",
+    "Sweep",
+    "SweepJob",
     "Upload",
     "UploadPart",
+    "WebhookDelivery",
+    "WebhookEndpoint",
     "new_id",
 ]

@@ -15,12 +15,17 @@ from models.tables import Adapter
 from tests.api.calls import chat, new_job, upload
 
 NAME = "ft:base:local:mine:abcdefgh"
+WEBHOOK = {"name": "x", "url": "https://example.com/", "event_types": ["batch.completed"]}
 # What a route needs to get as far as looking its object up.
 REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/uploads/{upload_id}/parts"): {"files": {"data": ("part", b"x")}},
     ("post", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_x"]}},
     ("get", "/v1/files/{file_id}/preview"): {"params": {"model": "base"}},
     ("post", "/v1/files/{file_id}/lint"): {"json": {}},
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {}},
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {
+        "json": {"event_type": "batch.completed"}
+    },
 }
 
 
@@ -50,6 +55,8 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             "model": NAME,
             "key_id": key.id,
             "project_id": project.id,
+            "webhook_endpoint_id": client.post("/v1/webhook_endpoints", json=WEBHOOK).json()["id"],
+            "delivery_id": "whd_x",
         }
         with database.write() as session:
             adapter = Adapter(
