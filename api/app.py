@@ -10,13 +10,24 @@ from starlette.concurrency import run_in_threadpool
 
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
+from api.batches import BatchRunner
 from api.deps import ServicesDep
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import projects
 from api.keys import routes as keys
 from api.middleware import RequestId
-from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads, webhooks
+from api.openai import (
+    batches,
+    chat,
+    estimates,
+    files,
+    fine_tuning,
+    models,
+    progress,
+    uploads,
+    webhooks,
+)
 from api.services import Services
 from api.ui import serve as page
 from models.registry import base_models
@@ -34,9 +45,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         services = Services.from_settings(settings)
         await run_in_threadpool(_sync_catalog, services)
         app.state.services = services
+        runner = BatchRunner(app, services)
         try:
             yield
         finally:
+            await runner.aclose()
             await services.aclose()
 
     app = FastAPI(
@@ -66,6 +79,7 @@ def _v1(settings: Settings) -> APIRouter:
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
+        (batches.router, INFERENCE, limits.max_body_bytes),
         (webhooks.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),

@@ -49,6 +49,9 @@ class Caller:
     scopes: tuple[str, ...]
 
 
+INTERNAL_CALLER = "tunery.caller"
+"""Key of an ASGI scope: who calls, when the service itself asks for somebody (no client can)."""
+
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
 
 
@@ -63,6 +66,9 @@ def get_caller(
         AuthenticationError: neither, or not a valid one.
         PermissionDeniedError: a change by cookie that does not come from the page itself.
     """
+    internal = request.scope.get(INTERNAL_CALLER)
+    if isinstance(internal, Caller):
+        return internal
     with services.database.read() as session:
         if credentials is not None:
             key = tenancy.authenticate(session, credentials.credentials)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from api.feed import JobFeed
 from api.inference_client import InferenceClient
+from api.wake import Wake
 from models.broker import Bell, make_celery
 from models.db import Database
 from models.settings import Settings
@@ -18,6 +19,7 @@ class Services:
     bell: Bell
     inference: InferenceClient
     feed: JobFeed
+    batch_wake: Wake
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
@@ -29,6 +31,7 @@ class Services:
             bell=Bell(make_celery(settings.broker)),
             inference=InferenceClient(settings.inference.token.get_secret_value()),
             feed=JobFeed(database, settings.api.organization),
+            batch_wake=Wake(),
         )
 
     async def aclose(self) -> None:

@@ -58,6 +58,13 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    batch_requests: int = Field(
+        4,
+        ge=0,
+        le=1024,
+        description="Requests of batches that one API process has under way at a time; 0: it runs "
+        "no batches.",
+    )
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
     )

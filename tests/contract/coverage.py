@@ -52,6 +52,10 @@ SERVED = {
     "chat.completions.create": "test_chat",
     "chat.completions.parse": "test_chat",
     "chat.completions.stream": "test_chat_stream_helper",
+    "batches.create": "test_batches",
+    "batches.list": "test_batches",
+    "batches.retrieve": "test_batches",
+    "batches.cancel": "test_batches",
     "webhooks.create": "test_webhooks",
     "webhooks.list": "test_webhooks",
     "webhooks.retrieve": "test_webhooks",
@@ -85,14 +89,6 @@ NOT_SERVED: dict[str, dict[str, Any]] = {
     "chat.completions.update": {"completion_id": "chatcmpl-x", "metadata": {}},
     "completions.create": {"model": "base", "prompt": "x"},
     "embeddings.create": {"model": "base", "input": "x"},
-    "batches.cancel": {"batch_id": "batch_x"},
-    "batches.create": {
-        "completion_window": "24h",
-        "endpoint": "/v1/chat/completions",
-        "input_file_id": "file-x",
-    },
-    "batches.list": {},
-    "batches.retrieve": {"batch_id": "batch_x"},
 }
 NOT_SERVED_STATUS = {"chat.completions.list": 405}
 

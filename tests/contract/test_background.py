@@ -1,11 +1,15 @@
-"""Methods of the SDK for what goes on by itself: webhooks; sync and async, on both databases."""
+"""Methods of the SDK for what goes on by itself; sync and async, on both databases."""
 
+import json
+import time
 from typing import Any
 
+import openai
 import pytest
 
 from models.domain.webhooks import EVENT_TYPES
 from models.settings import Settings, WebhookSettings
+from tests.api.calls import batch_line
 from tests.contract.conftest import Sdk
 from tests.webhook_receiver import LOCAL, receiving
 
@@ -13,6 +17,31 @@ from tests.webhook_receiver import LOCAL, receiving
 @pytest.fixture
 def settings(settings: Settings) -> Settings:
     return settings.model_copy(update={"webhooks": WebhookSettings(allowed_networks=[LOCAL])})
+
+
+def test_batches(sdk: Sdk) -> None:
+    lines = b"\n".join(json.dumps(batch_line(name)).encode() for name in ("a", "b"))
+    file = sdk("files.create", file=("lines.jsonl", lines), purpose="batch")
+    made = sdk(
+        "batches.create",
+        input_file_id=file.id,
+        endpoint="/v1/chat/completions",
+        completion_window="24h",
+        metadata={"team": "desk"},
+    )
+    deadline = time.monotonic() + 30
+    while (batch := sdk("batches.retrieve", made.id)).status != "completed":
+        assert time.monotonic() < deadline, batch
+        time.sleep(0.05)
+    assert (batch.request_counts.completed, batch.request_counts.total) == (2, 2)
+    assert (batch.model, batch.metadata, batch.usage.total_tokens) == ("base", {"team": "desk"}, 18)
+    answers = [json.loads(line) for line in sdk("files.content", batch.output_file_id).iter_lines()]
+    assert [answer["custom_id"] for answer in answers] == ["a", "b"]
+    assert answers[0]["response"]["body"]["choices"][0]["message"]["content"] == "Hello"
+    assert [each.id for each in sdk("batches.list").data] == [made.id]
+    with pytest.raises(openai.BadRequestError) as caught:
+        sdk("batches.cancel", made.id)
+    assert caught.value.code == "batch_not_cancellable"
 
 
 def test_webhooks(sdk: Sdk) -> None:

@@ -12,7 +12,7 @@ from models.db import Database
 from models.registry import adapters, tenancy
 from models.settings import Settings
 from models.tables import Adapter
-from tests.api.calls import chat, new_job, upload
+from tests.api.calls import chat, new_batch, new_job, upload
 
 NAME = "ft:base:local:mine:abcdefgh"
 WEBHOOK = {"name": "x", "url": "https://example.com/", "event_types": ["batch.completed"]}
@@ -57,6 +57,7 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             "project_id": project.id,
             "webhook_endpoint_id": client.post("/v1/webhook_endpoints", json=WEBHOOK).json()["id"],
             "delivery_id": "whd_x",
+            "batch_id": new_batch(client).json()["id"],
         }
         with database.write() as session:
             adapter = Adapter(
