@@ -16,7 +16,9 @@ from models.domain.training import Precision, TrainingSpec
 
 NF4_BITS = {True: 4.127, False: 4.5}
 """Of a parameter, with and without double quantisation (arXiv 2305.14314, section 3)."""
-OPTIMIZER_BYTES = 8
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03}
+"""What an optimizer keeps for a trained parameter; the others' is paged out, or next to nothing."""
+PROBE_OPTIMIZER_BYTES = 8
 """AdamW's two moments of a parameter, in float32."""
 MEMORY_BAND, TIME_BAND = 0.2, 0.3
 """How far a measured job may be from its estimate, as a share of it."""
@@ -221,7 +223,7 @@ def estimate(
         seconds_band=_band(seconds, TIME_BAND),
         train_seconds=train_seconds,
         # Adapter and moments of the newest, the one before it, and the best; tokens as int32 + 1.
-        disk_bytes=3 * (4 + OPTIMIZER_BYTES) * n_adapter + 5 * rows.n_tokens,
+        disk_bytes=3 * (4 + PROBE_OPTIMIZER_BYTES) * n_adapter + 5 * rows.n_tokens,
         n_jobs_learned_from=corrections.n_jobs,
     )
 
@@ -240,15 +242,16 @@ def _memory(
     tokens = max(longest, min(largest, probe.token_budget))
     weights = shape.weight_bytes(spec.precision)
     activations = round(probe.token_bytes * tokens + probe.square_bytes * tokens * longest)
-    known = weights + (8 + OPTIMIZER_BYTES) * n_adapter + activations
-    process = probe.fixed_bytes - weights - (8 + OPTIMIZER_BYTES) * probe.n_adapter
+    optimizer = round(OPTIMIZER_BYTES.get(spec.optimizer.type, 0.0) * n_adapter)
+    known = weights + 8 * n_adapter + optimizer + activations
+    process = probe.fixed_bytes - weights - (8 + PROBE_OPTIMIZER_BYTES) * probe.n_adapter
     # What jobs took more or less than was reckoned is the heap's doing, so it is the process's.
     process = round((known + process) * correction) - known
     return MemoryParts(
         weights=weights,
         adapter=4 * n_adapter,
         gradients=4 * n_adapter,
-        optimizer=OPTIMIZER_BYTES * n_adapter,
+        optimizer=optimizer,
         activations=activations,
         process=process,
     )

@@ -31,9 +31,14 @@ class Precision(Parameters):
 
 
 class Optimizer(Parameters):
-    """AdamW with linear warm-up and a schedule; `learning_rate` "auto" goes by model size."""
+    """An optimizer with linear warm-up and a schedule; `learning_rate` "auto" goes by model size.
 
-    type: Literal["adamw"] = "adamw"
+    8-bit states take a quarter of AdamW's memory; paged ones leave a GPU when its memory is short.
+    """
+
+    type: Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"] = (
+        "adamw"
+    )
     learning_rate: Auto | PositiveRate = "auto"
     weight_decay: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.9

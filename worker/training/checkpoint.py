@@ -18,17 +18,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models.domain.base import Frozen, JsonObject
+from models.domain.base import Frozen
 from models.errors import TrainingFailedError
+from worker.training import optimizers
 from worker.training.loop import Trainer
 from worker.training.task import Progress
 
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OPTIMIZER, RNG, TRAINER = "optimizer.safetensors", "rng.safetensors", "trainer.json"
 STATE_FILES = (OPTIMIZER, RNG, TRAINER)
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps for each parameter: a float32 scalar and two tensors of its shape."""
-
 SMALL_FILES_BYTES = 1024**2
 
 
@@ -99,16 +97,12 @@ def restore(trainer: Trainer, directory: Path) -> None:
         raise StateError(f"{type(error).__name__}: {error}") from error
     if kept.step > trainer.total_steps:
         raise StateError(f"step {kept.step} is beyond the last of this run")
-    _require_fit(trainer, weights, moments)
+    states = _by_parameter(moments)
+    _require_fit(trainer, weights, states)
     with torch.no_grad():
         for name, parameter in trainer.parameters.items():
             parameter.copy_(weights[name])
-    state_dict: JsonObject = trainer.optimizer.state_dict()
-    state_dict["state"] = {
-        index: {moment: moments[f"{name}:{moment}"] for moment in MOMENTS}
-        for index, name in enumerate(trainer.parameters)
-    }
-    trainer.optimizer.load_state_dict(state_dict)
+    optimizers.load_states(trainer.optimizer, [states[name] for name in trainer.parameters])
     trainer.progress = Progress(
         step=kept.step,
         n_tokens=kept.n_tokens,
@@ -173,11 +167,19 @@ def require_room(trainer: Trainer, directory: Path) -> None:
 
 
 def _optimizer_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in trainer.parameters.items():
-        for moment, value in trainer.optimizer.state[parameter].items():
-            tensors[f"{name}:{moment}"] = value.detach().to("cpu", copy=True).contiguous()
-    return tensors
+    return {
+        f"{name}:{state}": tensor
+        for name, parameter in trainer.parameters.items()
+        for state, tensor in optimizers.state_tensors(trainer.optimizer, parameter).items()
+    }
+
+
+def _by_parameter(tensors: dict[str, torch.Tensor]) -> dict[str, optimizers.StateTensors]:
+    states: dict[str, optimizers.StateTensors] = {}
+    for key, tensor in tensors.items():
+        name, _, state = key.rpartition(":")
+        states.setdefault(name, {})[state] = tensor
+    return states
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:
@@ -208,12 +210,17 @@ def _trainer_state(trainer: Trainer) -> _TrainerState:
 
 
 def _require_fit(
-    trainer: Trainer, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor]
+    trainer: Trainer,
+    weights: dict[str, torch.Tensor],
+    states: dict[str, optimizers.StateTensors],
 ) -> None:
-    expected = {f"{name}:{moment}" for name in trainer.parameters for moment in MOMENTS}
-    if weights.keys() != trainer.parameters.keys() or moments.keys() != expected:
+    shapes = {name: parameter.shape for name, parameter in trainer.parameters.items()}
+    if weights.keys() != shapes.keys():
         raise StateError("it belongs to other parameters than this run trains")
-    for name, parameter in trainer.parameters.items():
-        for tensor in (weights[name], moments[f"{name}:exp_avg"], moments[f"{name}:exp_avg_sq"]):
-            if tensor.shape != parameter.shape:
-                raise StateError(f"{name} has shape {tuple(tensor.shape)}")
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise StateError(f"{name} has shape {tuple(weights[name].shape)}")
+    try:
+        optimizers.require_states(trainer.task.spec.optimizer.type, shapes, states)
+    except ValueError as error:
+        raise StateError(str(error)) from error

@@ -16,6 +16,7 @@ import torch
 
 from models.domain.reports import StepMetrics
 from models.errors import InvalidRequestError, TrainingFailedError
+from worker.training import optimizers
 from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
 from worker.training.model import trainable_parameters
@@ -74,19 +75,14 @@ class Trainer:
         by_factor = sorted(trainable, key=lambda name: factors[name])
         self.parameters = {name: trainable[name] for name in by_factor}
         self.learning_rate = spec.optimizer.learning_rate
-        self.optimizer = torch.optim.AdamW(
-            [
-                {
-                    "params": [p for name, p in self.parameters.items() if factors[name] == factor],
-                    "rate_factor": factor,
-                }
-                for factor in sorted(set(factors.values()))
-            ],
-            lr=self.learning_rate,
-            betas=(spec.optimizer.beta1, spec.optimizer.beta2),
-            weight_decay=spec.optimizer.weight_decay,
-            fused=True,
-        )
+        groups = [
+            {
+                "params": [p for name, p in self.parameters.items() if factors[name] == factor],
+                "rate_factor": factor,
+            }
+            for factor in sorted(set(factors.values()))
+        ]
+        self.optimizer = optimizers.build(spec.optimizer, groups, self.learning_rate)
         self._token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
             torch.device(task.device).type, TOKENS_PER_MICRO_BATCH["cpu"]
         )

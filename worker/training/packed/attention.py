@@ -2,10 +2,12 @@
 
 Registered with ``transformers`` under `NAME`; a model whose attention goes through its interface
 then needs no mask. Short rows on a CPU take explicit grouped-query products, whose backward pass
-is several times faster than that of the flash kernel there (specs: training, section 2); all other
-rows take ``scaled_dot_product_attention``, one call each.
+is several times faster than that of the flash kernel there (specs: training, section 2). On a GPU
+all rows go through one call of the flash kernel for rows of different lengths. All others take
+``scaled_dot_product_attention``, one call each.
 """
 
+import inspect
 import math
 from functools import lru_cache
 from typing import Any
@@ -14,11 +16,13 @@ import torch
 from torch.nn import functional
 
 from worker.training.packed import layout
-from worker.training.packed.layout import Bucket
+from worker.training.packed.layout import Bucket, Layout
 
 NAME = "tunery_packed"
 EXPLICIT_UP_TO = 1024
 """Longest row, in tokens, for which the whole matrix of probabilities is kept."""
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+"""What the flash kernel computes in."""
 
 
 class UnsupportedAttentionError(RuntimeError):
@@ -99,6 +103,9 @@ def packed_attention(  # noqa: PLR0913 - the interface of transformers
     ):
         output: torch.Tensor = _ExplicitAttention.apply(query, key, value, scale, rows.buckets)
         return output, None
+    if query.device.type == "cuda" and query.dtype in HALF_PRECISION and not dropout:
+        window = sliding_window if windowed else None
+        return _flash(query, key, value, scale, rows, is_causal=is_causal, window=window), None
     parts = []
     for start, end in rows.spans:
         mask = _window_mask(end - start, sliding_window, query.device) if windowed else None
@@ -115,6 +122,53 @@ def packed_attention(  # noqa: PLR0913 - the interface of transformers
             )
         )
     return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _flash(  # noqa: PLR0913 - what every attention is given
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    rows: Layout,
+    *,
+    is_causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """Return [1, T, H, D] by the flash kernel for rows of different lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+    known = _varlen_options()
+    options: dict[str, Any] = {}
+    if "window_size" in known:
+        before = -1 if window is None else window - 1
+        options["window_size"] = (before, 0 if is_causal else before)
+    elif window is None:
+        options["is_causal"] = is_causal
+    else:
+        raise UnsupportedAttentionError("a sliding window in this version of torch")
+    if key.shape[1] != query.shape[1]:
+        if "enable_gqa" in known:
+            options["enable_gqa"] = True
+        else:
+            n_sharing = query.shape[1] // key.shape[1]
+            key, value = (each.repeat_interleave(n_sharing, 1) for each in (key, value))
+    if "scale" in known:
+        options["scale"] = scale
+    else:
+        query = query * (scale * query.shape[-1] ** 0.5)  # the kernel's own is 1/√D
+    ends = rows.ends_on(query.device)
+    output: Any = varlen_attn(query, key, value, ends, ends, rows.longest, rows.longest, **options)
+    whole: torch.Tensor = output[None]
+    return whole
+
+
+@lru_cache(maxsize=1)
+def _varlen_options() -> frozenset[str]:
+    """Return the names of the kernel's arguments, which torch 2.11 has fewer of than 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def _plain_attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:

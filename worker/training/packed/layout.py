@@ -50,6 +50,7 @@ class Layout:
     def __init__(self, lengths: list[int], segments: tuple[Segment, ...]) -> None:
         self.spans = tuple(pairwise(accumulate(lengths, initial=0)))
         self.segments = segments
+        self._ends: dict[torch.device, torch.Tensor] = {}
 
     @classmethod
     def of(cls, lengths: list[int], adapter: str) -> "Layout":
@@ -59,6 +60,15 @@ class Layout:
     @cached_property
     def longest(self) -> int:
         return max(end - start for start, end in self.spans)
+
+    def ends_on(self, device: torch.device) -> torch.Tensor:
+        """Return int32 [rows + 1]: 0 and the end of each row; made once for each device."""
+        found = self._ends.get(device)
+        if found is None:
+            ends = [0, *(end for _, end in self.spans)]
+            found = torch.tensor(ends, dtype=torch.int32, device=device)
+            self._ends[device] = found
+        return found
 
     @cached_property
     def buckets(self) -> list[Bucket]:
