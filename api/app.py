@@ -8,6 +8,7 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from api import openapi
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
 from api.batches import BatchRunner
@@ -25,6 +26,7 @@ from api.openai import (
     fine_tuning,
     models,
     progress,
+    stored,
     uploads,
     webhooks,
 )
@@ -64,6 +66,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(_v1(settings))
     page.install(app)
     app.include_router(_health)
+    openapi.install(app)
     return app
 
 
@@ -79,6 +82,7 @@ def _v1(settings: Settings) -> APIRouter:
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
+        (stored.router, INFERENCE, limits.max_body_bytes),
         (batches.router, INFERENCE, limits.max_body_bytes),
         (webhooks.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),

@@ -29,6 +29,8 @@ TESTED_ELSEWHERE = {
     "api/wake.py": "tests/api/test_batches.py",
     "models/registry/batches.py": "tests/api/test_batches.py; PostgreSQL: tests/contract",
     "api/openai/batches.py": "tests/api/test_batches.py",
+    "models/registry/stored_completions.py": "tests/contract/test_background.py, on both",
+    "api/openai/filters.py": "tests/api/openai/test_fine_tuning.py",
     "api/actions.py": "tests/api/test_openai.py",
     "api/app.py": "tests/api/test_openai.py",
     "api/deps.py": "tests/api/test_openai.py",

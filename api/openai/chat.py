@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.deps import Caller, CallerDep, ServicesDep
 from api.errors import error_body
-from api.openai import translate
+from api.openai import stored, translate
 from api.openai.schemas import ChatRequest
 from api.services import Services
 from api.strict_json import StrictJsonRoute
@@ -46,10 +46,16 @@ async def create_chat_completion(
     work = _begin(answer, events) if body.stream else _collect(answer, events)
     if not await _unless_disconnected(request, work):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    async def keep() -> None:
+        if body.store:
+            await run_in_threadpool(stored.keep, services, caller, body, answer.completion())
+
     if not body.stream:
+        await keep()
         return JSONResponse(answer.completion())
     return StreamingResponse(
-        _stream(answer, events),
+        _stream(answer, events, keep),
         media_type="text/event-stream",
         headers={"cache-control": "no-cache", "x-accel-buffering": "no"},
     )
@@ -165,7 +171,9 @@ def _sse(body: JsonObject) -> bytes:
 
 
 async def _stream(
-    answer: _Answer, events: AsyncGenerator[GenerateEvent, None]
+    answer: _Answer,
+    events: AsyncGenerator[GenerateEvent, None],
+    keep: Callable[[], Awaitable[None]],
 ) -> AsyncIterator[bytes]:
     """Yield server-sent events; a failure is an error event, never a silent end."""
     async with aclosing(events):
@@ -184,6 +192,7 @@ async def _stream(
             log.warning("stream_failed", code=error.code, error=error.message)
             yield _sse(error_body(error))
             return
+        await keep()
         if answer.includes_usage:
             yield _sse(answer.usage_chunk())
         yield b"data: [DONE]\n\n"

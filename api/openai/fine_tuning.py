@@ -7,11 +7,11 @@ from fastapi import APIRouter, Query, Request
 from api import actions, bodies
 from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
+from api.openai.filters import metadata_filter
 from api.openai.schemas import JobCreate
 from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
 from models.domain.training import TrainingSpec
-from models.errors import InvalidRequestError
 from models.registry import checkpoints, events, jobs
 from models.registry.page import Cursor
 
@@ -42,7 +42,7 @@ def list_jobs(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JsonObject:
     """List jobs, newest first, optionally by ``metadata[key]=value`` or ``metadata=null``."""
-    metadata, without_metadata = _metadata_filter(request)
+    metadata, without_metadata = metadata_filter(request)
     page = jobs.list_page(
         session,
         caller.project_id,
@@ -52,19 +52,6 @@ def list_jobs(
     )
     organization = services.settings.api.organization
     return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
-
-
-def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
-    pairs: dict[str, str] = {}
-    without_metadata = False
-    for name, value in request.query_params.multi_items():
-        if name == "metadata" and value == "null":
-            without_metadata = True
-        elif name == "metadata":
-            raise InvalidRequestError("Use 'metadata[key]=value' or 'metadata=null'.", param=name)
-        elif name.startswith("metadata[") and name.endswith("]"):
-            pairs[name.removeprefix("metadata[").removesuffix("]")] = value
-    return pairs, without_metadata
 
 
 @router.get("/{job_id}")

@@ -166,8 +166,8 @@ class ChatRequest(Parameters):
     prompt_cache_retention: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
-    store: Any = None
-    metadata: Any = None
+    store: StrictBool | None = None
+    metadata: Metadata | None = None
     moderation: Any = None
     user: Any = None
 

@@ -52,6 +52,11 @@ SERVED = {
     "chat.completions.create": "test_chat",
     "chat.completions.parse": "test_chat",
     "chat.completions.stream": "test_chat_stream_helper",
+    "chat.completions.list": "test_stored",
+    "chat.completions.retrieve": "test_stored",
+    "chat.completions.update": "test_stored",
+    "chat.completions.delete": "test_stored",
+    "chat.completions.messages.list": "test_stored",
     "batches.create": "test_batches",
     "batches.list": "test_batches",
     "batches.retrieve": "test_batches",
@@ -82,15 +87,10 @@ NOT_SERVED: dict[str, dict[str, Any]] = {
     },
     "fine_tuning.checkpoints.permissions.list": {"fine_tuned_model_checkpoint": "ft:x"},
     "fine_tuning.checkpoints.permissions.retrieve": {"fine_tuned_model_checkpoint": "ft:x"},
-    "chat.completions.delete": {"completion_id": "chatcmpl-x"},
-    "chat.completions.list": {},
-    "chat.completions.messages.list": {"completion_id": "chatcmpl-x"},
-    "chat.completions.retrieve": {"completion_id": "chatcmpl-x"},
-    "chat.completions.update": {"completion_id": "chatcmpl-x", "metadata": {}},
     "completions.create": {"model": "base", "prompt": "x"},
     "embeddings.create": {"model": "base", "input": "x"},
 }
-NOT_SERVED_STATUS = {"chat.completions.list": 405}
+NOT_SERVED_STATUS: dict[str, int] = {}
 
 
 def sdk_methods() -> set[str]:

@@ -44,6 +44,28 @@ def test_batches(sdk: Sdk) -> None:
     assert caught.value.code == "batch_not_cancellable"
 
 
+def test_stored(sdk: Sdk) -> None:
+    messages: Any = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    ask: dict[str, Any] = {"model": "base", "messages": messages, "store": True}
+    made = sdk("chat.completions.create", **ask, metadata={"team": "desk"})
+    other = sdk("chat.completions.create", **ask)
+    sdk("chat.completions.create", model="base", messages=messages)
+    assert sdk("chat.completions.retrieve", made.id).choices[0].message.content == "Hello"
+    assert [each.id for each in sdk("chat.completions.list").data] == [made.id, other.id]
+    newest = sdk("chat.completions.list", order="desc", limit=1, model="base")
+    assert ([each.id for each in newest.data], newest.has_more) == ([other.id], True)
+    found = sdk("chat.completions.list", metadata={"team": "desk"})
+    assert [each.id for each in found.data] == [made.id]
+    assert sdk("chat.completions.update", made.id, metadata={"team": "x"}).metadata == {"team": "x"}
+    first = sdk("chat.completions.messages.list", made.id, limit=1)
+    assert ([each.content for each in first.data], first.has_more) == (["Be kind."], True)
+    rest = sdk("chat.completions.messages.list", made.id, after=first.data[0].id)
+    assert ([each.role for each in rest.data], rest.has_more) == (["user"], False)
+    assert sdk("chat.completions.delete", made.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        sdk("chat.completions.retrieve", made.id)
+
+
 def test_webhooks(sdk: Sdk) -> None:
     types: Any = ["fine_tuning.job.succeeded", "batch.completed"]
     with receiving() as receiver:

@@ -9,9 +9,9 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from models.db import Database
-from models.registry import adapters, tenancy
+from models.registry import adapters, stored_completions, tenancy
 from models.settings import Settings
-from models.tables import Adapter
+from models.tables import Adapter, StoredCompletion
 from tests.api.calls import chat, new_batch, new_job, upload
 
 NAME = "ft:base:local:mine:abcdefgh"
@@ -22,6 +22,7 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_x"]}},
     ("get", "/v1/files/{file_id}/preview"): {"params": {"model": "base"}},
     ("post", "/v1/files/{file_id}/lint"): {"json": {}},
+    ("post", "/v1/chat/completions/{completion_id}"): {"json": {"metadata": None}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {
         "json": {"event_type": "batch.completed"}
@@ -57,6 +58,7 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             "project_id": project.id,
             "webhook_endpoint_id": client.post("/v1/webhook_endpoints", json=WEBHOOK).json()["id"],
             "delivery_id": "whd_x",
+            "completion_id": "chatcmpl-theirs",
             "batch_id": new_batch(client).json()["id"],
         }
         with database.write() as session:
@@ -70,6 +72,10 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
                 manifest={"base_fingerprint": "f" * 64},
             )
             adapters.publish(session, adapter)
+            stored = StoredCompletion(
+                id="chatcmpl-theirs", project_id=project.id, model="base", request={}, completion={}
+            )
+            stored_completions.create(session, stored)
         client.headers["authorization"] = f"Bearer {own}"
         yield World(client, ids)
 
