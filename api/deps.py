@@ -15,7 +15,7 @@ from models.registry import tenancy
 from models.tables import ApiKey
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:  # async: it needs no thread
     services = request.app.state.services
     assert isinstance(services, Services)
     return services

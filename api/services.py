@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from starlette.concurrency import run_in_threadpool
+
 from api.feed import JobFeed
 from api.inference_client import InferenceClient
 from api.wake import Wake
@@ -37,4 +39,5 @@ class Services:
     async def aclose(self) -> None:
         await self.feed.aclose()
         await self.inference.aclose()
+        await run_in_threadpool(self.bell.close)
         self.database.close()
