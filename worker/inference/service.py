@@ -18,6 +18,8 @@ from worker.inference.answer import Answer, shutting_down
 from worker.inference.engine.engine import Engine, Request
 from worker.inference.engine.errors import EngineClosedError, EngineFullError
 from worker.inference.engine.params import Sampling
+from worker.inference.engine.pool import AdapterLease
+from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 
@@ -44,6 +46,7 @@ class InferenceService:
         self.engine = engine
         self.draining = False
         self.previewer: Previewer | None = None
+        self.own_models: OwnModels | None = None
         self._renderer = renderer
         self._rendering = asyncio.Lock()  # a tokenizer serves one thread at a time
         self._residency = residency
@@ -71,15 +74,14 @@ class InferenceService:
             )
         sampling = self._sampling(request.sampling, len(prompt))
         adapter = request.adapter
-        lease = None if adapter is None else await self._residency.acquire(adapter)
-        with lease or nullcontext():
+        async with self._place(adapter) as (engine, lease):
             answer = Answer(
                 n=request.sampling.n,
                 prompt_tokens=len(prompt),
                 system_fingerprint=self.system_fingerprint(adapter),
             )
             try:
-                ticket = self.engine.submit(
+                ticket = engine.submit(
                     Request(tuple(prompt), sampling, request.sampling.n, lease), answer.emit
                 )
             except EngineFullError:
@@ -93,6 +95,20 @@ class InferenceService:
                 yield answer
             finally:
                 ticket.abort()
+
+    @asynccontextmanager
+    async def _place(
+        self, adapter: AdapterRef | None
+    ) -> AsyncIterator[tuple[Engine, AdapterLease | None]]:
+        """Give the engine that answers with `adapter`, and the lease that it needs for that."""
+        own_models = self.own_models
+        async with own_models.hold(adapter) if own_models else nullcontext() as own:
+            if own is not None:
+                yield own, None
+                return
+            lease = None if adapter is None else await self._residency.acquire(adapter)
+            with lease or nullcontext():
+                yield self.engine, lease
 
     def _sampling(self, params: SamplingParams, prompt_tokens: int) -> Sampling:
         room = self._base.max_length - prompt_tokens
@@ -122,7 +138,8 @@ class InferenceService:
         """Bring an adapter into memory; raises what admitting a request for it would."""
         if self.draining:
             raise shutting_down()
-        (await self._residency.acquire(adapter)).release()
+        async with self._place(adapter):
+            pass
 
     async def preview(self, request: PreviewRequest) -> JsonObject:
         """Show rows of a data set; raises what ``Previewer.preview`` does."""
@@ -146,4 +163,6 @@ class InferenceService:
         """End what still runs, each stream with an error, and stop the engine."""
         self.draining = True
         self._residency.close()
+        if self.own_models is not None:
+            self.own_models.close()
         self.engine.close()

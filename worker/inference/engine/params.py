@@ -1,10 +1,7 @@
 """The plain types that go into an engine and come out of it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
-
-import torch
 
 FinishReason = Literal["stop", "length"]
 
@@ -40,12 +37,14 @@ class Sampling:
 class TokenEvent:
     """Text that became final; the last event of a sequence has a `finish_reason`.
 
-    `n_tokens` counts all tokens drawn so far, the end token included.
+    `n_tokens` counts all tokens drawn so far, the end token included; `n_cached` the prompt tokens
+    that did not have to be computed, because a prompt before began with them.
     """
 
     text: str
     finish_reason: FinishReason | None
     n_tokens: int
+    n_cached: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,31 +55,6 @@ class LinearShape:
     out_features: int
     is_output: bool = False
     """True for the language-model head, which PEFT's ``all-linear`` leaves out."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraWeights:
-    """One module's change: ``y += scale · B(A(x))``, `a` [r, in] and `b` [out, r] in float32."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    def to(self, device: torch.device) -> "LoraWeights":
-        return LoraWeights(self.a.to(device), self.b.to(device), self.scale)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterWeights:
-    """A checked adapter: its identity and, by full module path, what it adds."""
-
-    digest: str
-    modules: Mapping[str, LoraWeights]
-
-    def to(self, device: torch.device) -> "AdapterWeights":
-        return AdapterWeights(
-            self.digest, {path: weights.to(device) for path, weights in self.modules.items()}
-        )
 
 
 @dataclass(frozen=True, slots=True)

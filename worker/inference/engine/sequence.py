@@ -30,7 +30,12 @@ class Sequence:
         text: TextStream,
         emit: Callable[[TokenEvent | EngineError], None],
     ) -> None:
-        self.pending = list(prompt)
+        self.tokens = list(prompt)
+        self.n_fed = 0
+        """Tokens that the model has seen: those in its cache."""
+        self.n_cached: int | None = None
+        """Prompt tokens whose states were there already; None until it runs."""
+        self.overtaken = 0
         self.sampler = Sampler(sampling)
         self.lease = lease
         self.emit = emit
@@ -42,17 +47,33 @@ class Sequence:
         self._text = text
         self._n_tokens = 0
 
+    @property
+    def adapter(self) -> str | None:
+        return None if self.lease is None else self.lease.weights.digest
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_left(self) -> int:
+        return self._max_tokens - self._n_tokens
+
+    @property
+    def n_pending(self) -> int:
+        return len(self.tokens) - self.n_fed
+
     def push(self, token: int, stop_ids: frozenset[int]) -> TokenEvent:
         """Take the token just drawn; the event tells what text is final and if this was the end."""
         self._n_tokens += 1
-        self.pending = [token]
+        self.tokens.append(token)
         text, reason = "", self._reason(token, stop_ids)
         if reason != "stop":
             text, stopped = self._text.push(token)
             reason = "stop" if stopped else reason
         if reason is not None:
             text += self._text.finish()
-        return TokenEvent(text, reason, self._n_tokens)
+        return TokenEvent(text, reason, self._n_tokens, self.n_cached or 0)
 
     def _reason(self, token: int, stop_ids: frozenset[int]) -> FinishReason | None:
         if token in stop_ids:

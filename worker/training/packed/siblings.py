@@ -58,6 +58,7 @@ def _can_take(module: nn.Module) -> bool:
         and not any(module.use_dora.values())
         and not any(module.lora_bias.values())
         and not any(getattr(module, "lora_variant", {}).values())
+        and all(type(each) is nn.Linear for each in module.lora_A.values())
         and not layer.weight.requires_grad
     )
 
@@ -96,8 +97,9 @@ class SharedInput:
 
     def take(self, x: torch.Tensor, index: int, *, training: bool) -> torch.Tensor:
         if self._x is not x:
-            self._x, self._n_taken = x, 0
+            # First, since a pass that runs again stops where it has all it needs, perhaps in here.
             whole = self.group(x, training=training)
+            self._x, self._n_taken = x, 0
             self._outputs = list(whole.split(self.group.outputs, -1))
         output = self._outputs[index]
         self._n_taken += 1
