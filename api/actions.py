@@ -15,6 +15,7 @@ from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
 from models.domain.base import JsonObject
+from models.domain.estimates import BaseShape
 from models.domain.generation import AdapterRef
 from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
@@ -24,6 +25,7 @@ from models.registry import adapters, base_models, files, jobs
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
+from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
 
@@ -219,7 +221,12 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
             than a worker gives to a job (names `param`).
         NotFoundError: a file that does not exist.
     """
-    base_models.get(session, spec.model)
+    base = base_models.get(session, spec.model)
+    # Without a shape, no process has seen the model's files yet.
+    shape = None if base.shape is None else BaseShape.model_validate(base.shape)
+    methods.require_fit(spec.peft, spec.precision.type, shape)
+    if shape is not None:
+        objectives.get_objective(spec.objective["type"]).require_base(shape.family)
     if spec.num_devices > (most := services.settings.worker.devices_per_job):
         raise InvalidRequestError(
             f"num_devices is {spec.num_devices}; the workers of this service give a job at most "

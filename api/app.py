@@ -15,8 +15,9 @@ from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import projects
 from api.keys import routes as keys
+from api.methods import routes as methods
 from api.middleware import RequestId
-from api.openai import chat, estimates, files, fine_tuning, models, progress, uploads
+from api.openai import chat, encoders, estimates, files, fine_tuning, models, progress, uploads
 from api.services import Services
 from api.ui import serve as page
 from models.registry import base_models
@@ -65,7 +66,9 @@ def _v1(settings: Settings) -> APIRouter:
         (estimates.router, TRAINING, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
+        (methods.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
+        (encoders.router, INFERENCE, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]

@@ -44,6 +44,7 @@ TESTED_ELSEWHERE = {
     "worker/inference/engine/runner.py": "tests/worker/inference/engine/test_engine.py",
     "worker/inference/engine/sequence.py": "tests/worker/inference/engine/test_engine.py",
     "worker/inference/engine/weights.py": "tests/worker/inference/engine/test_exact.py",
+    "worker/inference/encoder_service.py": "tests/examples/test_fill_mask.py, over HTTP",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
     "worker/inference/service.py": "tests/worker/inference/test_server.py, over HTTP",
     "worker/training/methods": "tests/worker/training/test_methods.py: the contract of each",

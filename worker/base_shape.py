@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from models.domain.estimates import BaseShape, LayerShape
+from worker.heads import family_of
 
 
 def read_shape(directory: Path) -> BaseShape:
@@ -14,13 +15,15 @@ def read_shape(directory: Path) -> BaseShape:
     Matrices inside a numbered block count as linear layers; embeddings, head and norms do not.
     """
     from safetensors import safe_open
+    from transformers import AutoConfig
 
     sizes: dict[str, Sequence[int]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                 sizes[name] = tensors.get_slice(name).get_shape()
-    return _shape_of(sizes)
+    family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    return _shape_of(sizes).model_copy(update={"family": family})
 
 
 def _shape_of(sizes: Mapping[str, Sequence[int]]) -> BaseShape:

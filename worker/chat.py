@@ -83,6 +83,22 @@ class ChatRenderer:
         """Whether the base model brought no template, so that ours stands in."""
         return bool(self._tokenizer.chat_template == DEFAULT_TEMPLATE)
 
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer itself, e.g. for an encoder, which has no conversations."""
+        return self._tokenizer
+
+    @property
+    def guard(self) -> TokenGuard:
+        """What encodes plain text, in which special tokens are text."""
+        return self._guard
+
+    @cached_property
+    def text_start(self) -> list[int]:
+        """The tokens that running text starts with: often none, or a begin-of-text token."""
+        end = self._tokenizer.eos_token_id
+        return [int(each) for each in self._tokenizer("")["input_ids"] if each != end]
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an assistant turn: the tokenizer's, and the chat template's."""
@@ -179,13 +195,12 @@ class ChatRenderer:
                 "the base model has no end-of-text token, so it would never learn to stop.",
                 hint="Use a base model that has one.",
             )
-        start = [each for each in self._tokenizer("")["input_ids"] if each != end]
         whole = prompt + learned
         guarded = self._guard.found_in(whole)
         if guarded:
             prompt, whole = (self._guard.swap(self._guard.mask(each)) for each in (prompt, whole))
         turn = Turn(len(prompt), len(whole), "completion")
-        return PreparedText(whole, guarded, [turn], before=start, after=[int(end)])
+        return PreparedText(whole, guarded, [turn], before=self.text_start, after=[int(end)])
 
     def _prepare_chat(self, row: ChatRow) -> PreparedText:
         conversation = self._conversation(row.messages, row.tools)

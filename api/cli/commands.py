@@ -22,6 +22,7 @@ from api.cli.common import HomeOption, console, errors, give_up, reported, servi
 from api.cli.estimate import show, wait_for_estimate
 from api.cli.home import Home
 from api.cli.job_commands import diff_jobs, jobs_app, watch_to_end
+from api.cli.methods import list_methods
 from models.db import Database
 from models.domain.access import Scope
 from models.logs import configure_logging
@@ -40,6 +41,7 @@ key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=Tr
 project_app = typer.Typer(help="Make and list projects.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
 app.command("diff")(diff_jobs)
+app.command("methods")(list_methods)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")

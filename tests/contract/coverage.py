@@ -52,6 +52,7 @@ SERVED = {
     "chat.completions.create": "test_chat",
     "chat.completions.parse": "test_chat",
     "chat.completions.stream": "test_chat_stream_helper",
+    "embeddings.create": "test_embeddings",
 }
 
 # Method: arguments for a call; the service answers with the status in NOT_SERVED_STATUS.
@@ -74,7 +75,6 @@ NOT_SERVED: dict[str, dict[str, Any]] = {
     "chat.completions.retrieve": {"completion_id": "chatcmpl-x"},
     "chat.completions.update": {"completion_id": "chatcmpl-x", "metadata": {}},
     "completions.create": {"model": "base", "prompt": "x"},
-    "embeddings.create": {"model": "base", "input": "x"},
     "batches.cancel": {"batch_id": "batch_x"},
     "batches.create": {
         "completion_window": "24h",

@@ -122,3 +122,18 @@ def test_a_field_is_unsupported_only_where_it_changes_the_answer(
     for value in (None, harmless):
         assert ChatRequest.model_validate(CHAT | {name: value}).unsupported() is None
     assert ChatRequest.model_validate(CHAT | {name: harmful}).unsupported() == name
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}},
+        {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.5}}},
+        {"type": "dpo", "supervised": {}},
+        {"type": "supervised", "dpo": {"hyperparameters": {"beta": 0.1}}},
+        {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}},
+    ],
+)
+def test_what_is_not_of_the_chosen_method_is_refused(method: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        JobCreate(**JOB, method=method)
