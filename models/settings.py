@@ -133,7 +133,21 @@ class InferenceSettings(Group):
     adapter_cache_dir: Path = Field(
         Path("adapters"), description="Local copies of adapters, by digest."
     )
-    max_adapters: int = Field(16, ge=1, le=4096, description="Adapters held in memory.")
+    max_adapters: int = Field(
+        16, ge=1, le=4096, description="Adapters that take part in one batch; others wait."
+    )
+    adapter_memory_bytes: int = Field(
+        4 * 1024**3, ge=1024**2, description="Host memory for adapters, in use or not."
+    )
+    adapter_disk_bytes: int = Field(
+        20 * 1024**3, ge=1024**2, description="Disk for local copies of adapters."
+    )
+    cache_tokens: int = Field(
+        131_072, ge=1024, description="Tokens of all running answers whose states are held."
+    )
+    prefix_tokens: int = Field(
+        8192, ge=0, description="Tokens of prompts kept for later prompts that begin alike."
+    )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more answer 429.")
     token: SecretStr = Field(
         SecretStr(""), description="Shared secret between API and inference servers; required."

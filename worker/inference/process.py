@@ -27,6 +27,7 @@ from worker.base_models import (
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import BatchingEngine
+from worker.inference.engine.scheduler import Limits
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.server import create_app
@@ -88,12 +89,19 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         model,
         lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
         stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-        max_adapters=mine.max_adapters,
-        max_waiting=mine.max_waiting,
+        fingerprint=info.fingerprint,
+        limits=Limits(
+            n_slots=mine.max_adapters,
+            max_waiting=mine.max_waiting,
+            cache_tokens=mine.cache_tokens,
+            prefix_tokens=mine.prefix_tokens,
+        ),
+        adapter_bytes=mine.adapter_memory_bytes,
     )
-    residency = Residency(
-        engine, AdapterStore(store, mine.adapter_cache_dir, info), renderer.template_sha256
+    adapters = AdapterStore(
+        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
     )
+    residency = Residency(engine, adapters, renderer.template_sha256)
     description = {"precision": mine.precision, "device": device}
     service = InferenceService(engine, renderer, residency, info, description)
     service.previewer = Previewer(store, directory, info)

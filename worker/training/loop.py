@@ -16,7 +16,7 @@ import torch
 
 from models.domain.reports import StepMetrics
 from models.errors import InvalidRequestError, TrainingFailedError
-from worker.training import optimizers
+from worker.training import optimizers, recompute
 from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
 from worker.training.model import trainable_parameters
@@ -83,9 +83,11 @@ class Trainer:
             for factor in sorted(set(factors.values()))
         ]
         self.optimizer = optimizers.build(spec.optimizer, groups, self.learning_rate)
-        self._token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
+        self._first_token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
             torch.device(task.device).type, TOKENS_PER_MICRO_BATCH["cpu"]
         )
+        self._token_budget = self._first_token_budget
+        self._may_recompute = recompute.is_possible(task.model)
         self._valid_interval = max(1, self.steps_per_epoch // VALIDATIONS_PER_EPOCH)
         lengths = [len(example.input_ids) for example in task.train]
         self._batches = lru_cache(maxsize=1)(
@@ -182,15 +184,17 @@ class Trainer:
         make it up. Dropout draws other numbers then.
 
         Raises:
-            What torch raises when memory runs out even for one row at a time.
+            What torch raises when memory runs out even for one row at a time, its activations
+                not kept.
         """
+        longest = max(len(example.input_ids) for example in examples)
         while True:
             own, reason = None, "on another device"
             try:
                 own = self._sums(examples, backward=True, only_first=only_first)
             except (RuntimeError, MemoryError) as error:
-                longest = max(len(example.input_ids) for example in examples)
-                if not is_out_of_memory(error) or self._token_budget < longest:
+                can_shrink = self._token_budget >= longest or self._may_recompute
+                if not is_out_of_memory(error) or not can_shrink:
                     raise
                 reason = str(error).partition("\n")[0][:200]
             # Outside of the handler, whose error holds the tensors of the failed pass.
@@ -198,12 +202,22 @@ class Trainer:
                 self._ranks.sum_gradients(self.parameters.values())
                 return scores
             self.optimizer.zero_grad(set_to_none=True)
-            self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
+            if self._token_budget >= longest:
+                self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
+                remedy = f"a step is computed in parts of at most {self._token_budget:,} tokens"
+            else:
+                self._recompute()
+                remedy = "activations are computed again instead of kept, which takes longer"
             self._warn(
-                f"Memory ran out in step {self.progress.step + 1} ({reason}); from now on a step "
-                f"is computed in parts of at most {self._token_budget:,} tokens. Its rows, its "
-                "loss and the order of the data stay the same."
+                f"Memory ran out in step {self.progress.step + 1} ({reason}); from now on {remedy}."
+                " Its rows, its loss and the order of the data stay the same."
             )
+
+    def _recompute(self) -> None:
+        """Turn activation checkpointing on, and try parts of the first size again."""
+        recompute.enable(self.task.model)
+        self._may_recompute = False
+        self._token_budget = self._first_token_budget
 
     def _largest_group(self, examples: Sequence[Example]) -> int:
         groups = self.micro_batches(examples)

@@ -3,8 +3,8 @@
 Cast rules: the base stays in the very numbers that the inference server holds (NF4 with bfloat16
 norms, embeddings and head; or all of it in bfloat16 or float32), so that what was trained is what
 is served. Adapter weights are float32: their updates are far below bfloat16's resolution. Matrix
-products run in bfloat16 under autocast, in float32 where the base is float32. Gradient
-checkpointing is off; micro-batches bound the memory of activations instead.
+products run in bfloat16 under autocast, in float32 where the base is float32. Micro-batches bound
+the memory of activations; only where one row is too much are they computed again (``recompute``).
 """
 
 from contextlib import AbstractContextManager

@@ -253,11 +253,11 @@ class Publisher:
         except (ValueError, AdapterFormatError) as error:
             raise _not_servable(str(error)) from error
         trained = adapter_tensors(trainer)
-        for path, weights in read.modules.items():
-            for side, tensor in (("A", weights.a), ("B", weights.b)):
-                own = trained.pop(f"base_model.model.{path}.lora_{side}.weight", None)
+        for path, tensors in read.modules.items():
+            for name, tensor in tensors.items():
+                own = trained.pop(f"base_model.model.{path}.{name}", None)
                 if own is None or not torch.equal(own, tensor):
-                    raise _not_servable(f"lora_{side} of {path} is not what was trained")
+                    raise _not_servable(f"{name} of {path} is not what was trained")
         if trained:
             raise _not_servable(f"{len(trained)} trained tensors are not in the file")
         if not gives_same_logits(trainer.task.model, scratch):

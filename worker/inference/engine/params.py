@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 FinishReason = Literal["stop", "length"]
 
@@ -67,7 +68,7 @@ class Constraint(Protocol):
     def is_over(self) -> bool:
         """Whether the text is whole and nothing may follow it."""
 
-    def allowed(self) -> torch.Tensor:
+    def allowed(self) -> "torch.Tensor":
         """Return which tokens may come next: bool [its vocabulary], on the CPU.
 
         The end tokens are allowed where the text may end. Ids beyond are not allowed.
@@ -97,9 +98,9 @@ class TokenEvent:
     """Text that became final; the last event of a sequence has a `finish_reason`.
 
     `n_tokens` counts all tokens drawn so far, the end token included; `n_cached` the prompt tokens
-    that needed no computing. `logprobs` is of the tokens
-    that the text is of, and `prompt_logprobs`, on the first event where they were asked for, of the
-    prompt's tokens from the second one on.
+    that did not have to be computed, because a prompt before began with them. `logprobs` is of the
+    tokens that the text is of, and `prompt_logprobs`, on the first event where they were asked for,
+    of the prompt's tokens from the second one on.
     """
 
     text: str
@@ -118,31 +119,6 @@ class LinearShape:
     out_features: int
     is_output: bool = False
     """True for the language-model head, which PEFT's ``all-linear`` leaves out."""
-
-
-@dataclass(frozen=True, slots=True)
-class LoraWeights:
-    """One module's change: ``y += scale · B(A(x))``, `a` [r, in] and `b` [out, r] in float32."""
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-
-    def to(self, device: torch.device) -> "LoraWeights":
-        return LoraWeights(self.a.to(device), self.b.to(device), self.scale)
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterWeights:
-    """A checked adapter: its identity and, by full module path, what it adds."""
-
-    digest: str
-    modules: Mapping[str, LoraWeights]
-
-    def to(self, device: torch.device) -> "AdapterWeights":
-        return AdapterWeights(
-            self.digest, {path: weights.to(device) for path, weights in self.modules.items()}
-        )
 
 
 @dataclass(frozen=True, slots=True)

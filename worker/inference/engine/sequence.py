@@ -56,7 +56,12 @@ class Sequence:
         emit: Callable[[TokenEvent | EngineError], None],
         constraint: Constraint | None = None,
     ) -> None:
-        self.pending = list(request.prompt)
+        self.tokens = list(request.prompt)
+        self.n_fed = 0
+        """Tokens that the model has seen: those in its cache."""
+        self.n_cached: int | None = None
+        """Prompt tokens whose states were there already; None until it runs."""
+        self.overtaken = 0
         self.sampler = Sampler(request.sampling, request.prompt, constraint)
         self.scores_prompt = request.scores_prompt
         self.lease = lease
@@ -72,12 +77,29 @@ class Sequence:
         self._logprobs: list[TokenLogprobs] = []  # of tokens whose text is not final yet
         self._prompt_logprobs: list[TokenLogprobs] = []
 
+    @property
+    def adapter(self) -> str | None:
+        return None if self.lease is None else self.lease.weights.digest
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_left(self) -> int:
+        return self._sampling.max_tokens - self._n_tokens
+
+    @property
+    def n_pending(self) -> int:
+        return len(self.tokens) - self.n_fed
+
     def score(self, logits: torch.Tensor) -> None:
-        """Take `logits` [n, vocabulary] of the next `n` tokens of the prompt.
+        """Take `logits` [n, vocabulary] of the `n` tokens of the prompt that are fed next.
 
         A row tells how likely the token after its own was.
         """
         n_top = self._sampling.logprobs or 0
+        del self._prompt_logprobs[self.n_fed :]  # of a run that was broken off
         for rows in logits.split(_SCORED_AT_ONCE):
             first = len(self._prompt_logprobs) + 1
             tokens = self._prompt[first : first + len(rows)]
@@ -90,16 +112,17 @@ class Sequence:
         Raises:
             GenerationError: no token can be drawn.
         """
-        scored = tuple(self._prompt_logprobs)
-        self._prompt_logprobs = []
+        scored, self._prompt_logprobs = tuple(self._prompt_logprobs), []
+        self.scores_prompt = False
+        n_cached = self.n_cached or 0
         if self._sampling.max_tokens == 0:
-            return TokenEvent("", "length", 0, prompt_logprobs=scored)
+            return TokenEvent("", "length", 0, n_cached, prompt_logprobs=scored)
         drawn = self.sampler.pick(logits)
         self._n_tokens += 1
-        self.pending = [drawn.token]
+        self.tokens.append(drawn.token)
         text, reason = self._advance(drawn, stop_ids)
         final = self._final_logprobs(reason)
-        return TokenEvent(text, reason, self._n_tokens, logprobs=final, prompt_logprobs=scored)
+        return TokenEvent(text, reason, self._n_tokens, n_cached, final, scored)
 
     def _advance(
         self, drawn: TokenLogprobs, stop_ids: frozenset[int]

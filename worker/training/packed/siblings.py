@@ -96,8 +96,9 @@ class SharedInput:
 
     def take(self, x: torch.Tensor, index: int, *, training: bool) -> torch.Tensor:
         if self._x is not x:
-            self._x, self._n_taken = x, 0
+            # First, since a pass that runs again stops where it has all it needs, perhaps in here.
             whole = self.group(x, training=training)
+            self._x, self._n_taken = x, 0
             self._outputs = list(whole.split(self.group.outputs, -1))
         output = self._outputs[index]
         self._n_taken += 1

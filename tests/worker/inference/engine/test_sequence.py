@@ -16,8 +16,9 @@ from tests.worker.inference.tiny import (
     submit,
     tiny_llama,
 )
-from worker.inference.engine.engine import PREFILL_CHUNK, BatchingEngine
+from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.params import Sampling, TokenEvent, TokenLogprobs
+from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.sequence import Request
 
 PROMPT = (72, 101, 108, 108, 111)
@@ -88,7 +89,7 @@ def test_a_stop_string_leaves_no_log_probability_of_its_own_tokens(engine: Batch
     assert scored == [each for each in everything if each.offset < cut]
 
 
-@pytest.mark.parametrize("length", [2, 5, PREFILL_CHUNK, PREFILL_CHUNK + 70])
+@pytest.mark.parametrize("length", [2, 5, Limits().step_tokens, Limits().step_tokens + 70])
 def test_a_prompt_is_scored_token_by_token_across_chunks(
     engine: BatchingEngine, length: int
 ) -> None:
