@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
-if TYPE_CHECKING:
-    import torch
+import torch
 
 FinishReason = Literal["stop", "length"]
 
@@ -68,7 +67,7 @@ class Constraint(Protocol):
     def is_over(self) -> bool:
         """Whether the text is whole and nothing may follow it."""
 
-    def allowed(self) -> "torch.Tensor":
+    def allowed(self) -> torch.Tensor:
         """Return which tokens may come next: bool [its vocabulary], on the CPU.
 
         The end tokens are allowed where the text may end. Ids beyond are not allowed.
@@ -98,9 +97,9 @@ class TokenEvent:
     """Text that became final; the last event of a sequence has a `finish_reason`.
 
     `n_tokens` counts all tokens drawn so far, the end token included; `n_cached` the prompt tokens
-    that did not have to be computed, because a prompt before began with them. `logprobs` is of the
-    tokens that the text is of, and `prompt_logprobs`, on the first event where they were asked for,
-    of the prompt's tokens from the second one on.
+    that needed no computing, because a prompt before began with them. `logprobs` is of the tokens
+    that the text is of, and `prompt_logprobs`, on the first event where they were asked for, of the
+    prompt's tokens from the second one on.
     """
 
     text: str

@@ -73,6 +73,7 @@ class Runner:
         sequence.n_fed += len(chunk)
         if sequence.n_pending:
             return None
+        sequence.scores_prompt = False
         if self._shares_rows:
             self._prefixes.save(self._root(sequence), sequence.tokens, cache)
         logits: torch.Tensor = output.logits[0, -1]
@@ -105,8 +106,7 @@ class Runner:
             self._rows.remove(row)
             self.decoding[row] = self.decoding[-1]
             self.decoding.pop()
-        sequence.has_row, sequence.cache = False, None
-        sequence.n_fed = 0
+        sequence.restart()
 
     @torch.inference_mode()
     def decode(self, rows: slice) -> torch.Tensor:

@@ -93,13 +93,18 @@ class Sequence:
     def n_pending(self) -> int:
         return len(self.tokens) - self.n_fed
 
+    def restart(self) -> None:
+        """Let go of the cache: all tokens have to be fed again."""
+        self.cache, self.has_row, self.n_fed = None, False, 0
+        if self.scores_prompt:
+            self._prompt_logprobs = []
+
     def score(self, logits: torch.Tensor) -> None:
-        """Take `logits` [n, vocabulary] of the `n` tokens of the prompt that are fed next.
+        """Take `logits` [n, vocabulary] of the next `n` tokens of the prompt.
 
         A row tells how likely the token after its own was.
         """
         n_top = self._sampling.logprobs or 0
-        del self._prompt_logprobs[self.n_fed :]  # of a run that was broken off
         for rows in logits.split(_SCORED_AT_ONCE):
             first = len(self._prompt_logprobs) + 1
             tokens = self._prompt[first : first + len(rows)]
@@ -112,17 +117,18 @@ class Sequence:
         Raises:
             GenerationError: no token can be drawn.
         """
-        scored, self._prompt_logprobs = tuple(self._prompt_logprobs), []
-        self.scores_prompt = False
-        n_cached = self.n_cached or 0
+        scored = tuple(self._prompt_logprobs)
+        self._prompt_logprobs = []
         if self._sampling.max_tokens == 0:
-            return TokenEvent("", "length", 0, n_cached, prompt_logprobs=scored)
+            return TokenEvent("", "length", 0, self.n_cached or 0, prompt_logprobs=scored)
         drawn = self.sampler.pick(logits)
         self._n_tokens += 1
         self.tokens.append(drawn.token)
         text, reason = self._advance(drawn, stop_ids)
         final = self._final_logprobs(reason)
-        return TokenEvent(text, reason, self._n_tokens, n_cached, final, scored)
+        return TokenEvent(
+            text, reason, self._n_tokens, self.n_cached or 0, final, prompt_logprobs=scored
+        )
 
     def _advance(
         self, drawn: TokenLogprobs, stop_ids: frozenset[int]

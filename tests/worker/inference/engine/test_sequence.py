@@ -22,6 +22,7 @@ from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.sequence import Request
 
 PROMPT = (72, 101, 108, 108, 111)
+CHUNK = Limits().step_tokens
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def test_a_stop_string_leaves_no_log_probability_of_its_own_tokens(engine: Batch
     assert scored == [each for each in everything if each.offset < cut]
 
 
-@pytest.mark.parametrize("length", [2, 5, Limits().step_tokens, Limits().step_tokens + 70])
+@pytest.mark.parametrize("length", [2, 5, CHUNK, CHUNK + 70])
 def test_a_prompt_is_scored_token_by_token_across_chunks(
     engine: BatchingEngine, length: int
 ) -> None:
