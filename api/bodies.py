@@ -18,7 +18,6 @@ from models.tables import (
     Event,
     File,
     Job,
-    Project,
     Upload,
     UploadPart,
 )
@@ -76,6 +75,14 @@ def part_body(part: UploadPart) -> JsonObject:
     }
 
 
+def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
+    """Return OpenAI's ``method``: dpo, or supervised for whatever else."""
+    if spec.objective.get("type") == "dpo":
+        numbers = {**hyperparameters, "beta": spec.objective["beta"]}
+        return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
 def job_body(job: Job, organization: str) -> JsonObject:
     """Return OpenAI's job object, then Tunery's fields with their resolved values."""
     spec = TrainingSpec.model_validate(job.spec)
@@ -94,7 +101,7 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "organization_id": organization,
         "status": job.status,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": _method_body(spec, hyperparameters),
         "training_file": job.training_file,
         "validation_file": job.validation_file,
         "result_files": [job.result_file] if job.result_file else [],
@@ -253,13 +260,6 @@ def key_body(key: ApiKey) -> JsonObject:
         "created_at": int(key.created_at),
         "expires_at": _seconds(key.expires_at),
         "revoked_at": _seconds(key.revoked_at),
-    }
-
-
-def project_body(project: Project) -> JsonObject:
-    return {
-        "id": project.id,
-        "object": "project",
-        "name": project.name,
-        "created_at": int(project.created_at),
+        "requests_per_minute": key.requests_per_minute,
+        "tokens_per_minute": key.tokens_per_minute,
     }
