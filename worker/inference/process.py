@@ -28,6 +28,7 @@ from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.scheduler import Limits
+from worker.inference.metrics import Metrics
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.server import create_app
@@ -98,12 +99,19 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         ),
         adapter_bytes=mine.adapter_memory_bytes,
     )
+    metrics = Metrics()
+    metrics.watch(engine.stats)
     adapters = AdapterStore(
-        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
+        store,
+        mine.adapter_cache_dir,
+        info,
+        budget_bytes=mine.adapter_disk_bytes,
+        metrics=metrics,
     )
-    residency = Residency(engine, adapters, renderer.template_sha256)
+    residency = Residency(engine, adapters, renderer.template_sha256, metrics=metrics)
     description = {"precision": mine.precision, "device": device}
     service = InferenceService(engine, renderer, residency, info, description)
+    service.metrics = metrics
     service.previewer = Previewer(store, directory, info)
     return service, info
 
@@ -197,6 +205,8 @@ class InferenceProcess:
             if not http.is_alive() or not service.engine.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
+            if lost := service.engine.audit():
+                logger.error("adapter_leases_lost", lost=lost)
             try:
                 self._announce(info, url)
             except SQLAlchemyError:

@@ -19,6 +19,7 @@ from worker.inference.engine.engine import Engine, Request
 from worker.inference.engine.errors import EngineClosedError, EngineFullError
 from worker.inference.engine.grammar import Grammar, Vocabulary
 from worker.inference.engine.params import Sampling
+from worker.inference.metrics import Metrics
 from worker.inference.output_format import grammar_of, names_of
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
@@ -58,6 +59,7 @@ class InferenceService:
         self.engine = engine
         self.draining = False
         self.previewer: Previewer | None = None
+        self.metrics = Metrics()
         self._renderer = renderer
         self._rendering = asyncio.Lock()  # a tokenizer serves one thread at a time
         self._vocabulary = Vocabulary(renderer.tokenizer, renderer.stop_ids)
