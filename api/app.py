@@ -66,7 +66,7 @@ def _v1(settings: Settings) -> APIRouter:
         (estimates.router, TRAINING, limits.max_body_bytes),
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
-        (adapters.router, TRAINING, limits.max_body_bytes),
+        (adapters.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
         (chat.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),

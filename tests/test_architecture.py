@@ -36,6 +36,7 @@ TESTED_ELSEWHERE = {
     "api/bodies.py": "tests/api/openai: the body of every route",
     "api/audit.py": "tests/api/keys/test_audit_logs.py",
     "api/operations/bodies.py": "tests/api/operations/test_routes.py",
+    "api/adapters/imports.py": "tests/api/adapters/test_archive.py",
     "api/model_card.py": "tests/api/adapters/test_routes.py",
     "api/ui/pages.py": "tests/web/test_pages.py, in a browser",
     "api/ui/serve.py": "tests/web/test_pages.py, in a browser",

@@ -105,7 +105,8 @@ class AdapterManifest(Frozen):
     `digest` is the sha256 over the adapter's own files (see ``worker/training/publish.py``); it is
     the adapter's identity everywhere: slot, cache directory, ``system_fingerprint``.
     `chat_template` is the source that its rows were rendered with (of several named ones, JSON);
-    it and the tokenizer's digest tell for ever what text the adapter was taught in.
+    it and the tokenizer's digest tell for ever what text the adapter was taught in. Of an adapter
+    that came from outside, all that is not known is empty, and `objective` is ``imported``.
     """
 
     format: Literal["tunery-adapter-1"] = "tunery-adapter-1"

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.domain.base import JsonObject
-from models.domain.generation import Chunk, Finished, GenerateRequest, Started
+from models.domain.generation import AdapterRef, Chunk, Finished, GenerateRequest, Started
 from models.errors import TuneryError
 
 STARTED = Started(prompt_tokens=7, system_fingerprint="fp_fake")
@@ -35,13 +35,17 @@ class Hold(BaseModel):
 
 
 class FakeInference:
-    """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent."""
+    """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent.
+
+    ``POST /warm`` succeeds or is refused likewise.
+    """
 
     def __init__(self) -> None:
         self.url = ""
         self.events: list[Any] = list(HELLO)
         self.refusal: tuple[int, bytes] | None = None
         self.requests: list[GenerateRequest] = []
+        self.warmed: list[AdapterRef] = []
         self.headers: list[dict[str, str]] = []
         self.holding = threading.Event()
         self.left = threading.Event()
@@ -50,6 +54,9 @@ class FakeInference:
         self.refusal = (error.status_code, json.dumps({"error": error.to_dict()}).encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/warm":
+            await self._warm(receive, send)
+            return
         assert (scope["method"], scope["path"]) == ("POST", "/generate")
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
         self.requests.append(GenerateRequest.model_validate_json(await _body(receive)))
@@ -66,6 +73,12 @@ class FakeInference:
                 return
             line = event if isinstance(event, bytes) else event.model_dump_json().encode()
             await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _warm(self, receive: Receive, send: Send) -> None:
+        self.warmed.append(AdapterRef.model_validate_json(await _body(receive)))
+        status, body = self.refusal or (200, b"{}")
+        await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
 
