@@ -86,7 +86,7 @@ def _v1(settings: Settings) -> APIRouter:
         (estimates.router, TRAINING, limits.max_body_bytes),
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
-        (adapters.router, TRAINING, limits.max_body_bytes),
+        (adapters.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
         (methods.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
         (encoders.router, INFERENCE, limits.max_body_bytes),
