@@ -6,6 +6,9 @@ from starlette.concurrency import run_in_threadpool
 
 from api.feed import JobFeed
 from api.inference_client import InferenceClient
+from api.key_cache import KeyCache
+from api.metering import Meter
+from api.rates import RateLimits
 from api.wake import Wake
 from models.broker import Bell, make_celery
 from models.db import Database
@@ -22,10 +25,14 @@ class Services:
     inference: InferenceClient
     feed: JobFeed
     batch_wake: Wake
+    callers: KeyCache[object]
+    meter: Meter
+    rates: RateLimits
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
         database = Database(settings.database)
+        rates = RateLimits(settings.broker)
         return cls(
             settings=settings,
             database=database,
@@ -34,10 +41,14 @@ class Services:
             inference=InferenceClient(settings.inference.token.get_secret_value()),
             feed=JobFeed(database, settings.api.organization),
             batch_wake=Wake(),
+            callers=KeyCache(settings.api.key_seconds),
+            meter=Meter(database, rates.spend),
+            rates=rates,
         )
 
     async def aclose(self) -> None:
         await self.feed.aclose()
         await self.inference.aclose()
         await run_in_threadpool(self.bell.close)
+        await run_in_threadpool(self.meter.close)
         self.database.close()

@@ -58,12 +58,25 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    key_seconds: float = Field(
+        1,
+        ge=0,
+        le=60,
+        description="How long a process goes on taking a key that another one has revoked or "
+        "limited; 0: each request asks the database.",
+    )
     batch_requests: int = Field(
         4,
         ge=0,
         le=1024,
         description="Requests of batches that one API process has under way at a time; 0: it runs "
         "no batches.",
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests of a key, unless it or its project has a limit."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens served to a key, unless it or its project has a limit."
     )
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."

@@ -40,7 +40,9 @@ async def create_chat_completion(
     """Continue a conversation with a base model, a fine-tuned model or a checkpoint."""
     model, url = await run_in_threadpool(_resolve, services, caller, body.model)
     generate = translate.generate_request(body, model, request.state.request_id)
-    events = services.inference.generate(url, generate)
+    events = services.meter.watch(
+        caller.using(model.name), services.inference.generate(url, generate)
+    )
     answer = _Answer(body, n_choices=generate.sampling.n)
     # Of a stream the first event decides the status: errors before it are no stream yet.
     work = _begin(answer, events) if body.stream else _collect(answer, events)

@@ -1,13 +1,13 @@
 """Batches of requests; webhook endpoints and the outbox of what is sent to them.
 
-Revision: 0008_batches_webhooks, after 0005_idempotency
+Revision: 0008_batches_webhooks, after 0007_tenancy
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0008_batches_webhooks"
-down_revision = "0005_idempotency"
+down_revision = "0007_tenancy"
 branch_labels = None
 depends_on = None
 

@@ -12,19 +12,25 @@ from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
 from models.domain.webhooks import job_event
 from models.errors import InvalidRequestError, NotFoundError
-from models.registry import events, job_files, webhooks
+from models.registry import events, job_files, usage, webhooks
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
+from models.registry.usage import Used, User
 from models.tables import Job, new_id
 
 
 def create(
-    session: Session, project_id: str, spec: TrainingSpec, metadata: JsonObject | None
+    session: Session,
+    project_id: str,
+    spec: TrainingSpec,
+    metadata: JsonObject | None,
+    key_id: str | None = None,
 ) -> Job:
     """Add a job in state ``validating_files``; a worker moves it on once its files are linted."""
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
+        key_id=key_id,
         base_model=spec.model,
         training_file=spec.training_file,
         validation_file=spec.validation_file,
@@ -44,8 +50,8 @@ def create(
 
 def get(session: Session, project_id: str, job_id: str) -> Job:
     """Return a job of this project, or raise `NotFoundError` as for an id that never existed."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
-    if job is None:
+    job = session.get(Job, job_id)
+    if job is None or job.project_id != project_id:
         raise NotFoundError(
             f"Could not find fine-tuning job: {job_id!r}.",
             param="fine_tuning_job_id",
@@ -87,7 +93,8 @@ def move(
 ) -> bool:
     """Change a job's status if the moves allow it and `conditions` hold; say whether it happened.
 
-    This is the only place that writes ``jobs.status``.
+    This is the only place that writes ``jobs.status``. What a job has trained counts as used when
+    it ends.
     """
     if target.is_terminal:
         values |= {
@@ -95,6 +102,8 @@ def move(
             "lease_owner": None,
             "lease_until": None,
             "estimated_finish": None,
+            "reserved_tokens": 0,
+            "reserved_device_seconds": 0.0,
         }
     result = session.execute(
         update(Job)
@@ -103,9 +112,13 @@ def move(
     )
     assert isinstance(result, CursorResult)
     moved = result.rowcount == 1
-    if moved and (event := job_event(target)) is not None:
-        project_id = session.scalars(select(Job.project_id).where(Job.id == job_id)).one()
-        webhooks.emit(session, project_id, event, job_id)
+    if moved and target.is_terminal:
+        job = session.get_one(Job, job_id, populate_existing=True)
+        if job.trained_tokens:
+            user = User(job.project_id, job.key_id, job.base_model)
+            usage.add(session, [(user, Used(trained_tokens=job.trained_tokens))])
+        if (event := job_event(target)) is not None:
+            webhooks.emit(session, job.project_id, event, job_id)
     return moved
 
 

@@ -7,21 +7,30 @@ from models.tables.file import File, Upload, UploadPart
 from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
+from models.tables.operations import Usage, Worker
 from models.tables.result import Adapter, Checkpoint, Metric
 from models.tables.stored_completion import StoredCompletion
 from models.tables.sweep import Sweep, SweepJob
-from models.tables.tenancy import ApiKey, Project
+from models.tables.tenancy import (
+    ApiKey,
+    AuditLog,
+    CheckpointPermission,
+    Organization,
+    Project,
+)
 from models.tables.webhook import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "Adapter",
     "ApiKey",
+    "AuditLog",
     "Base",
     "BaseModel",
     "BaseProbe",
     "Batch",
     "BatchResult",
     "Checkpoint",
+    "CheckpointPermission",
     "Event",
     "File",
     "IdempotencyKey",
@@ -29,13 +38,16 @@ __all__ = [
     "Job",
     "JobAttempt",
     "Metric",
+    "Organization",
     "Project",
     "StoredCompletion",
     "Sweep",
     "SweepJob",
     "Upload",
     "UploadPart",
+    "Usage",
     "WebhookDelivery",
     "WebhookEndpoint",
+    "Worker",
     "new_id",
 ]

@@ -46,6 +46,10 @@ SERVED = {
     "fine_tuning.jobs.pause": "test_jobs",
     "fine_tuning.jobs.resume": "test_jobs",
     "fine_tuning.jobs.cancel": "test_jobs",
+    "fine_tuning.checkpoints.permissions.create": "test_permissions",
+    "fine_tuning.checkpoints.permissions.list": "test_permissions",
+    "fine_tuning.checkpoints.permissions.retrieve": "test_permissions",
+    "fine_tuning.checkpoints.permissions.delete": "test_permissions",
     "models.list": "test_models",
     "models.retrieve": "test_models",
     "models.delete": "test_models",
@@ -77,16 +81,6 @@ SERVED = {
 NOT_SERVED: dict[str, dict[str, Any]] = {
     "fine_tuning.alpha.graders.run": {"grader": {}, "model_sample": "x"},
     "fine_tuning.alpha.graders.validate": {"grader": {}},
-    "fine_tuning.checkpoints.permissions.create": {
-        "fine_tuned_model_checkpoint": "ft:x",
-        "project_ids": ["proj_x"],
-    },
-    "fine_tuning.checkpoints.permissions.delete": {
-        "permission_id": "cp_x",
-        "fine_tuned_model_checkpoint": "ft:x",
-    },
-    "fine_tuning.checkpoints.permissions.list": {"fine_tuned_model_checkpoint": "ft:x"},
-    "fine_tuning.checkpoints.permissions.retrieve": {"fine_tuned_model_checkpoint": "ft:x"},
     "completions.create": {"model": "base", "prompt": "x"},
     "embeddings.create": {"model": "base", "input": "x"},
 }

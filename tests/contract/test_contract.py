@@ -80,7 +80,8 @@ def test_jobs(sdk: Sdk) -> None:
     assert sdk("fine_tuning.jobs.checkpoints.list", job.id).data == []
 
 
-def test_models(sdk: Sdk, database: Database) -> None:
+def publish(sdk: Sdk, database: Database) -> str:
+    """Add an adapter, as a worker does at the end of a job; return its name."""
     job = sdk("fine_tuning.jobs.create", model="base", training_file=upload(sdk).id)
     name = "ft:base:local:mine:abcdefgh"
     with database.write() as session:
@@ -94,12 +95,40 @@ def test_models(sdk: Sdk, database: Database) -> None:
             manifest={"base_fingerprint": "f" * 64},
         )
         adapters.publish(session, adapter)
+    return name
+
+
+def test_models(sdk: Sdk, database: Database) -> None:
+    name = publish(sdk, database)
     assert [model.id for model in sdk("models.list").data] == ["base", name]
     assert sdk("models.retrieve", name).model_extra["root"] == "base"
     assert sdk("models.delete", name).deleted
     with pytest.raises(openai.NotFoundError) as caught:
         sdk("models.retrieve", name)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_permissions(sdk: Sdk, database: Database) -> None:
+    name = publish(sdk, database)
+    with database.write() as session:
+        projects = [tenancy.create_project(session, each).id for each in ("first", "second")]
+    prefix = "fine_tuning.checkpoints.permissions"
+    made = sdk("fine_tuning.checkpoints.permissions.create", name, project_ids=projects).data
+    assert [each.project_id for each in made] == projects
+    newest = sdk("fine_tuning.checkpoints.permissions.list", name, limit=1)
+    assert ([each.id for each in newest.data], newest.has_more) == ([made[1].id], True)
+    rest = sdk(f"{prefix}.list", name, after=newest.last_id, order="descending").data
+    assert [each.id for each in rest] == [made[0].id]
+    own = sdk("fine_tuning.checkpoints.permissions.retrieve", name, project_id=projects[0])
+    assert [each.id for each in own.data] == [made[0].id]
+    gone = sdk(
+        "fine_tuning.checkpoints.permissions.delete",
+        made[0].id,
+        fine_tuned_model_checkpoint=name,
+    )
+    assert gone.deleted
+    assert [each.id for each in sdk(f"{prefix}.list", name).data] == [made[1].id]
 
 
 def test_chat(sdk: Sdk) -> None:

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from models.db import Database
-from models.registry import adapters, stored_completions, tenancy
+from models.registry import adapters, permissions, stored_completions, tenancy
 from models.settings import Settings
 from models.tables import Adapter, StoredCompletion
 from tests.api.calls import chat, new_batch, new_job, upload
@@ -27,6 +27,8 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {
         "json": {"event_type": "batch.completed"}
     },
+    ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
+    ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
 }
 
 
@@ -76,6 +78,9 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
                 id="chatcmpl-theirs", project_id=project.id, model="base", request={}, completion={}
             )
             stored_completions.create(session, stored)
+            third = tenancy.create_project(session, "third")
+            (permission,) = permissions.grant(session, project.id, NAME, [third.id])
+            ids["permission_id"] = permission.id
         client.headers["authorization"] = f"Bearer {own}"
         yield World(client, ids)
 
