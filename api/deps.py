@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
@@ -20,6 +20,10 @@ from models.tables import ApiKey
 
 
 async def get_services(request: Request) -> Services:  # async: it needs no thread
+    return _services(request)
+
+
+def _services(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
@@ -28,13 +32,16 @@ async def get_services(request: Request) -> Services:  # async: it needs no thre
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 
-def _write_session(services: ServicesDep) -> Iterator[Session]:
-    with services.database.write() as session:
+# These take the request, not `ServicesDep`: a dependency of a dependency is solved each time that
+# one is named, which costs more than a query.
+def _write_session(request: Request) -> Iterator[Session]:
+    with _services(request).database.write() as session:
         yield session
 
 
-async def _read_session(services: ServicesDep) -> AsyncIterator[Session]:
+async def _read_session(request: Request) -> AsyncIterator[Session]:
     """Give a session that connects when it is used; only closing it may need a thread."""
+    services = _services(request)
     with ExitStack() as stack:
         session = stack.enter_context(services.database.read())
         try:
@@ -69,14 +76,10 @@ class Caller:
 INTERNAL_CALLER = "tunery.caller"
 """Key of an ASGI scope: who calls, when the service itself asks for somebody (no client can)."""
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
+bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
 
 
-async def get_caller(
-    request: Request,
-    services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Return who calls: by a bearer key, or from the page by its cookie.
 
     Raises:
@@ -87,12 +90,13 @@ async def get_caller(
     internal = request.scope.get(INTERNAL_CALLER)
     if isinstance(internal, Caller):
         return internal
-    secret = credentials.credentials if credentials else None
+    services = _services(request)
+    secret = _secret(request)
     known = services.callers.get(secret) if secret else None
     if isinstance(known, Caller):
         caller = known
     else:
-        caller = await run_in_threadpool(_identify, request, services, credentials)
+        caller = await run_in_threadpool(_identify, request, services, secret)
         if secret:
             services.callers.put(secret, caller)
     if caller.requests_per_minute is not None:  # only then the broker is asked
@@ -109,13 +113,15 @@ def obey(request: Request, verdict: Verdict) -> None:
         raise verdict.refusal
 
 
-def _identify(
-    request: Request, services: Services, credentials: HTTPAuthorizationCredentials | None
-) -> Caller:
+def _secret(request: Request) -> str | None:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else None
+
+
+def _identify(request: Request, services: Services, secret: str | None) -> Caller:
     with services.database.read() as session:
-        if credentials is not None:
-            key = tenancy.authenticate(session, credentials.credentials)
-            return _caller(key, services)
+        if secret:
+            return _caller(tenancy.authenticate(session, secret), services)
         page = page_session.read_cookie(session, request.cookies.get(page_session.COOKIE, ""))
         if page is None:
             raise AuthenticationError(
