@@ -171,4 +171,7 @@ def require_tokens(request: Request, services: ServicesDep, caller: CallerDep) -
             quotas.check_serving(session, caller.project_id, unwritten)
 
 
+MAX_TEXT = 200
+"""Longest text to look for in a list."""
+Text = Annotated[str, Query(max_length=MAX_TEXT, description="A text in the name or the id.")]
 After = Annotated[str | None, Query(description="Id of the last item of the previous page.")]

@@ -24,10 +24,10 @@ class Services:
     bell: Bell
     inference: InferenceClient
     feed: JobFeed
-    batch_wake: Wake
-    callers: KeyCache[object]
     meter: Meter
     rates: RateLimits
+    batch_wake: Wake
+    callers: KeyCache[object]
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
@@ -40,15 +40,15 @@ class Services:
             bell=Bell(make_celery(settings.broker)),
             inference=InferenceClient(settings.inference.token.get_secret_value()),
             feed=JobFeed(database, settings.api.organization),
-            batch_wake=Wake(),
-            callers=KeyCache(settings.api.key_seconds),
             meter=Meter(database, rates.spend),
             rates=rates,
+            batch_wake=Wake(),
+            callers=KeyCache(settings.api.key_seconds),
         )
 
     async def aclose(self) -> None:
         await self.feed.aclose()
         await self.inference.aclose()
-        await run_in_threadpool(self.bell.close)
         await run_in_threadpool(self.meter.close)
+        await run_in_threadpool(self.bell.close)
         self.database.close()

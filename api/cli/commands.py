@@ -221,6 +221,7 @@ def api() -> None:
             create_app(settings),
             host=settings.api.host,
             port=settings.api.port,
+            root_path=settings.api.root_path,
             log_config=None,
             access_log=False,
             server_header=False,

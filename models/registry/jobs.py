@@ -1,9 +1,10 @@
 """Jobs as their owner sees them: create, find, cancel. The worker's side is ``job_runs``."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, CursorResult, select, update
+from sqlalchemy import ColumnElement, CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
@@ -64,24 +65,43 @@ def has_ended(job: Job) -> bool:
     return JobStatus(job.status).is_terminal
 
 
+SortJobs = Literal["created_at", "base_model", "status"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs are wanted: in a status, with metadata that holds all pairs, with a text.
+
+    `text` is looked for in the id, the suffix, and the names of the base and of the result.
+    """
+
+    status: JobStatus | None = None
+    text: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    without_metadata: bool = False
+
+
 def list_page(
     session: Session,
     project_id: str,
     cursor: Cursor,
-    *,
-    metadata: dict[str, str] | None = None,
-    without_metadata: bool = False,
-    status: JobStatus | None = None,
+    wanted: JobFilter = JobFilter(),
+    sort: SortJobs = "created_at",
 ) -> Page[Job]:
-    """Return jobs newest first: all, those in a status, those whose metadata holds all pairs."""
+    """Return jobs, newest first unless `sort` or the cursor's order says otherwise."""
     query = select(Job).where(Job.project_id == project_id)
-    if status is not None:
-        query = query.where(Job.status == status)
-    for key, value in (metadata or {}).items():
+    if wanted.status is not None:
+        query = query.where(Job.status == wanted.status)
+    if wanted.text:
+        places = (Job.id, Job.spec["suffix"].as_string(), Job.base_model, Job.fine_tuned_model)
+        query = query.where(
+            or_(*(place.icontains(wanted.text, autoescape=True) for place in places))
+        )
+    for key, value in wanted.metadata.items():
         query = query.where(Job.request_metadata[key].as_string() == value)
-    if without_metadata:
+    if wanted.without_metadata:
         query = query.where(Job.request_metadata.is_(None))
-    return page(session, query, Job, (Job.created_at, Job.id), cursor)
+    return page(session, query, Job, (getattr(Job, sort), Job.id), cursor)
 
 
 def move(

@@ -214,7 +214,7 @@ def test_a_killed_process_leaves_its_batch_to_the_next(
         fake.events = list(HELLO)
         with api_process(settings):
             batch = ended(client, made["id"], "completed")
-        asked = [str(request.messages[0].content) for request in fake.requests[n_before:]]
+        asked = [str((request.messages or [])[0].content) for request in fake.requests[n_before:]]
         assert sorted(asked) == sorted(f"line {n}" for n in range(12) if n + 1 not in kept)
         told = lines_of(client, batch["output_file_id"])
         assert [each["custom_id"] for each in told] == [line["custom_id"] for line in LINES]

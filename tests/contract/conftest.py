@@ -14,7 +14,7 @@ from models.db import Database
 from models.registry import inference_servers, tenancy
 from models.registry.inference_servers import Announcement
 from models.settings import DatabaseSettings, Settings
-from tests.api.fake_inference import running_fake, serving
+from tests.api.fake_inference import FakeInference, running_fake, serving
 from tests.services import MigratedUrl
 
 
@@ -42,8 +42,11 @@ def database(settings: Settings) -> Iterator[Database]:
 class Sdk:
     """Calls methods by dotted name, on a client of either kind."""
 
-    def __init__(self, client: OpenAI | AsyncOpenAI, runner: asyncio.Runner) -> None:
+    def __init__(
+        self, client: OpenAI | AsyncOpenAI, runner: asyncio.Runner, fake: FakeInference
+    ) -> None:
         self.client = client
+        self.fake = fake
         self._runner = runner
 
     def __call__(self, method: str, /, *args: Any, **values: Any) -> Any:
@@ -73,6 +76,6 @@ def sdk(request: pytest.FixtureRequest, settings: Settings, database: Database) 
             inference_servers.announce(session, server, 60)
         kind = OpenAI if request.param == "sync" else AsyncOpenAI
         client = kind(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=30)
-        made = Sdk(client, runner)
+        made = Sdk(client, runner, fake)
         yield made
         made("close")

@@ -56,6 +56,8 @@ SERVED = {
     "chat.completions.create": "test_chat",
     "chat.completions.parse": "test_chat",
     "chat.completions.stream": "test_chat_stream_helper",
+    "embeddings.create": "test_embeddings",
+    "completions.create": "test_completions",
     "chat.completions.list": "test_stored",
     "chat.completions.retrieve": "test_stored",
     "chat.completions.update": "test_stored",
@@ -81,8 +83,6 @@ SERVED = {
 NOT_SERVED: dict[str, dict[str, Any]] = {
     "fine_tuning.alpha.graders.run": {"grader": {}, "model_sample": "x"},
     "fine_tuning.alpha.graders.validate": {"grader": {}},
-    "completions.create": {"model": "base", "prompt": "x"},
-    "embeddings.create": {"model": "base", "input": "x"},
 }
 NOT_SERVED_STATUS: dict[str, int] = {}
 

@@ -22,13 +22,13 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_x"]}},
     ("get", "/v1/files/{file_id}/preview"): {"params": {"model": "base"}},
     ("post", "/v1/files/{file_id}/lint"): {"json": {}},
+    ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
+    ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
     ("post", "/v1/chat/completions/{completion_id}"): {"json": {"metadata": None}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {
         "json": {"event_type": "batch.completed"}
     },
-    ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
-    ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
 }
 
 
@@ -74,13 +74,13 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
                 manifest={"base_fingerprint": "f" * 64},
             )
             adapters.publish(session, adapter)
+            third = tenancy.create_project(session, "third")
+            (permission,) = permissions.grant(session, project.id, NAME, [third.id])
+            ids["permission_id"] = permission.id
             stored = StoredCompletion(
                 id="chatcmpl-theirs", project_id=project.id, model="base", request={}, completion={}
             )
             stored_completions.create(session, stored)
-            third = tenancy.create_project(session, "third")
-            (permission,) = permissions.grant(session, project.id, NAME, [third.id])
-            ids["permission_id"] = permission.id
         client.headers["authorization"] = f"Bearer {own}"
         yield World(client, ids)
 
@@ -120,3 +120,8 @@ def test_anothers_objects_cannot_be_used(world: World) -> None:
     assert new_job(world.client, validation_file=file_id).status_code == 404
     assert new_job(world.client, model=NAME).status_code == 404
     assert chat(world.client, model=NAME).status_code == 404
+    for route in ("embeddings", "fill_mask", "classify"):
+        body = {"model": NAME, "input": "x"}
+        assert world.client.post(f"/v1/{route}", json=body).status_code == 404
+    text = {"model": NAME, "prompt": "a"}
+    assert world.client.post("/v1/completions", json=text).status_code == 404

@@ -28,6 +28,8 @@ from worker.base_models import (
 )
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
+from worker.inference.encoder_service import EncoderService
+from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.scheduler import Limits
 from worker.inference.own_model import load_own_model
@@ -87,32 +89,54 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     store = open_store(settings.storage)
     directory, info = materialise(mine.model, settings.models, store)
     device = pick_device(mine.device)
+    description = {"precision": mine.precision, "device": device}
+    adapters = AdapterStore(
+        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
+    )
+    family = info.shape.family if info.shape is not None else "decoder"
+    if family == "encoder":
+        encoder = EncoderEngine(
+            directory,
+            mine.precision,
+            device,
+            ChatRenderer(load_tokenizer(directory)),
+            max_adapters=mine.max_adapters,
+        )
+        encoders = EncoderService(encoder, adapters, info, description)
+        encoders.previewer = Previewer(store, directory, info)
+        return encoders, info
+    if family == "encoder_decoder":
+        raise UnavailableError(
+            f"{info.name!r} reads one text and writes another; such models can be trained here, "
+            "but not served yet. Download the adapter and use it with transformers."
+        )
     model = load_model(directory, precision=mine.precision, device=device)
     if device == "cpu" and mine.precision == "nf4":
         dequantise_(model)
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
 
-    def build_engine(model: "PreTrainedModel") -> BatchingEngine:
+    def build_engine(model: "PreTrainedModel", fingerprint: str) -> BatchingEngine:
         return BatchingEngine(
             model,
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-            limits=Limits(n_slots=mine.max_adapters, max_waiting=mine.max_waiting),
+            fingerprint=fingerprint,
+            limits=Limits(
+                n_slots=mine.max_adapters,
+                max_waiting=mine.max_waiting,
+                cache_tokens=mine.cache_tokens,
+                prefix_tokens=mine.prefix_tokens,
+            ),
             adapter_bytes=mine.adapter_memory_bytes,
         )
 
     def build_own(adapter: Path, served: str) -> BatchingEngine:
-        return build_engine(
-            load_own_model(directory, adapter, served, precision=mine.precision, device=device)
-        )
+        own = load_own_model(directory, adapter, served, precision=mine.precision, device=device)
+        return build_engine(own, f"{info.fingerprint} {adapter.name}")
 
-    engine = build_engine(model)
-    adapters = AdapterStore(
-        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
-    )
+    engine = build_engine(model, info.fingerprint)
     residency = Residency(engine, adapters, renderer.template_sha256)
-    description = {"precision": mine.precision, "device": device}
     service = InferenceService(engine, renderer, residency, info, description)
     service.previewer = Previewer(store, directory, info)
     service.own_models = OwnModels(
@@ -207,7 +231,7 @@ class InferenceProcess:
         self, service: InferenceService, http: HttpThread, info: BaseModelInfo, url: str
     ) -> int:
         while not self.stop.wait(HEARTBEAT_SECONDS):
-            if not http.is_alive() or not service.engine.stats().alive:
+            if not http.is_alive() or not service.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
             try:
@@ -241,7 +265,7 @@ def _drain(service: InferenceService) -> None:
     service.draining = True
     deadline = time.monotonic() + DRAIN_SECONDS
     while time.monotonic() < deadline:
-        stats = service.engine.stats()
+        stats = service.stats()
         if not stats.alive or stats.running + stats.waiting == 0:
             break
         time.sleep(0.05)
