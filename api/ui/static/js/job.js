@@ -16,6 +16,7 @@ const loss = chart(by("loss-chart"), [
   { label: t("train"), token: "--accent", alpha: 0.25 }, { label: t("smoothed"), token: "--accent", width: 2 },
   { label: t("held-out"), token: "--second", width: 2, dash: [6, 4], points: true }]);
 const rate = chart(by("rate-chart"), [{ label: t("Learning rate"), token: "--accent" }]);
+const speed = chart(by("speed-chart"), [{ label: t("Tokens/s"), token: "--accent" }]);
 const norm = chart(by("norm-chart"), [{ label: t("Gradient norm"), token: "--accent" }]);
 
 function drawCharts() {
@@ -24,6 +25,7 @@ function drawCharts() {
   const steps = column("step"), train = column("train_loss"), smoothed = smooth(train, share);
   loss.draw([steps, train, smoothed, column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], /** @type {HTMLInputElement} */ (by("log")).checked);
   rate.draw([steps, column("learning_rate")]);
+  speed.draw([steps, column("tokens_per_second")]);
   norm.draw([steps, column("grad_norm")]);
   by("loss-chart").dataset.points = String(points.length);
   by("loss-chart").dataset.raw = JSON.stringify(train.slice(-20));
