@@ -1,7 +1,7 @@
 """Counting what is served: kept in memory for a moment, then added to the day's usage."""
 
 import threading
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing
 
 import structlog
@@ -21,10 +21,17 @@ class Meter:
     """Adds up usage and writes it once a second, so that no request waits for it.
 
     A process that is killed loses what it counted in its last second.
+
+    Args:
+        database: Where usage is written.
+        spend: Told of every amount once, for the rate limits.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(
+        self, database: Database, spend: Callable[[Iterable[tuple[User, Used]]], None]
+    ) -> None:
         self._database = database
+        self._spend = spend
         self._waiting: dict[User, Used] = {}
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
@@ -88,6 +95,8 @@ class Meter:
                     for user, used in taken.items():
                         total = self._waiting.setdefault(user, Used())
                         total += used
+                return
+        self._spend(taken.items())
 
     def _run(self) -> None:
         while not self._stopped.wait(FLUSH_SECONDS):

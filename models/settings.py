@@ -57,6 +57,12 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests of a key, unless it or its project has a limit."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens served to a key, unless it or its project has a limit."
+    )
     root_path: str = Field(
         "",
         pattern=r"^(/[A-Za-z0-9._~-]+)*$",
@@ -139,7 +145,27 @@ class InferenceSettings(Group):
     adapter_cache_dir: Path = Field(
         Path("adapters"), description="Local copies of adapters, by digest."
     )
-    max_adapters: int = Field(16, ge=1, le=4096, description="Adapters held in memory.")
+    max_adapters: int = Field(
+        16, ge=1, le=4096, description="Adapters that take part in one batch; others wait."
+    )
+    adapter_memory_bytes: int = Field(
+        4 * 1024**3, ge=1024**2, description="Host memory for adapters, in use or not."
+    )
+    adapter_disk_bytes: int = Field(
+        20 * 1024**3, ge=1024**2, description="Disk for local copies of adapters."
+    )
+    max_own_models: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="Copies of the base held for adapters that no batch can serve.",
+    )
+    cache_tokens: int = Field(
+        131_072, ge=1024, description="Tokens of all running answers whose states are held."
+    )
+    prefix_tokens: int = Field(
+        8192, ge=0, description="Tokens of prompts kept for later prompts that begin alike."
+    )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more answer 429.")
     token: SecretStr = Field(
         SecretStr(""), description="Shared secret between API and inference servers; required."

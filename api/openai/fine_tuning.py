@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Depends, Query, Request
 
 from api import actions, bodies
+from api.audit import note
 from api.deps import MAX_TEXT, After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
 from api.openai.schemas import JobCreate
@@ -31,6 +32,7 @@ def create_job(
     start = actions.find_start(session, caller, body.model)
     spec = translate.training_spec(body, start)
     job = actions.submit_job(session, services, caller, spec, body.metadata)
+    note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
     return bodies.job_body(job, services.settings.api.organization)
 
 
@@ -96,6 +98,7 @@ def cancel_job(
 ) -> JsonObject:
     """Cancel a waiting job at once, a running one at its next step."""
     job = jobs.cancel(session, caller.project_id, job_id)
+    note(session, caller, "fine_tuning.job.cancelled", job.id)
     return bodies.job_body(job, services.settings.api.organization)
 
 
@@ -105,6 +108,7 @@ def pause_job(
 ) -> JsonObject:
     """Pause a waiting job at once; a running one saves a checkpoint at its next step and stops."""
     job = jobs.pause(session, caller.project_id, job_id)
+    note(session, caller, "fine_tuning.job.paused", job.id)
     return bodies.job_body(job, services.settings.api.organization)
 
 
@@ -114,6 +118,7 @@ def resume_job(
 ) -> JsonObject:
     """Put a paused job back into the queue; it goes on exactly where it stopped."""
     job = jobs.resume(session, caller.project_id, job_id)
+    note(session, caller, "fine_tuning.job.resumed", job.id)
     services.bell.ring_after_commit(session)
     return bodies.job_body(job, services.settings.api.organization)
 
@@ -130,6 +135,7 @@ def rerun_job(
     spec = TrainingSpec.model_validate(job.spec)
     again = actions.submit_job(session, services, caller, spec, job.request_metadata)
     events.append(session, again.id, f"Rerun of job {job_id}")
+    note(session, caller, "fine_tuning.job.created", again.id, rerun_of=job_id)
     return bodies.job_body(again, services.settings.api.organization)
 
 

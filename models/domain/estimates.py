@@ -42,10 +42,18 @@ class LayerShape(Frozen):
 
 
 class BaseShape(Frozen):
-    """A base model in numbers: its linear layers by the last part of their names, and the rest."""
+    """A base model in numbers: its linear layers by the last part of their names, and the rest.
+
+    `width` is that of the residual stream; `n_norms` counts the parameters of norms of that width
+    inside of blocks, `n_biases` all biases. Both are part of `n_other`.
+    """
 
     layers: dict[str, LayerShape]
     n_other: int
+    n_blocks: int = 0
+    width: int = 0
+    n_norms: int = 0
+    n_biases: int = 0
 
     @property
     def n_linear(self) -> int:

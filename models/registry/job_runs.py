@@ -16,24 +16,19 @@ from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
-from models.registry import events, usage
+from models.registry import events, quotas, turns, usage
 from models.registry.jobs import end_as_failed, move, to_queue
 from models.registry.usage import Used, User
-from models.tables import Checkpoint, Job, JobAttempt
+from models.tables import Checkpoint, Job, JobAttempt, Project
 
 
 def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
-    """Take the next queued job: highest priority first, then the oldest.
+    """Take the next queued job: that of the project whose turn it is (see ``turns``), of its jobs
+    the one with the highest priority, then the oldest.
 
     Returns the job with its new attempt number, or None when nothing waits.
     """
-    job = session.scalar(
-        select(Job)
-        .where(Job.status == JobStatus.QUEUED)
-        .order_by(Job.priority.desc(), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    job = next(filter(None, (_next_of(session, project) for project in turns.order(session))), None)
     if job is None:
         return None
     attempt = job.attempt + 1
@@ -59,6 +54,23 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     events.append(session, job.id, message)
     session.refresh(job)
     return job
+
+
+def _next_of(session: Session, project_id: str) -> Job | None:
+    """Return the next queued job of a project, locked, unless as many run as it may have."""
+    project = session.get_one(Project, project_id)
+    if project.max_running_jobs is not None:
+        # One claim at a time counts what runs, so that two never take the last place together.
+        session.refresh(project, with_for_update={"key_share": True})
+        if quotas.n_running(session, project_id) >= (project.max_running_jobs or 0):
+            return None
+    return session.scalar(
+        select(Job)
+        .where(Job.project_id == project_id, Job.status == JobStatus.QUEUED)
+        .order_by(Job.priority.desc(), Job.created_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
 
 
 def has_queued(session: Session) -> bool:
@@ -128,7 +140,17 @@ def record_spec(session: Session, job_id: str, attempt: int, spec: TrainingSpec)
 
 
 def record_estimate(session: Session, job_id: str, attempt: int, estimate: Estimate) -> None:
-    fence(session, job_id, attempt, estimate=estimate.model_dump(mode="json"))
+    """Store what a job is expected to take; its reservations and its end follow from it."""
+    job = session.get_one(Job, job_id)
+    fence(
+        session,
+        job_id,
+        attempt,
+        estimate=estimate.model_dump(mode="json"),
+        reserved_tokens=estimate.total_tokens,
+        reserved_device_seconds=estimate.seconds * int(job.spec.get("num_devices", 1)),
+        estimated_finish=db_now() + estimate.seconds,
+    )
 
 
 def record_measured(session: Session, job_id: str, attempt: int, measured: Measured) -> None:

@@ -121,6 +121,8 @@ def move(
             "lease_owner": None,
             "lease_until": None,
             "estimated_finish": None,
+            "reserved_tokens": 0,
+            "reserved_device_seconds": 0.0,
         }
     result = session.execute(
         update(Job)

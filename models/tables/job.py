@@ -13,13 +13,15 @@ class Job(Created, Base):
 
     `attempt` is the fencing token: it grows with every claim, and a write of an older attempt
     affects no row. `spec` is a dumped ``TrainingSpec``; `estimate` and `measured` are an
-    ``Estimate`` and a ``Measured``.
+    ``Estimate`` and a ``Measured``. Until it ends, a job holds its reservations of the project's
+    quotas.
     """
 
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_claim", "status", "priority", "created_at"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
+        Index("ix_jobs_project", "project_id", "status"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -44,6 +46,8 @@ class Job(Created, Base):
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    reserved_tokens: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    reserved_device_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
     estimated_finish: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
@@ -66,7 +70,7 @@ class JobAttempt(Base):
     worker: Mapped[str]
     trainer_pid: Mapped[int | None]
     started_at: Mapped[float]
-    ended_at: Mapped[float | None]
+    ended_at: Mapped[float | None] = mapped_column(index=True)
     exit_code: Mapped[int | None]
     outcome: Mapped[str | None]
 

@@ -41,15 +41,20 @@ class Checkpoint(Created, Base):
 
 
 class Adapter(Created, Base):
-    """A published adapter: the alias `name` for the immutable content `digest`."""
+    """A published adapter: the alias `name` for the immutable content `digest`.
+
+    One that came from outside has no job. One that is archived is kept and cannot be called.
+    """
 
     __tablename__ = "adapters"
+    __table_args__ = (Index("ix_adapters_list", "project_id", "created_at", "name"),)
 
     name: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), unique=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id"), unique=True)
     base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
     digest: Mapped[str] = mapped_column(index=True)
     bytes: Mapped[int] = mapped_column(BigInteger)
     manifest: Mapped[JsonObject]
+    archived_at: Mapped[float | None]
     deleted_at: Mapped[float | None]

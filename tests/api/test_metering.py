@@ -22,7 +22,8 @@ async def answer(n_pieces: int, finished: bool) -> AsyncGenerator[GenerateEvent,
 def test_an_answer_counts_whole_or_as_far_as_it_got(database: Database) -> None:
     with database.write() as session:
         user = User(tenancy.default_project(session).id, "key_a", "base")
-    meter = Meter(database)
+    spent: list[tuple[User, Used]] = []
+    meter = Meter(database, spent.extend)
 
     async def read(finished: bool, n_read: int) -> None:
         stream = meter.watch(user, answer(3, finished))
@@ -39,16 +40,18 @@ def test_an_answer_counts_whole_or_as_far_as_it_got(database: Database) -> None:
     with database.read() as session:
         total = usage.total(session, user.project_id, usage.today(session))
     assert total == Used(requests=2, prompt_tokens=10, completion_tokens=6)
+    assert [(each, used.tokens) for each, used in spent] == [(user, 16)]
 
 
 def test_what_a_silent_database_does_not_take_is_kept(database: Database) -> None:
     with database.write() as session:
         user = User(tenancy.default_project(session).id, "key_a", "base")
+    spent: list[tuple[User, Used]] = []
     nowhere = Database(DatabaseSettings(url="sqlite:////nowhere/tunery.db"))
-    meter = Meter(nowhere)
+    meter = Meter(nowhere, spent.extend)
     meter.count(user, Used(requests=1, prompt_tokens=3))
     meter.flush()
-    assert meter.pending(user.project_id) == 3
+    assert (meter.pending(user.project_id), spent) == (3, [])
     meter._database = database
     meter.close()
     nowhere.close()

@@ -4,8 +4,10 @@ import secrets
 import signal
 import socket
 import time
+from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
@@ -27,10 +29,16 @@ from worker.base_models import (
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import BatchingEngine
+from worker.inference.engine.scheduler import Limits
+from worker.inference.own_model import load_own_model
+from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.server import create_app
 from worker.inference.service import InferenceService
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEARTBEAT_SECONDS = 5.0
 TTL_SECONDS = 15.0
@@ -84,19 +92,37 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         dequantise_(model)
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
-    engine = BatchingEngine(
-        model,
-        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-        max_adapters=mine.max_adapters,
-        max_waiting=mine.max_waiting,
+
+    def build_engine(model: "PreTrainedModel", fingerprint: str) -> BatchingEngine:
+        return BatchingEngine(
+            model,
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
+            fingerprint=fingerprint,
+            limits=Limits(
+                n_slots=mine.max_adapters,
+                max_waiting=mine.max_waiting,
+                cache_tokens=mine.cache_tokens,
+                prefix_tokens=mine.prefix_tokens,
+            ),
+            adapter_bytes=mine.adapter_memory_bytes,
+        )
+
+    def build_own(adapter: Path, served: str) -> BatchingEngine:
+        own = load_own_model(directory, adapter, served, precision=mine.precision, device=device)
+        return build_engine(own, f"{info.fingerprint} {adapter.name}")
+
+    engine = build_engine(model, info.fingerprint)
+    adapters = AdapterStore(
+        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
     )
-    residency = Residency(
-        engine, AdapterStore(store, mine.adapter_cache_dir, info), renderer.template_sha256
-    )
+    residency = Residency(engine, adapters, renderer.template_sha256)
     description = {"precision": mine.precision, "device": device}
     service = InferenceService(engine, renderer, residency, info, description)
     service.previewer = Previewer(store, directory, info)
+    service.own_models = OwnModels(
+        adapters, renderer.template_sha256, build_own, mine.max_own_models
+    )
     return service, info
 
 

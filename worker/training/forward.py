@@ -58,6 +58,12 @@ class PaddedForward:
             logits = label_logits(self._model, targets != IGNORED, **self._inputs(batch))
             return _loss_of(logits, targets[targets != IGNORED])
 
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N targets in order."""
+        targets = _side_by_side(batch.targets, batch.lengths, IGNORED)
+        with self.autocast():
+            return label_logits(self._model, targets != IGNORED, **self._inputs(batch))
+
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D], padding left out."""
         inputs = self._inputs(batch)
@@ -115,6 +121,16 @@ class PackedForward:
                 return _loss_of(logits, targets)
         hidden = self.hidden_states(batch)[wanted]
         return LossSum(*summed_cross_entropy(hidden, *self._head, targets))
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N targets in order."""
+        wanted = batch.targets != IGNORED
+        if self._head is None:
+            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
+                return label_logits(self._model, wanted[None], **self._inputs(batch))
+        weight, bias = self._head
+        hidden = self.hidden_states(batch)[wanted]
+        return functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D]."""

@@ -254,7 +254,7 @@ def _task(
     forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)
     task = Task(
         model=model,
-        forward=forward,
+        forward=method.wrap_forward(model, forward, params),
         method=method,
         method_params=params,
         objective=objectives.get_objective(spec.objective["type"]),

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from models.domain.training import Precision
 from worker.base_models import load_model
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
+from worker.training.tuners.attach import head_of, linear_layers
 
 PROBE_TOKENS = 16
 LOGITS_TOLERANCE = 1e-5
@@ -66,28 +67,26 @@ def trainable_parameters(
     model: nn.Module, adapter: str = DEFAULT_ADAPTER
 ) -> dict[str, nn.Parameter]:
     """Return what is trained, by its name in the adapter file (PEFT's, without the adapter's)."""
-    others = [f".{name}." for name in getattr(model, "peft_config", {}) if name != adapter]
-    return {
-        name.replace(f".{adapter}.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not any(other in name for other in others)
-    }
+    others = {name for name in getattr(model, "peft_config", {}) if name != adapter}
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parameter.requires_grad and others.isdisjoint(parts):
+            found[".".join(part for part in parts if part != adapter)] = parameter
+    return found
 
 
 def linear_shapes(model: PeftModel) -> dict[str, tuple[int, int, bool]]:
     """Return (inputs, outputs, is the head) of the base's linear layers by their own paths."""
-    base = model.get_base_model()
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(model.get_base_model())
     shapes = {}
-    for path, module in base.named_modules():
-        if ".lora_" in path:
-            continue
-        own_path = path.removesuffix(".base_layer")
+    for path, module in linear_layers(model, with_head=True).items():
         if isinstance(module, nn.Linear):
-            shapes[own_path] = (module.in_features, module.out_features, module is head)
-        elif isinstance(module, Conv1D):
+            shapes[path] = (module.in_features, module.out_features, module is head)
+        else:
+            assert isinstance(module, Conv1D)
             inputs, outputs = module.weight.shape
-            shapes[own_path] = (inputs, outputs, module is head)
+            shapes[path] = (inputs, outputs, module is head)
     return shapes
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from worker.training.methods.base import Method, MethodParams
+from worker.training.methods.base import Method, MethodParams, Served
 from worker.training.plugins import Registry
 
 _registry: Registry[Method] = Registry(__name__, field="peft", default="lora")
@@ -31,3 +31,9 @@ def parse_params(given: Mapping[str, Any]) -> MethodParams:
     params = _registry.parse(given)
     assert isinstance(params, MethodParams)
     return params
+
+
+def served(given: Mapping[str, Any]) -> Served:
+    """Return how an inference server answers with an adapter of a job's ``peft`` object."""
+    params = parse_params(given)
+    return get_method(given.get("type", "lora")).served(params)

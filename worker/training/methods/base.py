@@ -1,6 +1,8 @@
 """What a method has to offer. Imported by the API: tensor libraries only inside functions."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.domain.base import JsonObject, Parameters
@@ -8,12 +10,26 @@ from models.domain.estimates import BaseShape
 from worker.training.plugins import Plugin
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from worker.training.objectives.base import LanguageForward
 
 
 DEFAULT_ADAPTER = "default"
 """PEFT's name of the adapter of a model that has one."""
+
+
+class Served(StrEnum):
+    """How an inference server answers with what a method stores."""
+
+    BATCHED = "batched"
+    """In one batch with the base and all other batched adapters."""
+    MERGED = "merged"
+    """Added to the base weights in float32, as a model of its own beside the base."""
+    OWN = "own"
+    """On a base of its own that carries the adapter's modules: it cannot be merged."""
 
 
 class MethodParams(Parameters):
@@ -24,8 +40,16 @@ class Method(Plugin, ABC):
     """One way to make a frozen model trainable."""
 
     Params: ClassVar[type[MethodParams]]
+    title: ClassVar[str]
+    """Its usual name, e.g. ``LoRA``."""
+    when: ClassVar[str]
+    """One sentence: what it is good for."""
+    precisions: ClassVar[frozenset[str]] = frozenset({"nf4", "bf16", "fp32"})
+    """How the base may be held (``TrainingSpec.precision.type``)."""
     may_change: ClassVar[frozenset[str]] = frozenset()
     """Parameters that may differ from those of the adapter that a job goes on from."""
+    rate_scale: ClassVar[float] = 1.0
+    """What the learning rate "auto" is multiplied with, LoRA's being 1."""
 
     @abstractmethod
     def attach(
@@ -57,9 +81,51 @@ class Method(Plugin, ABC):
     def count_parameters(self, shape: BaseShape, params: Any) -> int:
         """Return how many parameters `attach` would add to a base model of this shape."""
 
+    def served(self, params: Any) -> Served:
+        """Return how an inference server answers with such an adapter."""
+        return Served.BATCHED
+
+    def published(
+        self, trained: "Mapping[str, torch.Tensor]", params: Any
+    ) -> "dict[str, torch.Tensor]":
+        """Return the tensors of the adapter file, by PEFT's names, from those that were trained."""
+        return dict(trained)
+
+    def taken_up(
+        self, published: "Mapping[str, torch.Tensor]", params: Any
+    ) -> "dict[str, torch.Tensor] | None":
+        """Return what `published` was made from, or None where the file does not tell.
+
+        A checkpoint then keeps the trained tensors beside the file, and no job can go on from it.
+        """
+        return dict(published)
+
+    def first_pass(self, model: "PeftModel", run: Callable[[], object]) -> str | None:
+        """Make the pass that comes before the first step, whose gradients are thrown away.
+
+        Args:
+            model: In training mode.
+            run: Runs the largest micro-batch forwards and backwards.
+
+        Returns:
+            What the owner of the job should read: a method may change how it trains here.
+        """
+        run()
+        return None
+
+    def wrap_forward(
+        self, model: "torch.nn.Module", forward: "LanguageForward", params: Any
+    ) -> "LanguageForward":
+        """Return the forward to train with, given that of one pass through the adapted `model`."""
+        return forward
+
     def rate_factor(self, parameter: str, params: Any) -> float:
         """Return what the learning rate is multiplied with for a trainable parameter."""
         return 1.0
+
+    def decays(self, parameter: str) -> bool:
+        """Tell whether weight decay, where asked for, draws a trainable parameter towards 0."""
+        return True
 
     @abstractmethod
     def learns_first(self, parameter: str) -> bool:

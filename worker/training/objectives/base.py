@@ -69,6 +69,9 @@ class LanguageForward(Protocol):
     def cross_entropy(self, batch: Batch) -> LossSum:
         """Return Σ −log p(target), in nats, and the arg-max hits of the batch."""
 
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Return the logits [N, vocabulary] of the N targets in order."""
+
 
 class Objective(Plugin, ABC):
     """One loss over one kind of rows."""
