@@ -16,6 +16,7 @@ from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
 from models.domain.base import JsonObject
+from models.domain.estimates import BaseShape
 from models.domain.generation import AdapterRef
 from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
@@ -25,6 +26,7 @@ from models.registry import adapters, base_models, files, jobs, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
+from worker.training import objectives
 
 log = structlog.get_logger(__name__)
 
@@ -230,7 +232,10 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
             than a worker gives to a job (names `param`).
         NotFoundError: a file that does not exist.
     """
-    base_models.get(session, spec.model)
+    base = base_models.get(session, spec.model)
+    if base.shape is not None:  # a process has seen the model's files
+        objective = objectives.get_objective(spec.objective["type"])
+        objective.require_base(BaseShape.model_validate(base.shape).family)
     if spec.num_devices > (most := services.settings.worker.devices_per_job):
         raise InvalidRequestError(
             f"num_devices is {spec.num_devices}; the workers of this service give a job at most "

@@ -19,6 +19,7 @@ from api.middleware import RequestId
 from api.openai import (
     chat,
     completions,
+    encoders,
     estimates,
     files,
     fine_tuning,
@@ -78,6 +79,7 @@ def _v1(settings: Settings) -> APIRouter:
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
+        (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),

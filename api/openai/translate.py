@@ -55,10 +55,24 @@ def training_spec(body: JobCreate, start: Start) -> TrainingSpec:
         suffix=body.suffix or "",
         seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
         hyperparameters=body.resolved_hyperparameters,
-        objective=objectives.parse_params(body.objective or {"type": "sft"}).model_dump(),
+        objective=_objective(body),
         peft=_peft(body.peft, start),
         **given,
     )
+
+
+def _objective(body: JobCreate) -> JsonObject:
+    given = dict(body.objective or {})
+    if body.method is not None and body.method.type == "dpo":
+        if given.get("type", "dpo") != "dpo":
+            raise InvalidRequestError(
+                f"'method' is dpo, but 'objective' is {given['type']!r}. Send only one of them.",
+                param="objective.type",
+            )
+        given["type"] = "dpo"
+        if body.method.beta is not None:
+            given["beta"] = body.method.beta
+    return objectives.parse_params(given).model_dump()
 
 
 def _peft(given: JsonObject | None, start: Start) -> JsonObject:

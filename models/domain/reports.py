@@ -107,6 +107,7 @@ class AdapterManifest(Frozen):
     `chat_template` is the source that its rows were rendered with (of several named ones, JSON);
     it and the tokenizer's digest tell for ever what text the adapter was taught in. `served` says
     whether it runs in one batch with others, merged into a base of its own, or beside its modules.
+    `objective_params` has the labels of a classifier, in the order of its outputs.
     """
 
     format: Literal["tunery-adapter-1"] = "tunery-adapter-1"
@@ -121,6 +122,7 @@ class AdapterManifest(Frozen):
     method: str
     served: Literal["batched", "merged", "own"] = "batched"
     objective: str
+    objective_params: JsonObject = Field(default_factory=dict)
     precision: JsonObject
     step: int
     spec_sha256: str

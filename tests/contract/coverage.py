@@ -56,6 +56,7 @@ SERVED = {
     "chat.completions.create": "test_chat",
     "chat.completions.parse": "test_chat",
     "chat.completions.stream": "test_chat_stream_helper",
+    "embeddings.create": "test_embeddings",
     "completions.create": "test_completions",
 }
 
@@ -68,7 +69,6 @@ NOT_SERVED: dict[str, dict[str, Any]] = {
     "chat.completions.messages.list": {"completion_id": "chatcmpl-x"},
     "chat.completions.retrieve": {"completion_id": "chatcmpl-x"},
     "chat.completions.update": {"completion_id": "chatcmpl-x", "metadata": {}},
-    "embeddings.create": {"model": "base", "input": "x"},
     "batches.cancel": {"batch_id": "batch_x"},
     "batches.create": {
         "completion_window": "24h",

@@ -275,6 +275,16 @@ def test_completions(sdk: Sdk) -> None:
     assert "".join(pieces) == "Hello"
 
 
+def test_embeddings(sdk: Sdk) -> None:
+    """The SDK asks for base64 by itself and unpacks it."""
+    answer = sdk("embeddings.create", model="base", input=["a", "b"])
+    assert [each.index for each in answer.data] == [0, 1]
+    assert answer.data[1].embedding == pytest.approx([0.6, 0.8])
+    plain = sdk("embeddings.create", model="base", input="a", encoding_format="float")
+    assert plain.data[0].embedding == [0.6, 0.8]
+    assert plain.usage.total_tokens == 7
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_not_served(sdk: Sdk) -> None:
     """What is not there says so at once, in OpenAI's form."""

@@ -106,5 +106,8 @@ def test_anothers_objects_cannot_be_used(world: World) -> None:
     assert new_job(world.client, validation_file=file_id).status_code == 404
     assert new_job(world.client, model=NAME).status_code == 404
     assert chat(world.client, model=NAME).status_code == 404
+    for route in ("embeddings", "fill_mask", "classify"):
+        body = {"model": NAME, "input": "x"}
+        assert world.client.post(f"/v1/{route}", json=body).status_code == 404
     text = {"model": NAME, "prompt": "a"}
     assert world.client.post("/v1/completions", json=text).status_code == 404

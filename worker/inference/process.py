@@ -28,6 +28,8 @@ from worker.base_models import (
 )
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
+from worker.inference.encoder_service import EncoderService
+from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.scheduler import Limits
 from worker.inference.own_model import load_own_model
@@ -87,6 +89,27 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     store = open_store(settings.storage)
     directory, info = materialise(mine.model, settings.models, store)
     device = pick_device(mine.device)
+    description = {"precision": mine.precision, "device": device}
+    adapters = AdapterStore(
+        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
+    )
+    family = info.shape.family if info.shape is not None else "decoder"
+    if family == "encoder":
+        encoder = EncoderEngine(
+            directory,
+            mine.precision,
+            device,
+            ChatRenderer(load_tokenizer(directory)),
+            max_adapters=mine.max_adapters,
+        )
+        encoders = EncoderService(encoder, adapters, info, description)
+        encoders.previewer = Previewer(store, directory, info)
+        return encoders, info
+    if family == "encoder_decoder":
+        raise UnavailableError(
+            f"{info.name!r} reads one text and writes another; such models can be trained here, "
+            "but not served yet. Download the adapter and use it with transformers."
+        )
     model = load_model(directory, precision=mine.precision, device=device)
     if device == "cpu" and mine.precision == "nf4":
         dequantise_(model)
@@ -113,11 +136,7 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         return build_engine(own, f"{info.fingerprint} {adapter.name}")
 
     engine = build_engine(model, info.fingerprint)
-    adapters = AdapterStore(
-        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
-    )
     residency = Residency(engine, adapters, renderer.template_sha256)
-    description = {"precision": mine.precision, "device": device}
     service = InferenceService(engine, renderer, residency, info, description)
     service.previewer = Previewer(store, directory, info)
     service.own_models = OwnModels(
@@ -212,7 +231,7 @@ class InferenceProcess:
         self, service: InferenceService, http: HttpThread, info: BaseModelInfo, url: str
     ) -> int:
         while not self.stop.wait(HEARTBEAT_SECONDS):
-            if not http.is_alive() or not service.engine.stats().alive:
+            if not http.is_alive() or not service.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
             try:
@@ -246,7 +265,7 @@ def _drain(service: InferenceService) -> None:
     service.draining = True
     deadline = time.monotonic() + DRAIN_SECONDS
     while time.monotonic() < deadline:
-        stats = service.engine.stats()
+        stats = service.stats()
         if not stats.alive or stats.running + stats.waiting == 0:
             break
         time.sleep(0.05)

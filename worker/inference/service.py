@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from models.domain.base import JsonObject
+from models.domain.encoding import EncodeAnswer, EncodeRequest
 from models.domain.generation import (
     AdapterRef,
     GenerateRequest,
@@ -18,7 +19,7 @@ from worker.inference.answer import Answer, shutting_down
 from worker.inference.engine.engine import Engine, Request
 from worker.inference.engine.errors import EngineClosedError, EngineFullError
 from worker.inference.engine.grammar import Grammar, Vocabulary
-from worker.inference.engine.params import Sampling
+from worker.inference.engine.params import EngineStats, Sampling
 from worker.inference.engine.pool import AdapterLease
 from worker.inference.output_format import grammar_of, names_of
 from worker.inference.own_models import OwnModels
@@ -215,6 +216,18 @@ class InferenceService:
         if self.draining or self.previewer is None:
             raise shutting_down()
         return await asyncio.to_thread(self.previewer.preview, request)
+
+    async def encode(self, request: EncodeRequest) -> EncodeAnswer:
+        """Refuse: only an encoder fills masks, classifies and embeds."""
+        raise InvalidRequestError(
+            f"{self._base.name!r} is no encoder. Ask it at /v1/chat/completions, or name a model "
+            "on an encoder.",
+            param="model",
+            code="wrong_kind_of_model",
+        )
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
 
     def health(self) -> JsonObject:
         stats = self.engine.stats()

@@ -18,8 +18,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models.domain.base import Frozen
+from models.domain.base import Frozen, JsonObject
 from models.errors import TrainingFailedError
+from worker.heads import PEFT_TASKS, head_paths
 from worker.training import optimizers
 from worker.training.loop import Trainer
 from worker.training.task import Progress
@@ -77,6 +78,7 @@ def save(trainer: Trainer, directory: Path, base_model: str) -> None:
     adapter.mkdir()
     state.mkdir()
     config = task.method.adapter_config(task.model, task.method_params, base_model, task.adapter)
+    config |= head_config(trainer, config)
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     save_file(published_tensors(trainer), adapter / ADAPTER_TENSORS, metadata={"format": "pt"})
     tensors = _optimizer_tensors(trainer)
@@ -164,6 +166,20 @@ def published_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
         for name, parameter in trainer.parameters.items()
     }
     return task.method.published(trained, task.method_params)
+
+
+def head_config(trainer: Trainer, config: JsonObject) -> JsonObject:
+    """Return what PEFT has to know of a head: what is put on the base, and what of it is stored."""
+    task = trainer.task
+    if task.objective.head == "causal_lm":
+        return {}
+    found: JsonObject = {"task_type": PEFT_TASKS[task.objective.head]}
+    heads = head_paths(task.model.get_base_model())
+    if heads:
+        found |= {"modules_to_save": heads, "exclude_modules": heads}
+        if isinstance(targets := config.get("target_modules"), list):
+            found["target_modules"] = [each for each in targets if each not in heads]
+    return found
 
 
 def _taken_up(trainer: Trainer, adapter: Path) -> dict[str, torch.Tensor] | None:

@@ -199,6 +199,7 @@ class Publisher:
             method=run.spec.peft["type"],
             served=methods.served(run.spec.peft).value,
             objective=run.spec.objective["type"],
+            objective_params=run.spec.objective,
             precision=run.spec.precision.model_dump(mode="json"),
             step=step,
             spec_sha256=run.spec_sha256,
@@ -255,7 +256,8 @@ class Publisher:
         task = trainer.task
         try:
             stored = fetch_adapter(self._store, manifest.digest, scratch)
-            if task.method.served(task.method_params) is Served.BATCHED:
+            batched = task.method.served(task.method_params) is Served.BATCHED
+            if batched and task.objective.head == "causal_lm":
                 shapes = {
                     path: LinearShape(*shape) for path, shape in linear_shapes(task.model).items()
                 }

@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from worker.heads import COPIES, head_paths
+
 
 def attach_adapter(
     model: PreTrainedModel | PeftModel,
@@ -28,6 +30,16 @@ def attach_adapter(
         adapter: PEFT's name of what is added.
         start: Sets other first weights; called with torch's random numbers started by `seed`.
     """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    heads = head_paths(base)
+    if heads and not config.is_prompt_learning:
+        config.modules_to_save = heads  # type: ignore[attr-defined]
+        config.exclude_modules = heads  # type: ignore[attr-defined]
+        targets = getattr(config, "target_modules", None)
+        if isinstance(targets, list):
+            config.target_modules = [each for each in targets if each not in heads]  # type: ignore[attr-defined]
+    if not base.can_generate() or base.config.is_encoder_decoder:
+        config.task_type = None
     with torch.random.fork_rng(), warnings.catch_warnings():
         # peft 0.21 asks transformers 5.24 for an attribute under its old name.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -59,6 +71,7 @@ def linear_layers(
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head = head_of(base)
+    heads = set(head_paths(base))
     adapted: tuple[str, ...] = ()
     found: dict[str, nn.Module] = {}
     for path, module in base.named_modules():
@@ -66,6 +79,8 @@ def linear_layers(
             adapted = (*adapted, f"{path}.")
         if not isinstance(module, nn.Linear | Conv1D) or (module is head and not with_head):
             continue
+        if path in heads or f".{COPIES}." in path or path.endswith(".original_module"):
+            continue  # a new head is trained whole
         if path.endswith(".base_layer") or not path.startswith(adapted):
             found[path.replace(".base_layer", "")] = module
     return found
