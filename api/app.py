@@ -8,8 +8,10 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from api import openapi
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
+from api.batches import BatchRunner
 from api.deps import ServicesDep, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
@@ -17,6 +19,7 @@ from api.keys import audit_logs, projects
 from api.keys import routes as keys
 from api.middleware import RequestId
 from api.openai import (
+    batches,
     chat,
     completions,
     encoders,
@@ -26,7 +29,9 @@ from api.openai import (
     models,
     permissions,
     progress,
+    stored,
     uploads,
+    webhooks,
 )
 from api.operations import routes as operations
 from api.services import Services
@@ -46,9 +51,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         services = Services.from_settings(settings)
         await run_in_threadpool(_sync_catalog, services)
         app.state.services = services
+        runner = BatchRunner(app, services)
         try:
             yield
         finally:
+            await runner.aclose()
             await services.aclose()
 
     app = FastAPI(
@@ -63,6 +70,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(_v1(settings))
     page.install(app)
     app.include_router(_health)
+    openapi.install(app)
     return app
 
 
@@ -83,6 +91,9 @@ def _v1(settings: Settings) -> APIRouter:
         (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
+        (stored.router, INFERENCE, limits.max_body_bytes),
+        (batches.router, INFERENCE, limits.max_body_bytes),
+        (webhooks.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]
