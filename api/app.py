@@ -17,6 +17,7 @@ from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import audit_logs, projects
 from api.keys import routes as keys
+from api.methods import routes as methods
 from api.middleware import RequestId
 from api.openai import (
     batches,
@@ -86,6 +87,7 @@ def _v1(settings: Settings) -> APIRouter:
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
+        (methods.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
         (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),
