@@ -32,6 +32,7 @@ from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.scheduler import Limits
+from worker.inference.metrics import Metrics
 from worker.inference.own_model import load_own_model
 from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
@@ -90,8 +91,13 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     directory, info = materialise(mine.model, settings.models, store)
     device = pick_device(mine.device)
     description = {"precision": mine.precision, "device": device}
+    metrics = Metrics()
     adapters = AdapterStore(
-        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
+        store,
+        mine.adapter_cache_dir,
+        info,
+        budget_bytes=mine.adapter_disk_bytes,
+        metrics=metrics,
     )
     family = info.shape.family if info.shape is not None else "decoder"
     if family == "encoder":
@@ -116,23 +122,30 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
 
-    def build_engine(model: "PreTrainedModel") -> BatchingEngine:
+    def build_engine(model: "PreTrainedModel", fingerprint: str) -> BatchingEngine:
         return BatchingEngine(
             model,
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-            limits=Limits(n_slots=mine.max_adapters, max_waiting=mine.max_waiting),
+            fingerprint=fingerprint,
+            limits=Limits(
+                n_slots=mine.max_adapters,
+                max_waiting=mine.max_waiting,
+                cache_tokens=mine.cache_tokens,
+                prefix_tokens=mine.prefix_tokens,
+            ),
             adapter_bytes=mine.adapter_memory_bytes,
         )
 
     def build_own(adapter: Path, served: str) -> BatchingEngine:
-        return build_engine(
-            load_own_model(directory, adapter, served, precision=mine.precision, device=device)
-        )
+        own = load_own_model(directory, adapter, served, precision=mine.precision, device=device)
+        return build_engine(own, f"{info.fingerprint} {adapter.name}")
 
-    engine = build_engine(model)
-    residency = Residency(engine, adapters, renderer.template_sha256)
+    engine = build_engine(model, info.fingerprint)
+    metrics.watch(engine.stats)
+    residency = Residency(engine, adapters, renderer.template_sha256, metrics=metrics)
     service = InferenceService(engine, renderer, residency, info, description)
+    service.metrics = metrics
     service.previewer = Previewer(store, directory, info)
     service.own_models = OwnModels(
         adapters, renderer.template_sha256, build_own, mine.max_own_models
@@ -229,6 +242,8 @@ class InferenceProcess:
             if not http.is_alive() or not service.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
+            if lost := service.engine.audit():
+                logger.error("adapter_leases_lost", lost=lost)
             try:
                 self._announce(info, url)
             except SQLAlchemyError:

@@ -52,6 +52,7 @@ class Limits:
         cache_tokens: Tokens of all cache rows together; rows are as wide as the longest.
         row_growth: Tokens by which rows grow at once.
         overtake_tokens: Tokens that may pass a sequence which waits for a slot.
+        prefix_tokens: Tokens of prompts whose states are kept for prompts that begin alike.
     """
 
     max_running: int = 16
@@ -61,6 +62,7 @@ class Limits:
     cache_tokens: int = 131_072
     row_growth: int = 256
     overtake_tokens: int = 4096
+    prefix_tokens: int = 8192
 
 
 T = TypeVar("T", bound=Schedulable)
@@ -73,6 +75,7 @@ class Scheduler(Generic[T]):
         self.limits = limits
         self.waiting: deque[T] = deque()
         self.running: list[T] = []
+        self.preemptions = 0
 
     def n_running(self) -> int:
         # Those that ended in this step are in the list until the next one begins.
@@ -119,6 +122,7 @@ class Scheduler(Generic[T]):
         while len(self.running) > 1 and not self._fits(self.running, spare=0):
             preempted.append(self.running.pop())
             self.waiting.appendleft(preempted[-1])
+            self.preemptions += 1
         return preempted
 
     def _admit(self) -> list[T]:
