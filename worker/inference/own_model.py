@@ -31,7 +31,9 @@ def load_own_model(
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    import worker.training.tuners.own  # noqa: F401 (makes its configurations known to PEFT)
+    # Both make their configurations known to PEFT.
+    import worker.training.reversible.tuner
+    import worker.training.tuners.own  # noqa: F401
 
     model: Any = load_model(base, precision=precision, device=device)
     if precision == "nf4":
