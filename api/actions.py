@@ -11,6 +11,7 @@ from functools import partial
 import structlog
 from sqlalchemy.orm import Session
 
+from api.audit import note
 from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
@@ -21,7 +22,7 @@ from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, PayloadTooLargeError
-from models.registry import adapters, base_models, files, jobs
+from models.registry import adapters, base_models, files, jobs, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
@@ -53,9 +54,12 @@ def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
 
     Raises:
         InvalidRequestError: the file is empty.
-        PayloadTooLargeError: it exceeds the limit; nothing of it is kept.
+        PayloadTooLargeError: it exceeds the limit, or what the project may store; nothing of it is
+            kept.
     """
-    stored = store_content(services, upload.content)
+    with services.database.read() as session:
+        room = quotas.room_for_bytes(session, caller.project_id)
+    stored = store_content(services, upload.content, room)
     with adding(services, stored.key) as session:
         return add_file(session, services, caller, upload, stored)
 
@@ -89,8 +93,8 @@ class Stored:
     sha256: str
 
 
-def store_content(services: Services, content: Iterable[bytes]) -> Stored:
-    """Stream bytes into the store under the key of a new file.
+def store_content(services: Services, content: Iterable[bytes], room: int | None = None) -> Stored:
+    """Stream bytes into the store under the key of a new file, at most `room` if that is a number.
 
     Raises:
         InvalidRequestError: there are none.
@@ -109,6 +113,8 @@ def store_content(services: Services, content: Iterable[bytes]) -> Stored:
                     f"The file is larger than {limit:,} bytes, the limit of this service.",
                     param="file",
                 )
+            if room is not None and size > room:
+                raise quotas.bytes_exceeded(room)
             digest.update(chunk)
             yield chunk
         if size == 0:
@@ -124,6 +130,7 @@ def add_file(
     session: Session, services: Services, caller: Caller, upload: Upload, stored: Stored
 ) -> File:
     """Add the row of stored bytes; of content that the project has already, one object is kept."""
+    quotas.check_bytes(session, caller.project_id, stored.bytes)
     trainable = upload.purpose == files.TRAINABLE
     same = files.find_same(session, caller.project_id, stored.sha256, stored.bytes)
     if same is not None:
@@ -142,6 +149,7 @@ def add_file(
             status=FileStatus.UPLOADED if trainable else FileStatus.PROCESSED,
         ),
     )
+    note(session, caller, "file.created", file.id, filename=file.filename, bytes=file.bytes)
     if trainable:
         services.bell.ring_after_commit(session)
     return file
@@ -163,6 +171,7 @@ def display_name(filename: str) -> str:
 
 def delete_file(session: Session, services: Services, caller: Caller, file_id: str) -> None:
     discard(session, services, files.delete(session, caller.project_id, file_id))
+    note(session, caller, "file.deleted", file_id)
 
 
 def discard(session: Session, services: Services, freed: Freed) -> None:
@@ -190,7 +199,7 @@ def find_start(session: Session, caller: Caller, model: str) -> Start:
     """
     if not model.startswith("ft:"):
         return Start(model)
-    resolved = adapters.resolve(session, caller.project_id, model)
+    resolved = adapters.resolve_own(session, caller.project_id, model)
     job = session.get_one(Job, resolved.job_id)
     return Start(resolved.base_model, resolved.adapter, TrainingSpec.model_validate(job.spec))
 
@@ -206,9 +215,11 @@ def submit_job(
 
     Raises:
         InvalidRequestError, NotFoundError: as `check_job`.
+        QuotaError: the project's limits do not allow it.
     """
     check_job(session, services, caller, spec)
-    job = jobs.create(session, caller.project_id, spec, metadata or None)
+    job = jobs.create(session, caller.project_id, spec, metadata or None, caller.key_id)
+    quotas.reserve(session, job)
     services.bell.ring_after_commit(session)
     return job
 
@@ -253,6 +264,7 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
 def delete_model(session: Session, services: Services, caller: Caller, name: str) -> None:
     """Delete a fine-tuned model; its objects go too unless another name stands for them."""
     orphan = adapters.delete(session, caller.project_id, name)
+    note(session, caller, "model.deleted", name)
     if orphan is not None:
         after_commit(
             session,

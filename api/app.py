@@ -10,14 +10,26 @@ from starlette.concurrency import run_in_threadpool
 
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
-from api.deps import ServicesDep
+from api.deps import ServicesDep, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
-from api.keys import projects
+from api.keys import audit_logs, projects
 from api.keys import routes as keys
 from api.methods import routes as methods
 from api.middleware import RequestId
-from api.openai import chat, encoders, estimates, files, fine_tuning, models, progress, uploads
+from api.openai import (
+    chat,
+    completions,
+    encoders,
+    estimates,
+    files,
+    fine_tuning,
+    models,
+    permissions,
+    progress,
+    uploads,
+)
+from api.operations import routes as operations
 from api.services import Services
 from api.ui import serve as page
 from models.registry import base_models
@@ -64,18 +76,25 @@ def _v1(settings: Settings) -> APIRouter:
         (fine_tuning.router, TRAINING, limits.max_body_bytes),
         (progress.router, TRAINING, limits.max_body_bytes),
         (estimates.router, TRAINING, limits.max_body_bytes),
+        (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
         (methods.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
         (encoders.router, INFERENCE, limits.max_body_bytes),
+        (completions.router, INFERENCE, limits.max_body_bytes),
+        (operations.router, TRAINING, limits.max_body_bytes),
+        (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]
     v1 = APIRouter(prefix="/v1")
     for router, access, max_body_size in groups:
         # On the routes and not on the application, whose own answer would have no OpenAI body.
-        v1.include_router(router, max_body_size=max_body_size, dependencies=[Depends(access)])
+        needed = [Depends(access)]
+        if access is INFERENCE:
+            needed.append(Depends(require_tokens))
+        v1.include_router(router, max_body_size=max_body_size, dependencies=needed)
     return v1
 
 

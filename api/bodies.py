@@ -18,7 +18,6 @@ from models.tables import (
     Event,
     File,
     Job,
-    Project,
     Upload,
     UploadPart,
 )
@@ -261,13 +260,6 @@ def key_body(key: ApiKey) -> JsonObject:
         "created_at": int(key.created_at),
         "expires_at": _seconds(key.expires_at),
         "revoked_at": _seconds(key.revoked_at),
-    }
-
-
-def project_body(project: Project) -> JsonObject:
-    return {
-        "id": project.id,
-        "object": "project",
-        "name": project.name,
-        "created_at": int(project.created_at),
+        "requests_per_minute": key.requests_per_minute,
+        "tokens_per_minute": key.tokens_per_minute,
     }

@@ -9,9 +9,11 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
 from api import page_session
+from api.rates import Verdict
 from api.services import Services
 from models.errors import AuthenticationError
-from models.registry import tenancy
+from models.registry import quotas, tenancy
+from models.registry.usage import User
 from models.tables import ApiKey
 
 
@@ -47,6 +49,13 @@ class Caller:
     project_id: str
     key_id: str
     scopes: tuple[str, ...]
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+
+    def using(self, model: str) -> User:
+        """Return whom the use of a model is counted for."""
+        return User(self.project_id, self.key_id, model)
 
 
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
@@ -62,24 +71,70 @@ def get_caller(
     Raises:
         AuthenticationError: neither, or not a valid one.
         PermissionDeniedError: a change by cookie that does not come from the page itself.
+        CapacityError: the key has used up the requests of its minute.
     """
+    caller = _identify(request, services, credentials)
+    obey(request, services.rates.admit(caller.key_id, caller.requests_per_minute))
+    return caller
+
+
+def obey(request: Request, verdict: Verdict) -> None:
+    """Have the response tell a key's limits; raises the refusal if there is one."""
+    request.state.headers.update(verdict.headers)
+    if verdict.refusal is not None:
+        raise verdict.refusal
+
+
+def _identify(
+    request: Request, services: Services, credentials: HTTPAuthorizationCredentials | None
+) -> Caller:
     with services.database.read() as session:
         if credentials is not None:
             key = tenancy.authenticate(session, credentials.credentials)
-            return _caller(key)
+            return _caller(key, services)
         page = page_session.read_cookie(session, request.cookies.get(page_session.COOKIE, ""))
         if page is None:
             raise AuthenticationError(
                 "You didn't provide an API key. Send it in the header: 'Authorization: Bearer KEY'."
             )
         page_session.require_own_page(request, page)
-        return _caller(page.key)
+        return _caller(page.key, services)
 
 
-def _caller(key: ApiKey) -> Caller:
-    return Caller(project_id=key.project_id, key_id=key.id, scopes=tuple(key.scopes))
+def _caller(key: ApiKey, services: Services) -> Caller:
+    """Return a caller with the limits of the key, else of its project, else of the service."""
+    project, defaults = key.project, services.settings.api
+    return Caller(
+        project_id=key.project_id,
+        key_id=key.id,
+        scopes=tuple(key.scopes),
+        requests_per_minute=(
+            key.requests_per_minute or project.requests_per_minute or defaults.requests_per_minute
+        ),
+        tokens_per_minute=(
+            key.tokens_per_minute or project.tokens_per_minute or defaults.tokens_per_minute
+        ),
+        tokens_per_day=project.tokens_per_day,
+    )
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
+
+def require_tokens(request: Request, services: ServicesDep, caller: CallerDep) -> None:
+    """Refuse a key or a project that has used up its tokens (of the minute, of the day).
+
+    Raises:
+        CapacityError, QuotaError: it has.
+    """
+    obey(request, services.rates.admit_tokens(caller.key_id, caller.tokens_per_minute))
+    if caller.tokens_per_day is not None:
+        with services.database.read() as session:
+            unwritten = services.meter.pending(caller.project_id)
+            quotas.check_serving(session, caller.project_id, unwritten)
+
+
+MAX_TEXT = 200
+"""Longest text to look for in a list."""
+Text = Annotated[str, Query(max_length=MAX_TEXT, description="A text in the name or the id.")]
 After = Annotated[str | None, Query(description="Id of the last item of the previous page.")]

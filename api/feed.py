@@ -118,6 +118,11 @@ class JobFeed:
             if not watched.readers:
                 self._watched.pop(job_id, None)
 
+    @property
+    def n_readers(self) -> int:
+        """How many streams are open at this process."""
+        return sum(len(watched.readers) for watched in self._watched.values())
+
     async def aclose(self) -> None:
         if self._task is not None:
             self._task.cancel()

@@ -19,7 +19,7 @@ def model_card(session: Session, project_id: str, name: str) -> JsonObject:
         NotFoundError: this project has no such model.
         InvalidRequestError: the name is that of a base model.
     """
-    model = adapters.resolve(session, project_id, name)
+    model = adapters.resolve_own(session, project_id, name)
     chain = lineage.ancestry(session, project_id, model)
     if not chain or (job := chain[0].job) is None:
         raise InvalidRequestError(

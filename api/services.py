@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass
 
+from starlette.concurrency import run_in_threadpool
+
 from api.feed import JobFeed
 from api.inference_client import InferenceClient
+from api.metering import Meter
+from api.rates import RateLimits
 from models.broker import Bell, make_celery
 from models.db import Database
 from models.settings import Settings
@@ -18,10 +22,13 @@ class Services:
     bell: Bell
     inference: InferenceClient
     feed: JobFeed
+    meter: Meter
+    rates: RateLimits
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
         database = Database(settings.database)
+        rates = RateLimits(settings.broker)
         return cls(
             settings=settings,
             database=database,
@@ -29,9 +36,12 @@ class Services:
             bell=Bell(make_celery(settings.broker)),
             inference=InferenceClient(settings.inference.token.get_secret_value()),
             feed=JobFeed(database, settings.api.organization),
+            meter=Meter(database, rates.spend),
+            rates=rates,
         )
 
     async def aclose(self) -> None:
         await self.feed.aclose()
         await self.inference.aclose()
+        await run_in_threadpool(self.meter.close)
         self.database.close()

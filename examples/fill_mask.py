@@ -52,7 +52,7 @@ def job(model: str, training_file: str) -> dict[str, Any]:
         "objective": {"type": "mlm", "mask_probability": 0.25},
         "peft": {"type": "lora", "r": 8, "dropout": 0.0},
         "precision": {"type": "fp32"},
-        "hyperparameters": {"n_epochs": 40, "batch_size": 8},
+        "hyperparameters": {"n_epochs": 30, "batch_size": 8},
         "optimizer": {"learning_rate": 0.002},
         "max_seq_length": 32,
     }

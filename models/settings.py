@@ -57,6 +57,18 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests of a key, unless it or its project has a limit."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens served to a key, unless it or its project has a limit."
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path under which a proxy publishes the API and which it strips, e.g. "
+        "`/tunery`.",
+    )
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
     )
@@ -147,6 +159,12 @@ class InferenceSettings(Group):
         ge=0,
         le=64,
         description="Copies of the base held for adapters that no batch can serve.",
+    )
+    cache_tokens: int = Field(
+        131_072, ge=1024, description="Tokens of all running answers whose states are held."
+    )
+    prefix_tokens: int = Field(
+        8192, ge=0, description="Tokens of prompts kept for later prompts that begin alike."
     )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more answer 429.")
     token: SecretStr = Field(

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from models.domain.estimates import BaseShape, LayerShape
+from models.domain.estimates import BaseShape, Family, LayerShape
 from worker.heads import family_of
 
 
@@ -23,10 +23,10 @@ def read_shape(directory: Path) -> BaseShape:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
                 sizes[name] = tensors.get_slice(name).get_shape()
     family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=False))
-    return _shape_of(sizes).model_copy(update={"family": family})
+    return _shape_of(sizes, family)
 
 
-def _shape_of(sizes: Mapping[str, Sequence[int]]) -> BaseShape:
+def _shape_of(sizes: Mapping[str, Sequence[int]], family: Family) -> BaseShape:
     kinds: Counter[tuple[str, int, int]] = Counter()
     norms: Counter[int] = Counter()
     blocks = set()
@@ -62,6 +62,7 @@ def _shape_of(sizes: Mapping[str, Sequence[int]]) -> BaseShape:
     return BaseShape(
         layers=layers,
         n_other=sum(math.prod(size) for size in sizes.values()) - n_linear,
+        family=family,
         n_blocks=len(blocks),
         width=width,
         n_norms=width * (n_weights + beside_weights),

@@ -85,6 +85,15 @@ class TokenGuard:
             return {self._mask(key): self._mask(item) for key, item in value.items()}
         return [self._mask(item) for item in value] if isinstance(value, list) else value
 
+    def split(self, text: str) -> tuple[str | int, ...]:
+        """Return `text` cut at special tokens, each of which is its id."""
+        pieces: list[str | int] = []
+        end = 0
+        for match in self._names.finditer(text):
+            pieces += [text[end : match.start()], self._by_name[match[0]]]
+            end = match.end()
+        return tuple(piece for piece in [*pieces, text[end:]] if piece != "")
+
     def swap(self, text: str) -> str:
         """Return a template's output over masked content as `encode` takes it (step 3)."""
         return self._swappable.sub(lambda match: self._swaps[match[0]], text)

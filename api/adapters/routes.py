@@ -5,7 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query
 
 from api import bodies
-from api.deps import After, CallerDep, ReadSession
+from api.deps import After, CallerDep, ReadSession, Text
 from api.model_card import model_card
 from models.domain.base import JsonObject
 from models.registry import adapters
@@ -20,9 +20,13 @@ def list_adapters(
     caller: CallerDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    base_model: str | None = None,
+    q: Text = "",
 ) -> JsonObject:
-    """List the published adapters of the project, newest first."""
-    page = adapters.list_page(session, caller.project_id, Cursor(after, limit))
+    """List the published adapters of the project, newest first; ``q`` is a part of the name."""
+    page = adapters.list_page(
+        session, caller.project_id, Cursor(after, limit), base_model=base_model, text=q
+    )
     return bodies.list_body(page, bodies.made_body)
 
 

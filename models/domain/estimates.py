@@ -48,18 +48,18 @@ Family = Literal["decoder", "encoder", "encoder_decoder"]
 class BaseShape(Frozen):
     """A base model in numbers: its linear layers by the last part of their names, and the rest.
 
+    `family` tells which objectives it can be trained with.
     `width` is that of the residual stream; `n_norms` counts the parameters of norms of that width
-    inside of blocks, `n_biases` all biases. Both are part of `n_other`. `family` tells which
-    objectives it can be trained with.
+    inside of blocks, `n_biases` all biases. Both are part of `n_other`.
     """
 
     layers: dict[str, LayerShape]
     n_other: int
+    family: Family = "decoder"
     n_blocks: int = 0
     width: int = 0
     n_norms: int = 0
     n_biases: int = 0
-    family: Family = "decoder"
 
     @property
     def n_linear(self) -> int:

@@ -1,6 +1,7 @@
 """Files: created once their bytes are stored, linted by a worker, deleted when unused."""
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from sqlalchemy import CursorResult, func, or_, select, update
 from sqlalchemy import delete as sql_delete
@@ -60,13 +61,58 @@ def get(session: Session, project_id: str, file_id: str, *, param: str = "file_i
     return file
 
 
+SortFiles = Literal["created_at", "filename", "bytes"]
+
+
 def list_page(
-    session: Session, project_id: str, cursor: Cursor, *, purpose: str | None = None
+    session: Session,
+    project_id: str,
+    cursor: Cursor,
+    *,
+    purpose: str | None = None,
+    text: str = "",
+    sort: SortFiles = "created_at",
 ) -> Page[File]:
+    """Return files, newest first unless `sort` or the cursor says otherwise; `text` is in a name
+    or an id.
+    """
     query = select(File).where(File.project_id == project_id)
     if purpose is not None:
         query = query.where(File.purpose == purpose)
-    return page(session, query, File, (File.created_at, File.id), cursor)
+    if text:
+        places = (File.id, File.filename)
+        query = query.where(or_(*(place.icontains(text, autoescape=True) for place in places)))
+    return page(session, query, File, (getattr(File, sort), File.id), cursor)
+
+
+def with_rows(session: Session, project_id: str, *file_ids: str | None) -> str | None:
+    """Return the first of these files that is still there and has usable rows."""
+    found = session.scalars(
+        select(File.id).where(
+            File.project_id == project_id, File.id.in_(file_ids), File.rows_key.is_not(None)
+        )
+    ).all()
+    return next((each for each in file_ids if each in found), None)
+
+
+@dataclass(frozen=True, slots=True)
+class FileChoice:
+    """What a form needs of a file to offer it."""
+
+    id: str
+    filename: str
+    bytes: int
+
+
+def newest(session: Session, project_id: str, purpose: str, limit: int) -> list[FileChoice]:
+    """Return the newest files without their reports, which may be long."""
+    rows = session.execute(
+        select(File.id, File.filename, File.bytes)
+        .where(File.project_id == project_id, File.purpose == purpose)
+        .order_by(File.created_at.desc(), File.id.desc())
+        .limit(limit)
+    )
+    return [FileChoice(*row) for row in rows]
 
 
 def delete(session: Session, project_id: str, file_id: str) -> Freed:

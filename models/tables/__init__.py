@@ -6,16 +6,25 @@ from models.tables.file import File, Upload, UploadPart
 from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
+from models.tables.operations import Usage, Worker
 from models.tables.result import Adapter, Checkpoint, Metric
-from models.tables.tenancy import ApiKey, Project
+from models.tables.tenancy import (
+    ApiKey,
+    AuditLog,
+    CheckpointPermission,
+    Organization,
+    Project,
+)
 
 __all__ = [
     "Adapter",
     "ApiKey",
+    "AuditLog",
     "Base",
     "BaseModel",
     "BaseProbe",
     "Checkpoint",
+    "CheckpointPermission",
     "Event",
     "File",
     "IdempotencyKey",
@@ -23,8 +32,11 @@ __all__ = [
     "Job",
     "JobAttempt",
     "Metric",
+    "Organization",
     "Project",
     "Upload",
     "UploadPart",
+    "Usage",
+    "Worker",
     "new_id",
 ]

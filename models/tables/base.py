@@ -32,6 +32,7 @@ class Base(DeclarativeBase):
     type_annotation_map = {  # noqa: RUF012
         JsonObject: _JSON,
         list[str]: _JSON,
+        list[dict[str, Any]]: _JSON,
         float: Double,
         dict[str, Any]: _JSON,
     }

@@ -17,7 +17,10 @@ class File(Created, Base):
     """
 
     __tablename__ = "files"
-    __table_args__ = (Index("ix_files_content", "project_id", "sha256"),)
+    __table_args__ = (
+        Index("ix_files_content", "project_id", "sha256"),
+        Index("ix_files_list", "project_id", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)

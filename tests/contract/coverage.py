@@ -46,6 +46,10 @@ SERVED = {
     "fine_tuning.jobs.pause": "test_jobs",
     "fine_tuning.jobs.resume": "test_jobs",
     "fine_tuning.jobs.cancel": "test_jobs",
+    "fine_tuning.checkpoints.permissions.create": "test_permissions",
+    "fine_tuning.checkpoints.permissions.list": "test_permissions",
+    "fine_tuning.checkpoints.permissions.retrieve": "test_permissions",
+    "fine_tuning.checkpoints.permissions.delete": "test_permissions",
     "models.list": "test_models",
     "models.retrieve": "test_models",
     "models.delete": "test_models",
@@ -53,28 +57,18 @@ SERVED = {
     "chat.completions.parse": "test_chat",
     "chat.completions.stream": "test_chat_stream_helper",
     "embeddings.create": "test_embeddings",
+    "completions.create": "test_completions",
 }
 
 # Method: arguments for a call; the service answers with the status in NOT_SERVED_STATUS.
 NOT_SERVED: dict[str, dict[str, Any]] = {
     "fine_tuning.alpha.graders.run": {"grader": {}, "model_sample": "x"},
     "fine_tuning.alpha.graders.validate": {"grader": {}},
-    "fine_tuning.checkpoints.permissions.create": {
-        "fine_tuned_model_checkpoint": "ft:x",
-        "project_ids": ["proj_x"],
-    },
-    "fine_tuning.checkpoints.permissions.delete": {
-        "permission_id": "cp_x",
-        "fine_tuned_model_checkpoint": "ft:x",
-    },
-    "fine_tuning.checkpoints.permissions.list": {"fine_tuned_model_checkpoint": "ft:x"},
-    "fine_tuning.checkpoints.permissions.retrieve": {"fine_tuned_model_checkpoint": "ft:x"},
     "chat.completions.delete": {"completion_id": "chatcmpl-x"},
     "chat.completions.list": {},
     "chat.completions.messages.list": {"completion_id": "chatcmpl-x"},
     "chat.completions.retrieve": {"completion_id": "chatcmpl-x"},
     "chat.completions.update": {"completion_id": "chatcmpl-x", "metadata": {}},
-    "completions.create": {"model": "base", "prompt": "x"},
     "batches.cancel": {"batch_id": "batch_x"},
     "batches.create": {
         "completion_window": "24h",

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from models.db import Database
-from models.registry import adapters, tenancy
+from models.registry import adapters, permissions, tenancy
 from models.settings import Settings
 from models.tables import Adapter
 from tests.api.calls import chat, new_job, upload
@@ -21,6 +21,8 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_x"]}},
     ("get", "/v1/files/{file_id}/preview"): {"params": {"model": "base"}},
     ("post", "/v1/files/{file_id}/lint"): {"json": {}},
+    ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
+    ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
 }
 
 
@@ -62,6 +64,9 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
                 manifest={"base_fingerprint": "f" * 64},
             )
             adapters.publish(session, adapter)
+            third = tenancy.create_project(session, "third")
+            (permission,) = permissions.grant(session, project.id, NAME, [third.id])
+            ids["permission_id"] = permission.id
         client.headers["authorization"] = f"Bearer {own}"
         yield World(client, ids)
 
@@ -104,3 +109,5 @@ def test_anothers_objects_cannot_be_used(world: World) -> None:
     for route in ("embeddings", "fill_mask", "classify"):
         body = {"model": NAME, "input": "x"}
         assert world.client.post(f"/v1/{route}", json=body).status_code == 404
+    text = {"model": NAME, "prompt": "a"}
+    assert world.client.post("/v1/completions", json=text).status_code == 404

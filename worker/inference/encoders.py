@@ -72,6 +72,8 @@ class _Stage:
         from peft import PeftModel, get_peft_model_state_dict
         from safetensors.torch import load_file
 
+        import worker.training.tuners.own  # noqa: F401 (makes its configurations known to PEFT)
+
         try:
             with warnings.catch_warnings():
                 # peft 0.21 asks transformers 5.24 for an attribute under its old name.
@@ -86,7 +88,9 @@ class _Stage:
             raise invalid_adapter("does_not_fit", str(error).partition("\n")[0]) from error
         self._adapters[digest] = None
         stored = load_file(directory / ADAPTER_FILES[1])
-        found = get_peft_model_state_dict(self.model, adapter_name=digest)
+        found = get_peft_model_state_dict(
+            self.model, adapter_name=digest, save_embedding_layers=False
+        )
         if stored.keys() != found.keys():
             odd = sorted(stored.keys() ^ found.keys())
             raise invalid_adapter("other_tensors", f"{len(odd)} tensors such as {odd[0]}")

@@ -116,21 +116,26 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
 
-    def build_engine(model: "PreTrainedModel") -> BatchingEngine:
+    def build_engine(model: "PreTrainedModel", fingerprint: str) -> BatchingEngine:
         return BatchingEngine(
             model,
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-            limits=Limits(n_slots=mine.max_adapters, max_waiting=mine.max_waiting),
+            fingerprint=fingerprint,
+            limits=Limits(
+                n_slots=mine.max_adapters,
+                max_waiting=mine.max_waiting,
+                cache_tokens=mine.cache_tokens,
+                prefix_tokens=mine.prefix_tokens,
+            ),
             adapter_bytes=mine.adapter_memory_bytes,
         )
 
     def build_own(adapter: Path, served: str) -> BatchingEngine:
-        return build_engine(
-            load_own_model(directory, adapter, served, precision=mine.precision, device=device)
-        )
+        own = load_own_model(directory, adapter, served, precision=mine.precision, device=device)
+        return build_engine(own, f"{info.fingerprint} {adapter.name}")
 
-    engine = build_engine(model)
+    engine = build_engine(model, info.fingerprint)
     residency = Residency(engine, adapters, renderer.template_sha256)
     service = InferenceService(engine, renderer, residency, info, description)
     service.previewer = Previewer(store, directory, info)

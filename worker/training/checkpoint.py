@@ -78,7 +78,7 @@ def save(trainer: Trainer, directory: Path, base_model: str) -> None:
     adapter.mkdir()
     state.mkdir()
     config = task.method.adapter_config(task.model, task.method_params, base_model, task.adapter)
-    config |= head_config(trainer)
+    config |= head_config(trainer, config)
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     save_file(published_tensors(trainer), adapter / ADAPTER_TENSORS, metadata={"format": "pt"})
     tensors = _optimizer_tensors(trainer)
@@ -168,14 +168,18 @@ def published_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
     return task.method.published(trained, task.method_params)
 
 
-def head_config(trainer: Trainer) -> JsonObject:
+def head_config(trainer: Trainer, config: JsonObject) -> JsonObject:
     """Return what PEFT has to know of a head: what is put on the base, and what of it is stored."""
     task = trainer.task
     if task.objective.head == "causal_lm":
         return {}
+    found: JsonObject = {"task_type": PEFT_TASKS[task.objective.head]}
     heads = head_paths(task.model.get_base_model())
-    config: JsonObject = {"task_type": PEFT_TASKS[task.objective.head]}
-    return config | ({"modules_to_save": heads, "exclude_modules": heads} if heads else {})
+    if heads:
+        found |= {"modules_to_save": heads, "exclude_modules": heads}
+        if isinstance(targets := config.get("target_modules"), list):
+            found["target_modules"] = [each for each in targets if each not in heads]
+    return found
 
 
 def _taken_up(trainer: Trainer, adapter: Path) -> dict[str, torch.Tensor] | None:

@@ -76,7 +76,7 @@ class PaddedForward:
     def without_adapter(self) -> AbstractContextManager[None]:
         return _frozen(self._model)
 
-    def target_logits(self, batch: Batch) -> torch.Tensor:
+    def logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits [N, vocabulary] of the N targets in order."""
         targets = side_by_side(batch.targets, batch.lengths, IGNORED)
         with self.autocast():
@@ -140,16 +140,6 @@ class PackedForward:
         hidden = self.hidden_states(batch)[wanted]
         return LossSum(*summed_cross_entropy(hidden, *self._head, targets))
 
-    def target_logits(self, batch: Batch) -> torch.Tensor:
-        """Return the logits [N, vocabulary] of the N targets in order."""
-        wanted = batch.targets != IGNORED
-        if self._head is None:
-            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
-                return label_logits(self._model, wanted[None], **self._inputs(batch))
-        weight, bias = self._head
-        hidden = self.hidden_states(batch)[wanted]
-        return functional.linear(hidden.to(weight.dtype), weight, bias)
-
     def log_probs(self, batch: Batch) -> torch.Tensor:
         wanted = batch.targets != IGNORED
         targets = batch.targets[wanted]
@@ -168,6 +158,16 @@ class PackedForward:
                 yield
         finally:
             self._adapter = own
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N targets in order."""
+        wanted = batch.targets != IGNORED
+        if self._head is None:
+            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
+                return label_logits(self._model, wanted[None], **self._inputs(batch))
+        weight, bias = self._head
+        hidden = self.hidden_states(batch)[wanted]
+        return functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D]."""

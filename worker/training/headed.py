@@ -23,12 +23,16 @@ def headed_forward(
 class HeadedForward(PaddedForward):
     """An encoder: masked language model, classifier, tagger, or none but the backbone."""
 
-    def logits(self, batch: Batch) -> torch.Tensor:
+    def outputs(self, batch: Batch) -> torch.Tensor:
         """Return float32 logits: [N, C] of each row, or [T, C] of each token, padding left out."""
         inputs = self._inputs(batch)
         with self.autocast():
             logits: torch.Tensor = self._model(**inputs, use_cache=False).logits
         return (logits if logits.dim() == 2 else logits[inputs["attention_mask"].bool()]).float()
+
+    def disagreement(self, batch: Batch, outputs: torch.Tensor) -> torch.Tensor | float:
+        """Return what a method adds to the loss where two passes differ; most add nothing."""
+        return 0.0
 
     def pooled(self, batch: Batch) -> torch.Tensor:
         """Return the mean hidden state of each sequence, its special tokens included, [S, D]."""
@@ -54,13 +58,20 @@ class Seq2SeqForward(HeadedForward):
     """Sources and targets take turns in a batch; the decoder reads the target, shifted by one."""
 
     def cross_entropy(self, batch: Batch) -> LossSum:
-        labels = self._labels(batch)
-        return loss_of(self.target_logits(batch), labels[labels != IGNORED])
+        targets = batch.targets[batch.targets != IGNORED]
+        with self.autocast():
+            return loss_of(self.logits(batch), targets)
 
-    def target_logits(self, batch: Batch) -> torch.Tensor:
-        labels = self._labels(batch)
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N tokens of the targets in order."""
+        sequences = list(batch.input_ids.split(batch.lengths))
+        labels = pad_sequence(
+            list(batch.targets.split(batch.lengths))[1::2],
+            batch_first=True,
+            padding_value=IGNORED,
+        )
         base: Any = self._model.get_base_model()
-        sources = list(batch.input_ids.split(batch.lengths))[0::2]
+        sources = sequences[0::2]
         inputs = {
             "input_ids": pad_sequence(sources, batch_first=True, padding_value=self._pad_id),
             "attention_mask": pad_sequence(
@@ -70,10 +81,6 @@ class Seq2SeqForward(HeadedForward):
         }
         with self.autocast():
             return label_logits(self._model, labels != IGNORED, **inputs)
-
-    def _labels(self, batch: Batch) -> torch.Tensor:
-        targets = list(batch.targets.split(batch.lengths))[1::2]
-        return pad_sequence(targets, batch_first=True, padding_value=IGNORED)
 
 
 def mean_pooled(hidden: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

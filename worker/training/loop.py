@@ -179,7 +179,11 @@ class Trainer:
         largest = [self.task.train[int(row)] for row in rows]
         self.task.model.train()
         with torch.random.fork_rng():
-            self._fitting(largest, only_first=True)
+            remark = self.task.method.first_pass(
+                self.task.model, lambda: self._fitting(largest, only_first=True)
+            )
+        if remark is not None:
+            self._warn(remark)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _fitting(self, examples: Sequence[Example], *, only_first: bool = False) -> Scores:

@@ -128,7 +128,9 @@ def headed_trainer(
     return Trainer(
         Task(
             model=model,
-            forward=headed_forward(model, spec.precision, "cpu", 0),
+            forward=method.wrap_forward(
+                model, headed_forward(model, spec.precision, "cpu", 0), method_params
+            ),
             method=method,
             method_params=method_params,
             objective=objective,

@@ -21,7 +21,7 @@ from tests.worker.training.encoders import (
 )
 from worker.base_models import load_model
 from worker.heads import Head
-from worker.training import checkpoint
+from worker.training import checkpoint, methods
 from worker.training.model import gives_same_logits
 
 CASES = [
@@ -91,6 +91,24 @@ def test_it_learns_and_what_is_stored_is_all_that_plain_peft_needs(
     fresh = headed_trainer(bases[family], name)
     checkpoint.restore(fresh, tmp_path / "saved")
     torch.testing.assert_close(answer(fresh.task.model), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", sorted(methods.all_methods()))
+def test_every_method_trains_a_classifier_with_its_head(
+    method: str, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    trainer = headed_trainer(bases["bert"], "classification", peft={"type": method})
+    task = trainer.task
+    before = trainer.evaluate(task.train).mean_loss
+    trainer.run(Silent(), lambda *_: None, lambda: None)
+    assert trainer.evaluate(task.train).mean_loss < before
+    expected = answer(task.model)
+    checkpoint.save(trainer, tmp_path / "saved", "tiny")
+    base: Any = load_model(
+        bases["bert"], precision="fp32", head=Head("sequence_classification", 3, seed=99)
+    )
+    loaded = PeftModel.from_pretrained(base, str(tmp_path / "saved" / "adapter"))
+    assert float((answer(loaded) - expected).norm() / expected.norm()) <= 1e-5
 
 
 def test_the_adapter_says_what_of_the_head_it_has(bases: dict[str, Path], tmp_path: Path) -> None:

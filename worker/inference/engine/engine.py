@@ -8,7 +8,7 @@ the tokens that the same request gets alone.
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Condition, Thread
@@ -24,10 +24,11 @@ from worker.inference.engine.errors import (
     EngineFullError,
     GenerationError,
 )
-from worker.inference.engine.params import EngineStats, Sampling, TokenEvent
+from worker.inference.engine.params import Constraint, EngineStats, TokenEvent
 from worker.inference.engine.pool import AdapterLease, AdapterPool
 from worker.inference.engine.runner import Runner
 from worker.inference.engine.scheduler import Limits, Scheduler
+from worker.inference.engine.sequence import Request as Request
 from worker.inference.engine.sequence import Sequence
 from worker.inference.engine.stream import Decode, TextStream
 
@@ -37,17 +38,6 @@ Emit = Callable[[int, TokenEvent | EngineError], None]
 """Takes (choice, event) on the engine's thread; it must return at once and not raise."""
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """A prompt (not empty) to continue `n` times; choice i draws with ``sampling.seed + i``."""
-
-    prompt: tuple[int, ...]
-    sampling: Sampling
-    n: int = 1
-    lease: AdapterLease | None = None
-    """On the adapter to use; the engine takes leases of its own. None is the base model."""
 
 
 class Ticket(Protocol):
@@ -116,6 +106,7 @@ class BatchingEngine:
         model: A causal language model in evaluation mode; its linear layers get wrapped.
         decode: Token ids to text.
         stop_ids: Tokens that end an answer.
+        fingerprint: What identifies the base model.
         limits: How much runs and waits at a time.
         adapter_bytes: Memory for adapters on the host, in use or not.
     """
@@ -126,6 +117,7 @@ class BatchingEngine:
         decode: Decode,
         stop_ids: Iterable[int],
         *,
+        fingerprint: str = "",
         limits: Limits | None = None,
         adapter_bytes: int = ADAPTER_BYTES,
     ) -> None:
@@ -134,7 +126,7 @@ class BatchingEngine:
         self._decode = decode
         self._stop_ids = frozenset(stop_ids)
         self._pool = AdapterPool(adapter_bytes)
-        self._runner = Runner(model, limits.n_slots)
+        self._runner = Runner(model, fingerprint, limits)
         self._changed = Condition()
         self._scheduler: Scheduler[Sequence] = Scheduler(limits)
         self._closing = False
@@ -147,7 +139,7 @@ class BatchingEngine:
     def load(self, digest: str, directory: Path) -> AdapterLease:
         layers = self._runner.layers
         weights = read_adapter(directory, digest, layers.shapes).weights(layers.read)
-        return self._pool.admit(weights.cast(self._model.dtype))
+        return self._pool.admit(weights.cast(self._runner.adapter_dtype))
 
     def unload(self, digest: str) -> int:
         return self._pool.remove(digest)
@@ -155,23 +147,31 @@ class BatchingEngine:
     def submit(self, request: Request, emit: Emit) -> Ticket:
         if not request.prompt:
             raise ValueError("A prompt needs at least one token.")
+        make = request.constraint
+        constraints = [make() if make is not None else None for _ in range(request.n)]
         with self._changed:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("The engine is closed.")
             if not self._scheduler.has_room(request.n):
                 waiting = len(self._scheduler.waiting)
                 raise EngineFullError(f"{waiting} sequences are waiting already.")
-            sequences = [self._sequence(request, index, emit) for index in range(request.n)]
+            sequences = [
+                self._sequence(request, index, emit, constraint)
+                for index, constraint in enumerate(constraints)
+            ]
             self._scheduler.add(sequences)
             self._changed.notify_all()
         return _Ticket(sequences, self._changed)
 
-    def _sequence(self, request: Request, index: int, emit: Emit) -> Sequence:
+    def _sequence(
+        self, request: Request, index: int, emit: Emit, constraint: Constraint | None
+    ) -> Sequence:
         seed = request.sampling.seed
         sampling = replace(request.sampling, seed=None if seed is None else seed + index)
         lease = request.lease.share() if request.lease is not None else None
         text = TextStream(self._decode, sampling.stop)
-        return Sequence(request.prompt, sampling, lease, text, partial(emit, index))
+        own = replace(request, sampling=sampling)
+        return Sequence(own, lease, text, partial(emit, index), constraint)
 
     def stats(self) -> EngineStats:
         with self._changed:
@@ -275,10 +275,10 @@ class BatchingEngine:
             self._end(sequence, GenerationError(f"{type(error).__name__} while generating."))
 
     def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        event = sequence.push(sequence.sampler.pick(logits), self._stop_ids)
+        event = sequence.take(logits, self._stop_ids)
         if event.finish_reason is not None:
             self._end(sequence, event)
-        elif event.text:
+        elif event.text or event.prompt_logprobs:
             self._emit(sequence, event)
 
     def _end(self, sequence: Sequence, event: TokenEvent | EngineError) -> None:

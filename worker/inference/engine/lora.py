@@ -52,7 +52,7 @@ class AdaptedLinear(nn.Module):
         if (mask := slots.mask) is not None:
             # Chosen, not multiplied by 0: what overflows in one row's adapter stays in that row.
             own = torch.where(_beside(mask, x.dim()), own, 0.0)
-        return y + (own @ buffers.b[slots.columns]).to(y.dtype)
+        return (y + own @ buffers.b[slots.columns]).to(y.dtype)
 
 
 def _of_rows(slots: Slots, gains: torch.Tensor, n_dims: int) -> torch.Tensor:

@@ -52,6 +52,7 @@ class Limits:
         cache_tokens: Tokens of all cache rows together; rows are as wide as the longest.
         row_growth: Tokens by which rows grow at once.
         overtake_tokens: Tokens that may pass a sequence which waits for a slot.
+        prefix_tokens: Tokens of prompts whose states are kept for prompts that begin alike.
     """
 
     max_running: int = 16
@@ -61,6 +62,7 @@ class Limits:
     cache_tokens: int = 131_072
     row_growth: int = 256
     overtake_tokens: int = 4096
+    prefix_tokens: int = 8192
 
 
 T = TypeVar("T", bound=Schedulable)

@@ -96,7 +96,7 @@ class Slots:
     Args:
         linears: The layers that adapters may change.
         n_slots: How many adapters may take part in a pass.
-        like: A tensor of the dtype and on the device of the base model.
+        like: A tensor of the dtype of A and B, on the device of the base model.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What a method has to offer. Imported by the API: tensor libraries only inside functions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -131,6 +131,19 @@ class Method(Plugin, ABC):
         A checkpoint then keeps the trained tensors beside the file, and no job can go on from it.
         """
         return dict(published)
+
+    def first_pass(self, model: "PeftModel", run: Callable[[], object]) -> str | None:
+        """Make the pass that comes before the first step, whose gradients are thrown away.
+
+        Args:
+            model: In training mode.
+            run: Runs the largest micro-batch forwards and backwards.
+
+        Returns:
+            What the owner of the job should read: a method may change how it trains here.
+        """
+        run()
+        return None
 
     def wrap_forward(
         self, model: "torch.nn.Module", forward: "LanguageForward", params: Any

@@ -110,14 +110,14 @@ class LanguageForward(Protocol):
     def cross_entropy(self, batch: Batch) -> LossSum:
         """Return Σ −log p(target), in nats, and the arg-max hits of the batch."""
 
-    def target_logits(self, batch: Batch) -> "torch.Tensor":
-        """Return the logits [N, vocabulary] of the N targets in order."""
-
     def log_probs(self, batch: Batch) -> "torch.Tensor":
         """Return log p(target), in nats, float32 [N] of the N targets in order."""
 
     def without_adapter(self) -> AbstractContextManager[None]:
         """Make passes inside those of the frozen base alone."""
+
+    def logits(self, batch: Batch) -> "torch.Tensor":
+        """Return the logits [N, vocabulary] of the N targets in order."""
 
 
 _FAMILIES: "dict[HeadKind, Family]" = {

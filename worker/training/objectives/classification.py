@@ -103,11 +103,12 @@ class Classification(Objective):
     def loss(self, forward: Any, batch: Batch, params: Any) -> LossSum:
         from torch.nn import functional
 
-        logits = forward.logits(batch)
+        logits = forward.outputs(batch)
         assert batch.labels is not None
         if params.problem == "single":
             wanted = batch.labels[:, 0].long()
             loss = functional.cross_entropy(logits, wanted, reduction="sum")
+            loss = loss + forward.disagreement(batch, logits)
             return LossSum(loss, (logits.detach().argmax(-1) == wanted).sum())
         if params.problem == "multi":
             loss = functional.binary_cross_entropy_with_logits(

@@ -71,7 +71,7 @@ class TokenClassification(Objective):
     def loss(self, forward: Any, batch: Batch, params: Any) -> LossSum:
         from torch.nn import functional
 
-        logits = forward.logits(batch)
+        logits = forward.outputs(batch)
         loss = functional.cross_entropy(
             logits, batch.targets, ignore_index=IGNORED, reduction="sum"
         )

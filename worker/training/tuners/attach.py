@@ -35,6 +35,9 @@ def attach_adapter(
     if heads and not config.is_prompt_learning:
         config.modules_to_save = heads  # type: ignore[attr-defined]
         config.exclude_modules = heads  # type: ignore[attr-defined]
+        targets = getattr(config, "target_modules", None)
+        if isinstance(targets, list):
+            config.target_modules = [each for each in targets if each not in heads]  # type: ignore[attr-defined]
     if not base.can_generate() or base.config.is_encoder_decoder:
         config.task_type = None
     with torch.random.fork_rng(), warnings.catch_warnings():

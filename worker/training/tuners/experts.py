@@ -99,11 +99,8 @@ class ConsistentForward:
         self._weight = weight
         self.pads = forward.pads
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._forward, name)  # passes that need no second one
-
-    def target_logits(self, batch: Batch) -> torch.Tensor:
-        return self._forward.target_logits(batch)
+    def logits(self, batch: Batch) -> torch.Tensor:
+        return self._forward.logits(batch)
 
     def log_probs(self, batch: Batch) -> torch.Tensor:
         return self._forward.log_probs(batch)
@@ -111,10 +108,20 @@ class ConsistentForward:
     def without_adapter(self) -> AbstractContextManager[None]:
         return self._forward.without_adapter()
 
+    def __getattr__(self, name: str) -> Any:
+        """Give what only some forwards have: an encoder's outputs, vectors, vocabulary."""
+        return getattr(self._forward, name)
+
+    def disagreement(self, batch: Batch, outputs: torch.Tensor) -> torch.Tensor | float:
+        """Return the consistency term of a classifier whose first pass gave `outputs` [N, C]."""
+        if not self._model.training:
+            return 0.0
+        return self._weight * divergence(outputs, self.outputs(batch))
+
     def cross_entropy(self, batch: Batch) -> LossSum:
         if not self._model.training:
             return self._forward.cross_entropy(batch)
-        first, second = (self._forward.target_logits(batch) for _ in range(2))
+        first, second = self._forward.logits(batch), self._forward.logits(batch)
         targets = batch.targets[batch.targets != IGNORED]
         loss = functional.cross_entropy(first.float(), targets, reduction="sum")
         n_correct = (first.detach().argmax(-1) == targets).sum()

@@ -129,7 +129,7 @@ limits = st.builds(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(limits, st.lists(st.lists(items, max_size=4), min_size=1, max_size=8), st.data())
 def test_the_rules_hold_in_every_order_and_everybody_ends(
     bounds: Limits, arrivals: list[list[Item]], data: Any

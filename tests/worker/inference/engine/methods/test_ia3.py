@@ -1,4 +1,4 @@
-"""What the strict reader accepts and refuses of IA3 (what it computes: `test_exact`)."""
+"""What the strict reader accepts and refuses of IA3 (what it computes: `test_runner`)."""
 
 from typing import Any
 
