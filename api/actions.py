@@ -16,6 +16,7 @@ from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
 from models.domain.base import JsonObject
+from models.domain.estimates import BaseShape
 from models.domain.generation import AdapterRef
 from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
@@ -25,6 +26,7 @@ from models.registry import adapters, base_models, files, jobs, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
+from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
 
@@ -57,14 +59,14 @@ def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
     """
     with services.database.read() as session:
         room = quotas.room_for_bytes(session, caller.project_id)
-    stored = store_content(services, upload.content, room)
+    stored = store_content(services, upload.content, services.settings.api.max_upload_bytes, room)
     with adding(services, stored.key) as session:
         return add_file(session, services, caller, upload, stored)
 
 
 @contextmanager
-def adding(services: Services, key: str) -> Iterator[Session]:
-    """A transaction about an object that is stored already; a rollback takes the object along."""
+def adding(services: Services, *keys: str) -> Iterator[Session]:
+    """A transaction about objects that are stored already; a rollback takes them along."""
     is_committed = False
 
     def note() -> None:
@@ -73,10 +75,10 @@ def adding(services: Services, key: str) -> Iterator[Session]:
 
     try:
         with services.database.write() as session:
-            after_commit(session, f"note {key}", note)
+            after_commit(session, f"note {keys}", note)
             yield session
     except BaseException:
-        if not is_committed:
+        for key in () if is_committed else keys:
             services.store.delete(key)
         raise
 
@@ -91,14 +93,15 @@ class Stored:
     sha256: str
 
 
-def store_content(services: Services, content: Iterable[bytes], room: int | None = None) -> Stored:
-    """Stream bytes into the store under the key of a new file, at most `room` if that is a number.
+def store_content(
+    services: Services, content: Iterable[bytes], limit: int | None, room: int | None = None
+) -> Stored:
+    """Stream bytes, at most `limit` and `room`, into the store under the key of a new file.
 
     Raises:
         InvalidRequestError: there are none.
         PayloadTooLargeError: they exceed the limit; nothing of them is kept.
     """
-    limit = services.settings.api.max_upload_bytes
     digest = hashlib.sha256()
     size = 0
 
@@ -106,7 +109,7 @@ def store_content(services: Services, content: Iterable[bytes], room: int | None
         nonlocal size
         for chunk in content:
             size += len(chunk)
-            if size > limit:
+            if limit is not None and size > limit:
                 raise PayloadTooLargeError(
                     f"The file is larger than {limit:,} bytes, the limit of this service.",
                     param="file",
@@ -238,7 +241,12 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
             than a worker gives to a job (names `param`).
         NotFoundError: a file that does not exist.
     """
-    base_models.get(session, spec.model)
+    base = base_models.get(session, spec.model)
+    # Without a shape, no process has seen the model's files yet.
+    shape = None if base.shape is None else BaseShape.model_validate(base.shape)
+    methods.require_fit(spec.peft, spec.precision.type, shape)
+    if shape is not None:
+        objectives.get_objective(spec.objective["type"]).require_base(shape.family)
     if spec.num_devices > (most := services.settings.worker.devices_per_job):
         raise InvalidRequestError(
             f"num_devices is {spec.num_devices}; the workers of this service give a job at most "

@@ -8,15 +8,32 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from api import openapi
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
+from api.batches import BatchRunner
 from api.deps import ServicesDep, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import audit_logs, projects
 from api.keys import routes as keys
+from api.methods import routes as methods
 from api.middleware import RequestId
-from api.openai import chat, estimates, files, fine_tuning, models, permissions, progress, uploads
+from api.openai import (
+    batches,
+    chat,
+    completions,
+    encoders,
+    estimates,
+    files,
+    fine_tuning,
+    models,
+    permissions,
+    progress,
+    stored,
+    uploads,
+    webhooks,
+)
 from api.operations import routes as operations
 from api.services import Services
 from api.ui import serve as page
@@ -35,9 +52,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         services = Services.from_settings(settings)
         await run_in_threadpool(_sync_catalog, services)
         app.state.services = services
+        runner = BatchRunner(app, services)
         try:
             yield
         finally:
+            await runner.aclose()
             await services.aclose()
 
     app = FastAPI(
@@ -52,6 +71,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.include_router(_v1(settings))
     page.install(app)
     app.include_router(_health)
+    openapi.install(app)
     return app
 
 
@@ -67,9 +87,15 @@ def _v1(settings: Settings) -> APIRouter:
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
+        (methods.router, TRAINING, limits.max_body_bytes),
         (chat.router, INFERENCE, limits.max_body_bytes),
+        (encoders.router, INFERENCE, limits.max_body_bytes),
+        (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
+        (stored.router, INFERENCE, limits.max_body_bytes),
+        (batches.router, INFERENCE, limits.max_body_bytes),
+        (webhooks.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]

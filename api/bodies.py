@@ -75,6 +75,14 @@ def part_body(part: UploadPart) -> JsonObject:
     }
 
 
+def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
+    """Return OpenAI's ``method``: dpo, or supervised for whatever else."""
+    if spec.objective.get("type") == "dpo":
+        numbers = {**hyperparameters, "beta": spec.objective["beta"]}
+        return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
 def job_body(job: Job, organization: str) -> JsonObject:
     """Return OpenAI's job object, then Tunery's fields with their resolved values."""
     spec = TrainingSpec.model_validate(job.spec)
@@ -93,7 +101,7 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "organization_id": organization,
         "status": job.status,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": _method_body(spec, hyperparameters),
         "training_file": job.training_file,
         "validation_file": job.validation_file,
         "result_files": [job.result_file] if job.result_file else [],

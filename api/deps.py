@@ -17,7 +17,7 @@ from models.registry.usage import User
 from models.tables import ApiKey
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:  # async: it needs no thread
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
@@ -58,6 +58,9 @@ class Caller:
         return User(self.project_id, self.key_id, model)
 
 
+INTERNAL_CALLER = "tunery.caller"
+"""Key of an ASGI scope: who calls, when the service itself asks for somebody (no client can)."""
+
 _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
 
 
@@ -73,6 +76,9 @@ def get_caller(
         PermissionDeniedError: a change by cookie that does not come from the page itself.
         CapacityError: the key has used up the requests of its minute.
     """
+    internal = request.scope.get(INTERNAL_CALLER)
+    if isinstance(internal, Caller):
+        return internal
     caller = _identify(request, services, credentials)
     obey(request, services.rates.admit(caller.key_id, caller.requests_per_minute))
     return caller
@@ -134,4 +140,7 @@ def require_tokens(request: Request, services: ServicesDep, caller: CallerDep) -
             quotas.check_serving(session, caller.project_id, unwritten)
 
 
+MAX_TEXT = 200
+"""Longest text to look for in a list."""
+Text = Annotated[str, Query(max_length=MAX_TEXT, description="A text in the name or the id.")]
 After = Annotated[str | None, Query(description="Id of the last item of the previous page.")]

@@ -7,6 +7,7 @@ import orjson
 from pydantic import ValidationError
 
 from models.domain.base import JsonObject
+from models.domain.encoding import EncodeAnswer, EncodeRequest
 from models.domain.generation import (
     AdapterRef,
     Failed,
@@ -94,6 +95,18 @@ class InferenceClient:
             raise _lost(type(error).__name__) from error
         if response.status_code != 200:
             raise _refusal(response.status_code, response.content)
+
+    async def encode(self, url: str, request: EncodeRequest) -> EncodeAnswer:
+        """Return what an encoder says of some texts; raises as `preview` does."""
+        try:
+            response = await self._client.post(
+                f"{url}/encode", json=request.model_dump(mode="json")
+            )
+            if response.status_code != 200:
+                raise _refusal(response.status_code, response.content)
+            return EncodeAnswer.model_validate_json(response.content)
+        except (httpx.HTTPError, ValidationError) as error:
+            raise _lost(type(error).__name__) from error
 
     async def aclose(self) -> None:
         await self._client.aclose()

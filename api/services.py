@@ -8,6 +8,7 @@ from api.feed import JobFeed
 from api.inference_client import InferenceClient
 from api.metering import Meter
 from api.rates import RateLimits
+from api.wake import Wake
 from models.broker import Bell, make_celery
 from models.db import Database
 from models.settings import Settings
@@ -24,6 +25,7 @@ class Services:
     feed: JobFeed
     meter: Meter
     rates: RateLimits
+    batch_wake: Wake
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
@@ -38,10 +40,12 @@ class Services:
             feed=JobFeed(database, settings.api.organization),
             meter=Meter(database, rates.spend),
             rates=rates,
+            batch_wake=Wake(),
         )
 
     async def aclose(self) -> None:
         await self.feed.aclose()
         await self.inference.aclose()
         await run_in_threadpool(self.meter.close)
+        await run_in_threadpool(self.bell.close)
         self.database.close()

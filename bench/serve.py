@@ -30,6 +30,7 @@ from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.errors import EngineError
 from worker.inference.engine.params import Sampling, TokenEvent
 from worker.inference.engine.pool import AdapterLease
+from worker.inference.engine.scheduler import Limits
 
 BASE = "smollm2-135m-instruct"
 RANK = 16
@@ -98,7 +99,7 @@ class Ours:
             load_model(directory, precision="bf16"),
             lambda ids: "x" * len(ids),
             [],
-            max_adapters=max(n_adapters, 1),
+            limits=Limits(n_slots=16),
         )
         self._leases = [
             self.engine.load(str(index), folder / str(index)) for index in range(n_adapters)

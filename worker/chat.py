@@ -30,8 +30,9 @@ from models.domain.rows import (
 from models.errors import InvalidRequestError
 from worker.chat_template import DEFAULT_TEMPLATE, ChatTemplate, row_errors
 from worker.masker import Masker, PreparedText, Rendered, Turn
-from worker.row_error import RowError, parsed_calls
+from worker.row_error import RowError, parsed_calls, require_content, without_tools
 from worker.token_guard import Encoded, TokenGuard
+from worker.tool_syntax import PROBE_TOOLS, ToolSyntax, probe_question, probe_turn, syntax_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,6 +84,22 @@ class ChatRenderer:
         """Whether the base model brought no template, so that ours stands in."""
         return bool(self._tokenizer.chat_template == DEFAULT_TEMPLATE)
 
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The tokenizer itself, e.g. for an encoder, which has no conversations."""
+        return self._tokenizer
+
+    @property
+    def guard(self) -> TokenGuard:
+        """What encodes plain text, in which special tokens are text."""
+        return self._guard
+
+    @cached_property
+    def text_start(self) -> list[int]:
+        """The tokens that running text starts with: often none, or a begin-of-text token."""
+        end = self._tokenizer.eos_token_id
+        return [int(each) for each in self._tokenizer("")["input_ids"] if each != end]
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The tokens that end an assistant turn: the tokenizer's, and the chat template's."""
@@ -102,6 +119,29 @@ class ChatRenderer:
             if last is not None and encoding.offsets[last][0] >= len(prompt):
                 ids.add(encoding.ids[last])
         return frozenset(ids)
+
+    @cached_property
+    def tool_syntax(self) -> ToolSyntax:
+        """How the template writes the calls of tools."""
+        return syntax_of([self._probed_calls(n) for n in (1, 2)], self._guard.split)
+
+    def _probed_calls(self, n_calls: int) -> str | None:
+        probe = _Conversation([probe_question(), probe_turn(n_calls)], PROBE_TOOLS, guarded=False)
+        try:
+            prompt = self._text(probe, 1, add_generation_prompt=True)
+            whole = self._text(probe, 2)
+        except RowError:  # it takes no tools, or no two calls at once
+            return None
+        answer = whole.removeprefix(prompt)
+        for name in self._tokenizer.convert_ids_to_tokens(sorted(self.stop_ids)):
+            answer = answer.partition(name)[0]
+        return answer if whole.startswith(prompt) else None
+
+    def text_ids(self, text: str) -> list[int]:
+        """Return the ids of a text to continue without a template, as completion rows begin."""
+        guarded = self._guard.found_in(text)
+        prepared = self._guard.swap(self._guard.mask(text)) if guarded else text
+        return [*self.text_start, *self._masker.encode(prepared, guarded=guarded).ids]
 
     def prompt_ids(
         self, messages: list[ChatMessage], tools: list[JsonObject] | None = None
@@ -179,20 +219,19 @@ class ChatRenderer:
                 "the base model has no end-of-text token, so it would never learn to stop.",
                 hint="Use a base model that has one.",
             )
-        start = [each for each in self._tokenizer("")["input_ids"] if each != end]
         whole = prompt + learned
         guarded = self._guard.found_in(whole)
         if guarded:
             prompt, whole = (self._guard.swap(self._guard.mask(each)) for each in (prompt, whole))
         turn = Turn(len(prompt), len(whole), "completion")
-        return PreparedText(whole, guarded, [turn], before=start, after=[int(end)])
+        return PreparedText(whole, guarded, [turn], before=self.text_start, after=[int(end)])
 
     def _prepare_chat(self, row: ChatRow) -> PreparedText:
         conversation = self._conversation(row.messages, row.tools)
         learned = []
         for index, message in enumerate(row.messages):
             if message.role == "assistant" and message.weight != 0:
-                _require_content(message, index)
+                require_content(message, index)
                 learned.append(index)
         if not learned:
             raise RowError(
@@ -294,7 +333,7 @@ class ChatRenderer:
         """Raise RowError where leaving tools, calls or results out gives the very same text."""
         turns, tools = conversation.turns, conversation.tools
         if tools is not None and self._same_without(conversation, turns, None):
-            raise _without_tools("it ignores the list of tools", "tools")
+            raise without_tools("it ignores the list of tools", "tools")
         called = False
         for index, turn in enumerate(turns):
             path = f"messages[{index}]"
@@ -315,7 +354,7 @@ class ChatRenderer:
             if changed is not None:
                 others = [*turns[:index], changed, *turns[index + 1 :]]
                 if self._same_without(conversation, others, tools):
-                    raise _without_tools("it ignores tool calls and their results", path)
+                    raise without_tools("it ignores tool calls and their results", path)
 
     def _same_without(
         self,
@@ -357,22 +396,3 @@ def _or_error(function: Callable[..., _Value], *arguments: object) -> _Value | R
         return function(*arguments)
     except RowError as error:
         return error.with_traceback(None)  # its frames hold the very list that it is put into
-
-
-def _require_content(message: ChatMessage, index: int) -> None:
-    if not message.text.strip() and not message.tool_calls:
-        raise RowError(
-            "empty_content",
-            "the assistant message is empty.",
-            path=f"messages[{index}].content",
-            hint="Write the answer that the model should learn, or remove the row.",
-        )
-
-
-def _without_tools(what: str, path: str) -> RowError:
-    return RowError(
-        "template_without_tools",
-        f"the base model's chat template does not support tools: {what}.",
-        path=path,
-        hint="Remove them, or use a base model whose template supports tools.",
-    )

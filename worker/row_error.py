@@ -4,6 +4,7 @@ import json
 
 from models.domain.base import JsonObject
 from models.domain.reports import RowFinding
+from models.domain.rows import ChatMessage
 
 
 class RowError(ValueError):
@@ -52,3 +53,24 @@ def parsed_calls(calls: list[JsonObject], index: int) -> list[JsonObject]:
             )
         parsed.append({**call, "function": {**function, "arguments": arguments}})
     return parsed
+
+
+def require_content(message: ChatMessage, index: int) -> None:
+    """Raise RowError if an assistant message that is to be learned says and calls nothing."""
+    if not message.text.strip() and not message.tool_calls:
+        raise RowError(
+            "empty_content",
+            "the assistant message is empty.",
+            path=f"messages[{index}].content",
+            hint="Write the answer that the model should learn, or remove the row.",
+        )
+
+
+def without_tools(what: str, path: str) -> RowError:
+    """Return the error of a template that ignores tools; `what` says how."""
+    return RowError(
+        "template_without_tools",
+        f"the base model's chat template does not support tools: {what}.",
+        path=path,
+        hint="Remove them, or use a base model whose template supports tools.",
+    )

@@ -31,10 +31,14 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a text, and the half-open span of its characters that each stands for."""
+    """Token ids of a text, and the half-open span of its characters that each stands for.
+
+    `words` numbers the words (of the tokenizer's pre-tokenizer) that they are part of.
+    """
 
     ids: list[int]
     offsets: list[tuple[int, int]]
+    words: Sequence[int | None] = ()
 
 
 class TokenGuard:
@@ -81,6 +85,15 @@ class TokenGuard:
             return {self._mask(key): self._mask(item) for key, item in value.items()}
         return [self._mask(item) for item in value] if isinstance(value, list) else value
 
+    def split(self, text: str) -> tuple[str | int, ...]:
+        """Return `text` cut at special tokens, each of which is its id."""
+        pieces: list[str | int] = []
+        end = 0
+        for match in self._names.finditer(text):
+            pieces += [text[end : match.start()], self._by_name[match[0]]]
+            end = match.end()
+        return tuple(piece for piece in [*pieces, text[end:]] if piece != "")
+
     def swap(self, text: str) -> str:
         """Return a template's output over masked content as `encode` takes it (step 3)."""
         return self._swappable.sub(lambda match: self._swaps[match[0]], text)
@@ -90,6 +103,24 @@ class TokenGuard:
         tokenizer = self._renamed if guarded else self._plain
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode plain texts, with their words; special tokens named in them are text.
+
+        The offsets of a text that names one are those of another text.
+        """
+        found: dict[int, Encoded] = {}
+        for guarded in (False, True):
+            chosen = {
+                at: self.swap(self.mask(text)) if guarded else text
+                for at, text in enumerate(texts)
+                if self.found_in(text) is guarded
+            }
+            tokenizer = self._renamed if guarded and chosen else self._plain
+            encodings = tokenizer.encode_batch(list(chosen.values()), add_special_tokens=False)
+            for at, each in zip(chosen, encodings, strict=True):
+                found[at] = Encoded(each.ids, each.offsets, each.word_ids)
+        return [found[at] for at in range(len(texts))]
 
     def last_special(self, encoding: Encoded, start: int, end: int) -> int | None:
         """Return the index in `start` … `end` (half open) of the last special token, if any."""

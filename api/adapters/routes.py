@@ -13,7 +13,7 @@ from api.adapters import imports
 from api.adapters.archive import pack
 from api.adapters.imports import Import
 from api.audit import note
-from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, WriteSession
+from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, Text, WriteSession
 from api.model_card import model_card
 from api.services import Services
 from models.domain.base import JsonObject
@@ -32,9 +32,13 @@ def list_adapters(
     caller: CallerDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    base_model: str | None = None,
+    q: Text = "",
 ) -> JsonObject:
-    """List the published adapters of the project, newest first."""
-    page = adapters.list_page(session, caller.project_id, Cursor(after, limit))
+    """List the published adapters of the project, newest first; ``q`` is a part of the name."""
+    page = adapters.list_page(
+        session, caller.project_id, Cursor(after, limit), base_model=base_model, text=q
+    )
     return bodies.list_body(page, bodies.made_body)
 
 

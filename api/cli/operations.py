@@ -29,6 +29,8 @@ def list_workers(as_json: JsonOption = False, home: HomeOption = None) -> None:
                 devices = ", ".join(device["name"] for device in worker["devices"])
                 memory = f"{worker['memory']['used'] / _GIB:.1f} GiB"
                 doing = "\n".join(_slot_text(slot) for slot in worker["slots"])
+                if worker["status"] == "offline":
+                    doing = "offline: it fell silent"
             else:
                 devices, memory = worker["precision"], ""
                 doing = f"serves {worker['base_model']}"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from api import actions, bodies
-from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, WriteSession
+from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, Text, WriteSession
 from api.openai.schemas import PURPOSES
 from api.services import Services
 from models.domain.base import JsonObject
@@ -19,6 +19,7 @@ from models.domain.reports import DataOptions, DatasetReport
 from models.errors import InvalidRequestError, NotFoundError
 from models.explain import explain
 from models.registry import base_models, files, inference_servers
+from models.registry.files import SortFiles
 from models.registry.page import Cursor
 from models.storage import CHUNK, ObjectNotFoundError
 from models.tables import File
@@ -76,15 +77,24 @@ def create_file(
 
 
 @router.get("")
-def list_files(
+def list_files(  # noqa: PLR0913 (one argument for each parameter of the query)
     session: ReadSession,
     caller: CallerDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=10000)] = 10000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
+    q: Text = "",
+    sort: SortFiles = "created_at",
 ) -> JsonObject:
-    page = files.list_page(session, caller.project_id, Cursor(after, limit, order), purpose=purpose)
+    page = files.list_page(
+        session,
+        caller.project_id,
+        Cursor(after, limit, order),
+        purpose=purpose,
+        text=q,
+        sort=sort,
+    )
     return bodies.list_body(page, bodies.file_body)
 
 

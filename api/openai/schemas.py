@@ -2,9 +2,19 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StrictBool, StrictInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    field_validator,
+    model_validator,
+)
 
 from models.domain.base import JsonObject, Parameters, Text
+from models.domain.generation import MAX_CHOICES
 from models.domain.rows import ChatMessage
 from models.domain.training import (
     Auto,
@@ -16,17 +26,53 @@ from models.domain.training import (
 
 Strict = Annotated[float, Field(strict=True)]
 
+MAX_PROMPTS = 128
+
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 
 
+class DpoHyperparameters(Hyperparameters):
+    """OpenAI's numbers of preference optimisation; ``"auto"`` is the objective's default."""
+
+    beta: Auto | Annotated[Strict, Field(gt=0, le=2)] = "auto"
+
+
 class MethodBody(Parameters):
-    """OpenAI's ``method``; only ``supervised`` can be trained here so far."""
+    """OpenAI's ``method``: ``supervised`` is objective `sft` (or another of ours), or ``dpo``."""
 
     class Supervised(Parameters):
         hyperparameters: Hyperparameters | None = None
 
-    type: Literal["supervised"]
+    class Dpo(Parameters):
+        hyperparameters: DpoHyperparameters | None = None
+
+    type: Literal["supervised", "dpo"]
     supervised: Supervised | None = None
+    dpo: Dpo | None = None
+
+    @property
+    def hyperparameters(self) -> Hyperparameters | None:
+        """The numbers of the method that `type` names."""
+        chosen = self.dpo if self.type == "dpo" else self.supervised
+        return chosen.hyperparameters if chosen else None
+
+    @property
+    def beta(self) -> float | None:
+        """DPO's β, if one was given."""
+        numbers = self.dpo.hyperparameters if self.dpo else None
+        return None if numbers is None or numbers.beta == "auto" else numbers.beta
+
+    @model_validator(mode="after")
+    def _only_the_chosen_one(self) -> "MethodBody":
+        other = "supervised" if self.type == "dpo" else "dpo"
+        if getattr(self, other) is not None:
+            raise ValueError(f"'{other}' is given, but 'type' is '{self.type}'; send only one")
+        return self
+
+
+def _three(given: Hyperparameters) -> Hyperparameters:
+    """Return the three numbers that every method has."""
+    return Hyperparameters(**{name: getattr(given, name) for name in Hyperparameters.model_fields})
 
 
 def _check_metadata(pairs: dict[str, str]) -> dict[str, str]:
@@ -77,11 +123,11 @@ class JobCreate(Parameters):
 
     @model_validator(mode="after")
     def _one_set_of_hyperparameters(self) -> "JobCreate":
-        nested = self.method and self.method.supervised and self.method.supervised.hyperparameters
-        if nested and self.hyperparameters and nested != self.hyperparameters:
+        nested = self.method and self.method.hyperparameters
+        if nested and self.hyperparameters and _three(nested) != self.hyperparameters:
             raise ValueError(
-                "'hyperparameters' and 'method.supervised.hyperparameters' differ; "
-                "send only the latter"
+                f"'hyperparameters' and 'method.{self.method and self.method.type}.hyperparameters'"
+                " differ; send only the latter"
             )
         return self
 
@@ -95,8 +141,8 @@ class JobCreate(Parameters):
 
     @property
     def resolved_hyperparameters(self) -> Hyperparameters:
-        if self.method and self.method.supervised and self.method.supervised.hyperparameters:
-            return self.method.supervised.hyperparameters
+        if self.method and self.method.hyperparameters:
+            return _three(self.method.hyperparameters)
         return self.hyperparameters or Hyperparameters()
 
 
@@ -121,7 +167,144 @@ def _plain_message(value: Any) -> Any:
     }
 
 
-class ChatRequest(Parameters):
+Stop = (
+    Annotated[Text, Field(min_length=1)]
+    | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
+)
+Penalty = Annotated[Strict, Field(ge=-2, le=2)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+
+
+class SamplingFields(Parameters):
+    """How tokens are drawn: OpenAI's fields, then what other servers take as well (all optional).
+
+    The latter come through the SDK's ``extra_body``.
+    """
+
+    temperature: Annotated[Strict, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Strict, Field(gt=0, le=1)] | None = None
+    n: Annotated[StrictInt, Field(ge=1, le=MAX_CHOICES)] | None = None
+    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | None = None
+    frequency_penalty: Penalty | None = None
+    presence_penalty: Penalty | None = None
+    logit_bias: dict[TokenId, Annotated[Strict, Field(ge=-100, le=100)]] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    user: Any = None
+
+    top_k: Annotated[StrictInt, Field(ge=-1, le=1_000_000)] | None = None
+    min_p: Annotated[Strict, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[Strict, Field(gt=0, le=10)] | None = None
+    ignore_eos: StrictBool | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+
+class CompletionRequest(SamplingFields):
+    """The body of ``POST /completions``: a text, or several, to continue without a template.
+
+    A list of integers is token ids.
+    """
+
+    model: Text
+    prompt: (
+        Text
+        | Annotated[list[StrictInt], Field(min_length=1)]
+        | Annotated[
+            list[Text] | list[Annotated[list[StrictInt], Field(min_length=1)]],
+            Field(min_length=1, max_length=MAX_PROMPTS),
+        ]
+    )
+    max_tokens: Annotated[StrictInt, Field(ge=0)] | None = None
+    best_of: Annotated[StrictInt, Field(ge=1, le=20)] | None = None
+    echo: StrictBool | None = None
+    logprobs: Annotated[StrictInt, Field(ge=0, le=5)] | None = None
+    suffix: Text | None = None
+
+    @field_validator("suffix")
+    @classmethod
+    def _no_suffix(cls, value: str | None) -> str | None:
+        if value:
+            raise ValueError("text before a suffix cannot be written by these models; leave it out")
+        return value
+
+    @model_validator(mode="after")
+    def _best_of_fits(self) -> "CompletionRequest":
+        if self.best_of is not None:
+            if self.best_of < (self.n or 1):
+                raise ValueError("'best_of' must be at least 'n'")
+            if self.stream and self.best_of > (self.n or 1):
+                raise ValueError("'best_of' cannot be streamed; leave it or 'stream' out")
+        return self
+
+
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class JsonSchemaFormat(BaseModel):
+    """OpenAI's ``json_schema``: `schema_` is on the wire ``schema``."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: FunctionName
+    description: Text | None = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(Parameters):
+    """What an answer has to be: any text, a JSON object, or JSON that fulfils a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+    @model_validator(mode="after")
+    def _schema_is_there(self) -> "ResponseFormat":
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("'json_schema' belongs to the type 'json_schema', which needs it")
+        return self
+
+    @property
+    def schema_of_text(self) -> JsonObject | None:
+        """The JSON schema that the text has to fulfil."""
+        if self.json_schema is not None:
+            return self.json_schema.schema_ or {}
+        return {"type": "object"} if self.type == "json_object" else None
+
+
+class Function(BaseModel):
+    """A function that the model may call; further keys reach the chat template as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: FunctionName
+    description: Text | None = None
+    parameters: JsonObject | None = None
+    strict: StrictBool | None = None
+
+
+class Tool(BaseModel):
+    """A tool; only functions can be called."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Parameters):
+    name: FunctionName
+
+
+class NamedTool(Parameters):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class ChatRequest(SamplingFields):
     """The body of ``POST /chat/completions``.
 
     Fields that change nothing here are accepted and ignored, as OpenAI documents them as hints.
@@ -132,32 +315,18 @@ class ChatRequest(Parameters):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
-    temperature: Annotated[Strict, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[Strict, Field(gt=0, le=1)] | None = None
-    n: Annotated[StrictInt, Field(ge=1, le=8)] | None = None
-    seed: Annotated[StrictInt, Field(ge=-(2**63), le=2**63 - 1)] | None = None
-    stop: (
-        Annotated[Text, Field(min_length=1)]
-        | Annotated[list[Annotated[Text, Field(min_length=1)]], Field(max_length=4)]
-        | None
-    ) = None
-    stream: StrictBool | None = None
-    stream_options: StreamOptions | None = None
-
-    frequency_penalty: Strict | None = None
-    presence_penalty: Strict | None = None
-    logit_bias: JsonObject | None = None
     logprobs: StrictBool | None = None
-    top_logprobs: StrictInt | None = None
-    response_format: JsonObject | None = None
-    tools: list[JsonObject] | None = None
-    tool_choice: Any = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: StrictBool | None = None
+
     functions: list[JsonObject] | None = None
     function_call: Any = None
     modalities: list[Text] | None = None
     audio: Any = None
 
-    parallel_tool_calls: Any = None
     reasoning_effort: Any = None
     verbosity: Any = None
     prediction: Any = None
@@ -166,27 +335,30 @@ class ChatRequest(Parameters):
     prompt_cache_retention: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
-    store: Any = None
-    metadata: Any = None
+    store: StrictBool | None = None
+    metadata: Metadata | None = None
     moderation: Any = None
-    user: Any = None
 
     @field_validator("messages", mode="before")
     @classmethod
     def _plain_messages(cls, value: Any) -> Any:
         return [_plain_message(item) for item in value] if isinstance(value, list) else value
 
+    @model_validator(mode="after")
+    def _top_logprobs_need_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("'top_logprobs' needs 'logprobs': true")
+        return self
+
+    @model_validator(mode="after")
+    def _calls_need_tools(self) -> "ChatRequest":
+        if not self.tools and self.tool_choice not in (None, "none", "auto"):
+            raise ValueError("'tool_choice' needs 'tools'")
+        return self
+
     def unsupported(self) -> str | None:
         """Return the name of a field that would change the answer in a way not supported here."""
         without_effect = {
-            "frequency_penalty": self.frequency_penalty in (None, 0),
-            "presence_penalty": self.presence_penalty in (None, 0),
-            "logit_bias": not self.logit_bias,
-            "logprobs": not self.logprobs,
-            "top_logprobs": not self.top_logprobs,
-            "response_format": self.response_format in (None, {"type": "text"}),
-            "tools": not self.tools,
-            "tool_choice": self.tool_choice in (None, "none", "auto"),
             "functions": not self.functions,
             "function_call": self.function_call in (None, "none", "auto"),
             "modalities": self.modalities in (None, ["text"]),

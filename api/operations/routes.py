@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query
 
 from api.deps import CallerDep, ReadSession, ServicesDep
-from api.operations.bodies import server_body, usage_buckets, worker_body
+from api.operation_bodies import usage_buckets, workers_body
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError
-from models.registry import usage, workers
+from models.registry import usage
 from models.registry.usage import DAY_SECONDS
 
 DEFAULT_DAYS = 30
@@ -22,12 +22,10 @@ Time = Annotated[int | None, Query(ge=0, le=MAX_TIME)]
 
 @router.get("/workers")
 def list_workers(session: ReadSession, caller: CallerDep) -> JsonObject:
-    """List the workers that live (devices, memory in bytes, what each slot does), then the
-    inference servers. Jobs of other projects are not named.
+    """List the workers that live (devices, memory in bytes, what each slot does), those lost within
+    a day (``status`` "offline"), then the inference servers. Jobs of other projects are not named.
     """
-    busy = workers.busy_slots(session)
-    data = [worker_body(worker, busy, caller.project_id) for worker in workers.alive(session)]
-    data += [server_body(server) for server in workers.servers(session)]
+    data = workers_body(session, caller.project_id)
     return {"object": "list", "data": data, "has_more": False}
 
 

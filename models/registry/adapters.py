@@ -136,9 +136,31 @@ def live(session: Session, project_id: str) -> Sequence[Adapter]:
     ).all()
 
 
-def list_page(session: Session, project_id: str, cursor: Cursor) -> Page[Adapter]:
+def list_page(
+    session: Session,
+    project_id: str,
+    cursor: Cursor,
+    *,
+    base_model: str | None = None,
+    text: str = "",
+) -> Page[Adapter]:
+    """Return published adapters, newest first unless the cursor says otherwise."""
     query = select(Adapter).where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+    if base_model is not None:
+        query = query.where(Adapter.base_model == base_model)
+    if text:
+        query = query.where(Adapter.name.icontains(text, autoescape=True))
     return page(session, query, Adapter, (Adapter.created_at, Adapter.name), cursor)
+
+
+def count_by_base(session: Session, project_id: str) -> dict[str, int]:
+    """Return how many published adapters there are on each base model that has any."""
+    rows = session.execute(
+        select(Adapter.base_model, func.count())
+        .where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+        .group_by(Adapter.base_model)
+    )
+    return {name: count for name, count in rows}  # noqa: C416 (rows, not pairs)
 
 
 def step_of(session: Session, name: str) -> int:

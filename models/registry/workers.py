@@ -12,6 +12,9 @@ from models.domain.machine import Machine
 from models.domain.status import JobStatus
 from models.tables import InferenceServer, Job, Worker
 
+KEEP_SECONDS = 24 * 3600
+"""How long a worker that fell silent is still told of."""
+
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
@@ -26,8 +29,8 @@ class Announcement:
 
 
 def announce(session: Session, worker: Announcement, ttl_seconds: float) -> None:
-    """Say that a worker lives, for `ttl_seconds`; also clears away those whose time is over."""
-    session.execute(sql_delete(Worker).where(Worker.lease_until < db_now()))
+    """Say that a worker lives, for `ttl_seconds`; also clears away those lost for long."""
+    session.execute(sql_delete(Worker).where(Worker.lease_until < db_now() - KEEP_SECONDS))
     now = session.scalar(select(db_now())) or 0.0
     machine = worker.machine.model_dump(mode="json")
     session.merge(
@@ -61,6 +64,15 @@ class Busy:
     project_id: str
     step: int
     total_steps: int | None
+
+
+def lost(session: Session) -> Sequence[Worker]:
+    """Return the workers that fell silent within `KEEP_SECONDS` without a goodbye, newest first."""
+    return session.scalars(
+        select(Worker)
+        .where(Worker.lease_until < db_now(), Worker.lease_until >= db_now() - KEEP_SECONDS)
+        .order_by(Worker.lease_until.desc())
+    ).all()
 
 
 def alive(session: Session) -> Sequence[Worker]:

@@ -79,7 +79,10 @@ class Event(Created, Base):
     """What happened to a job, append-only; `sequence` counts from 1 without gaps."""
 
     __tablename__ = "events"
-    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "sequence"),
+        Index("ix_events_messages", "job_id", "type", "sequence"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))

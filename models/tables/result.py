@@ -8,13 +8,18 @@ from models.tables.base import Base, Created, Listed
 
 
 class Metric(Base):
-    """The metrics of one optimizer step; `attempt` tells which run of the step counts."""
+    """The metrics of one optimizer step; `attempt` tells which run of the step counts.
+
+    `is_judged` says that the whole validation split was scored after it.
+    """
 
     __tablename__ = "metrics"
+    __table_args__ = (Index("ix_metrics_judged", "job_id", "is_judged", "step"),)
 
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     step: Mapped[int] = mapped_column(primary_key=True)
     attempt: Mapped[int]
+    is_judged: Mapped[bool] = mapped_column(default=False)
     values: Mapped[JsonObject]
 
 

@@ -13,6 +13,7 @@ from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
 from worker.data.normalised import read_rows
 from worker.data.preview import count_tokens, preview_row
+from worker.encode.by_form import FormRenderer
 
 
 class Previewer:
@@ -28,7 +29,7 @@ class Previewer:
         self._base = base
         self._lock = Lock()
         self._tokenizer = load_tokenizer(directory)
-        self._renderer = ChatRenderer(self._tokenizer)
+        self._renderer = FormRenderer(ChatRenderer(self._tokenizer))
 
     def preview(self, request: PreviewRequest) -> JsonObject:
         """Return the first rows, and statistics of the first `n_counted`.

@@ -1,4 +1,4 @@
-"""The inference server's HTTP face: ``POST /generate``, ``/warm``, ``/preview``, ``GET /health``.
+"""The inference server's HTTP face: ``POST /generate``, ``/encode``, ``/warm``, ``/preview`` …
 
 ``/generate`` answers with one `GenerateEvent` a line. Until the first token there is a status to
 set, so an error has its own; afterwards it is a ``failed`` event, and a stream never just ends.
@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from models.domain.encoding import EncodeRequest
 from models.domain.generation import (
     AdapterRef,
     Chunk,
@@ -31,6 +32,8 @@ from models.errors import AuthenticationError, InvalidRequestError, TuneryError
 from worker.inference.service import InferenceService
 
 NDJSON = "application/x-ndjson"
+STALL_SECONDS = 60.0
+"""How long a reader may take nothing before its request is given up."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -51,6 +54,10 @@ def create_app(service: InferenceService, token: str) -> Starlette:
         await service.warm(adapter)
         return JSONResponse({"digest": adapter.digest, "resident": True})
 
+    async def encode(request: Request) -> Response:
+        wanted = _parsed(EncodeRequest, await request.body())
+        return JSONResponse((await service.encode(wanted)).model_dump(mode="json"))
+
     async def preview(request: Request) -> Response:
         wanted = _parsed(PreviewRequest, await request.body())
         return JSONResponse(await service.preview(wanted))
@@ -64,6 +71,7 @@ def create_app(service: InferenceService, token: str) -> Starlette:
             Route("/generate", GenerateEndpoint(service), methods=["POST"]),
             Route("/warm", warm, methods=["POST"]),
             Route("/preview", preview, methods=["POST"]),
+            Route("/encode", encode, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
         ],
         middleware=[Middleware(BearerAuth, token=token)],
@@ -88,18 +96,23 @@ class BearerAuth:
         await self._app(scope, receive, send)
 
 
+class ReaderStalledError(Exception):
+    """Whoever reads the answer has stopped to: nothing more can be sent."""
+
+
 class GenerateEndpoint:
     """``POST /generate`` as one coroutine, so that whatever ends it also ends the sequences."""
 
-    def __init__(self, service: InferenceService) -> None:
+    def __init__(self, service: InferenceService, stall_seconds: float = STALL_SECONDS) -> None:
         self._service = service
+        self._stall_seconds = stall_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             body = await Request(scope, receive).body()
         except ClientDisconnect:
             return
-        work = asyncio.create_task(self._respond(body, scope, receive, send))
+        work = asyncio.create_task(self._respond(body, scope, receive, self._unless_stalled(send)))
         gone = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
@@ -109,6 +122,16 @@ class GenerateEndpoint:
             await asyncio.gather(work, gone, return_exceptions=True)
         if not work.cancelled():
             work.result()
+
+    def _unless_stalled(self, send: Send) -> Send:
+        async def patient(message: Message) -> None:
+            try:
+                async with asyncio.timeout(self._stall_seconds):
+                    await send(message)
+            except TimeoutError:
+                raise ReaderStalledError from None
+
+        return patient
 
     async def _respond(self, body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -130,6 +153,9 @@ class GenerateEndpoint:
         except TuneryError as error:
             await error_response(error)(scope, receive, send)
             return
+        except ReaderStalledError:
+            logger.warning("reader_stalled", seconds=self._stall_seconds)
+            return
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _rest(
@@ -140,6 +166,8 @@ class GenerateEndpoint:
                 await send(_line(event))
         except TuneryError as error:
             await send(_line(Failed(error=error.to_dict())))
+        except ReaderStalledError:
+            raise
         except Exception:
             # The edge of the stream: the reader must learn that it broke.
             logger.exception("stream_failed", request_id=request_id)

@@ -1,15 +1,16 @@
 """What an inference server does, without HTTP: admit a request and see it through."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext
+from dataclasses import dataclass
 
 from models.domain.base import JsonObject
+from models.domain.encoding import EncodeAnswer, EncodeRequest
 from models.domain.generation import (
     AdapterRef,
     GenerateRequest,
     PreviewRequest,
-    SamplingParams,
 )
 from models.errors import CapacityError, ConflictError, InvalidRequestError
 from worker.base_models import BaseModelInfo
@@ -17,9 +18,24 @@ from worker.chat import ChatRenderer
 from worker.inference.answer import Answer, shutting_down
 from worker.inference.engine.engine import Engine, Request
 from worker.inference.engine.errors import EngineClosedError, EngineFullError
-from worker.inference.engine.params import Sampling
+from worker.inference.engine.grammar import Grammar, Vocabulary
+from worker.inference.engine.params import EngineStats, Sampling
+from worker.inference.engine.pool import AdapterLease
+from worker.inference.output_format import grammar_of, names_of
+from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
+from worker.inference.tool_stream import ToolStream
+from worker.inference.writer import ChunkWriter, Echo
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A request made ready for the engine."""
+
+    prompt: tuple[int, ...]
+    grammar: Grammar | None
+    writer: ChunkWriter
 
 
 class InferenceService:
@@ -28,6 +44,7 @@ class InferenceService:
     Args:
         engine: What generates.
         renderer: What turns messages into token ids.
+        vocabulary: The tokens of the base model, for output formats and log-probabilities.
         residency: What brings adapters into the engine.
         base: The base model that the engine holds.
         description: What else `health` tells: ``precision`` and ``device``.
@@ -44,8 +61,10 @@ class InferenceService:
         self.engine = engine
         self.draining = False
         self.previewer: Previewer | None = None
+        self.own_models: OwnModels | None = None
         self._renderer = renderer
         self._rendering = asyncio.Lock()  # a tokenizer serves one thread at a time
+        self._vocabulary = Vocabulary(renderer.tokenizer, renderer.stop_ids)
         self._residency = residency
         self._base = base
         self._description = description
@@ -66,21 +85,28 @@ class InferenceService:
                 code="wrong_base_model",
             )
         async with self._rendering:
-            prompt = await asyncio.to_thread(
-                self._renderer.prompt_ids, request.messages, request.tools
-            )
-        sampling = self._sampling(request.sampling, len(prompt))
+            planned = await asyncio.to_thread(self._plan, request)
+        prompt = planned.prompt
+        sampling = self._sampling(request, len(prompt))
         adapter = request.adapter
-        lease = None if adapter is None else await self._residency.acquire(adapter)
-        with lease or nullcontext():
+        async with self._place(adapter) as (engine, lease):
             answer = Answer(
                 n=request.sampling.n,
                 prompt_tokens=len(prompt),
                 system_fingerprint=self.system_fingerprint(adapter),
+                writer=planned.writer,
             )
             try:
-                ticket = self.engine.submit(
-                    Request(tuple(prompt), sampling, request.sampling.n, lease), answer.emit
+                ticket = engine.submit(
+                    Request(
+                        prompt,
+                        sampling,
+                        request.sampling.n,
+                        lease,
+                        planned.grammar,
+                        scores_prompt=request.echo and sampling.logprobs is not None,
+                    ),
+                    answer.emit,
                 )
             except EngineFullError:
                 raise CapacityError(
@@ -94,24 +120,84 @@ class InferenceService:
             finally:
                 ticket.abort()
 
-    def _sampling(self, params: SamplingParams, prompt_tokens: int) -> Sampling:
+    @asynccontextmanager
+    async def _place(
+        self, adapter: AdapterRef | None
+    ) -> AsyncIterator[tuple[Engine, AdapterLease | None]]:
+        """Give the engine that answers with `adapter`, and the lease that it needs for that."""
+        own_models = self.own_models
+        async with own_models.hold(adapter) if own_models else nullcontext() as own:
+            if own is not None:
+                yield own, None
+                return
+            lease = None if adapter is None else await self._residency.acquire(adapter)
+            with lease or nullcontext():
+                yield self.engine, lease
+
+    def _plan(self, request: GenerateRequest) -> _Plan:
+        """Render the prompt and prepare the output; takes a while, so not on the loop.
+
+        Raises:
+            InvalidRequestError: the template, a schema or a token refuses.
+        """
+        grammar = grammar_of(request, lambda: self._renderer.tool_syntax, self._vocabulary)
+        prompt = self._prompt(request)
+        if request.sampling.logprobs is not None:
+            self._vocabulary.load()
+        tools = []
+        if request.tools:
+            names = frozenset(names_of(request.tools))
+            tools = [
+                ToolStream(self._renderer.tool_syntax, names, parallel=request.parallel_tool_calls)
+                for _ in range(request.sampling.n)
+            ]
+        echo = None
+        if request.echo:
+            text = request.prompt
+            if not isinstance(text, str):
+                text = "".join(
+                    self._vocabulary.bytes_of(t).decode(errors="replace") for t in prompt
+                )
+            echo = Echo(text, prompt)
+        return _Plan(prompt, grammar, ChunkWriter(self._vocabulary, tools, echo))
+
+    def _prompt(self, request: GenerateRequest) -> tuple[int, ...]:
+        if request.messages is not None:
+            return tuple(self._renderer.prompt_ids(request.messages, request.tools))
+        if isinstance(request.prompt, str):
+            ids = tuple(self._renderer.text_ids(request.prompt))
+        else:
+            ids = tuple(request.prompt or ())
+            self._check_tokens(ids, "prompt")
+        if not ids:
+            raise InvalidRequestError("The prompt is empty.", param="prompt")
+        return ids
+
+    def _check_tokens(self, ids: Iterable[int], param: str) -> None:
+        for token in ids:
+            if not 0 <= token < self._base.vocab_size:
+                raise InvalidRequestError(
+                    f"{param} holds token {token}; {self._base.name!r} has the tokens 0 to "
+                    f"{self._base.vocab_size - 1}.",
+                    param=param,
+                )
+
+    def _sampling(self, request: GenerateRequest, prompt_tokens: int) -> Sampling:
+        params = request.sampling
+        wanted = params.max_tokens
         room = self._base.max_length - prompt_tokens
-        if room < 1:
+        if room < (0 if wanted == 0 else 1):
             raise InvalidRequestError(
-                f"The messages have {prompt_tokens} tokens, but {self._base.name!r} takes "
-                f"{self._base.max_length} with the answer. Shorten the messages.",
-                param="messages",
+                f"The input has {prompt_tokens} tokens, but {self._base.name!r} takes "
+                f"{self._base.max_length} with the answer. Shorten it.",
+                param="messages" if request.messages is not None else "prompt",
                 code="context_length_exceeded",
             )
         if "" in params.stop:
             raise InvalidRequestError("A stop string must not be empty.", param="stop")
-        return Sampling(
-            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            temperature=params.temperature,
-            top_p=params.top_p,
-            seed=params.seed,
-            stop=params.stop,
-        )
+        self._check_tokens(params.logit_bias, "logit_bias")
+        fields = params.model_dump(exclude={"n"})
+        return Sampling(**fields | {"max_tokens": room if wanted is None else min(wanted, room)})
 
     def system_fingerprint(self, adapter: AdapterRef | None) -> str:
         """Return ``fp_BASE`` or ``fp_BASE_ADAPTER``: 12 digits of fingerprint and digest each."""
@@ -122,13 +208,26 @@ class InferenceService:
         """Bring an adapter into memory; raises what admitting a request for it would."""
         if self.draining:
             raise shutting_down()
-        (await self._residency.acquire(adapter)).release()
+        async with self._place(adapter):
+            pass
 
     async def preview(self, request: PreviewRequest) -> JsonObject:
         """Show rows of a data set; raises what ``Previewer.preview`` does."""
         if self.draining or self.previewer is None:
             raise shutting_down()
         return await asyncio.to_thread(self.previewer.preview, request)
+
+    async def encode(self, request: EncodeRequest) -> EncodeAnswer:
+        """Refuse: only an encoder fills masks, classifies and embeds."""
+        raise InvalidRequestError(
+            f"{self._base.name!r} is no encoder. Ask it at /v1/chat/completions, or name a model "
+            "on an encoder.",
+            param="model",
+            code="wrong_kind_of_model",
+        )
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
 
     def health(self) -> JsonObject:
         stats = self.engine.stats()
@@ -146,4 +245,6 @@ class InferenceService:
         """End what still runs, each stream with an error, and stop the engine."""
         self.draining = True
         self._residency.close()
+        if self.own_models is not None:
+            self.own_models.close()
         self.engine.close()

@@ -24,7 +24,12 @@ from tests.api.calls import chat, expect
 from tests.api.fake_inference import FINISHED, HELLO, STARTED, Cut, FakeInference
 
 DONE = "[DONE]"
-USAGE = {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}
+USAGE = {
+    "prompt_tokens": 7,
+    "completion_tokens": 2,
+    "total_tokens": 9,
+    "prompt_tokens_details": {"cached_tokens": 0},
+}
 
 
 def sse(response: httpx2.Response) -> list[Any]:
@@ -62,13 +67,12 @@ def test_an_answer_has_text_finish_reason_usage_and_fingerprint(
     ]
     sent = inference.requests[0]
     assert (sent.base_model, sent.adapter) == ("base", None)
-    assert sent.sampling.model_dump() == {
+    assert sent.sampling.model_dump(exclude_defaults=True) == {
         "max_tokens": 5,
         "temperature": 0,
         "top_p": 0.5,
         "seed": 4,
         "stop": ("X",),
-        "n": 1,
     }
     assert sent.request_id == response.headers["x-request-id"]
 
@@ -191,11 +195,10 @@ def test_a_stream_that_just_ends_is_no_success(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("logprobs", True),
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
-        ("response_format", {"type": "json_object"}),
-        ("logit_bias", {"5": 100}),
-        ("frequency_penalty", 0.5),
+        ("functions", [{"name": "f"}]),
+        ("function_call", {"name": "f"}),
+        ("modalities", ["text", "audio"]),
+        ("audio", {"voice": "x"}),
     ],
 )
 def test_what_would_change_the_answer_is_refused(
@@ -219,7 +222,7 @@ def test_an_earlier_answer_can_be_sent_back_as_it_came(
     user = {"role": "user", "content": "Hi"}
     response = chat(client, messages=[user, answer | {"annotations": [], "tool_calls": []}, user])
     assert response.status_code == 200, response.text
-    sent = inference.requests[1].messages
+    sent = inference.requests[1].messages or []
     assert [message.role for message in sent] == ["user", "assistant", "user"]
     assert sent[1].content == "Hello"
 

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from api.openai.schemas import ChatRequest, JobCreate
+from api.openai.schemas import MAX_PROMPTS, ChatRequest, CompletionRequest, JobCreate
 from models.domain.training import Hyperparameters
 
 JOB: dict[str, Any] = {"model": "base", "training_file": "file-1"}
@@ -92,6 +92,22 @@ def test_an_earlier_answer_loses_what_no_model_reads() -> None:
         ("messages", "Hi"),
         ("stream", "yes"),
         ("no_such_field", None),
+        ("frequency_penalty", 2.1),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"5": 101}),
+        ("top_logprobs", 21),
+        ("top_logprobs", 2),  # without logprobs
+        ("top_k", -2),
+        ("min_p", 1.5),
+        ("repetition_penalty", 0),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_object", "json_schema": {"name": "a"}}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "a b"}}),
+        ("tools", [{"type": "custom", "custom": {"name": "f"}}]),
+        ("tools", [{"type": "function", "function": {"name": "f g"}}]),
+        ("tool_choice", "required"),  # without tools
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
+        ("parallel_tool_calls", 1),
     ],
 )
 def test_a_bad_chat_field_is_refused(name: str, value: object) -> None:
@@ -102,14 +118,6 @@ def test_a_bad_chat_field_is_refused(name: str, value: object) -> None:
 @pytest.mark.parametrize(
     ("name", "harmless", "harmful"),
     [
-        ("frequency_penalty", 0, 0.1),
-        ("presence_penalty", 0, -1),
-        ("logit_bias", {}, {"1": 1}),
-        ("logprobs", False, True),
-        ("top_logprobs", 0, 2),
-        ("response_format", {"type": "text"}, {"type": "json_object"}),
-        ("tools", [], [{"type": "function"}]),
-        ("tool_choice", "auto", "required"),
         ("functions", [], [{"name": "f"}]),
         ("function_call", "none", {"name": "f"}),
         ("modalities", ["text"], ["text", "audio"]),
@@ -122,3 +130,60 @@ def test_a_field_is_unsupported_only_where_it_changes_the_answer(
     for value in (None, harmless):
         assert ChatRequest.model_validate(CHAT | {name: value}).unsupported() is None
     assert ChatRequest.model_validate(CHAT | {name: harmful}).unsupported() == name
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}},
+        {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.5}}},
+        {"type": "dpo", "supervised": {}},
+        {"type": "supervised", "dpo": {"hyperparameters": {"beta": 0.1}}},
+        {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}},
+    ],
+)
+def test_what_is_not_of_the_chosen_method_is_refused(method: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        JobCreate(**JOB, method=method)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", "Once", ["Once", "Twice"], [1, 2], [[1, 2], [3]], ["a"] * MAX_PROMPTS]
+)
+def test_a_prompt_is_text_or_tokens_one_or_several(prompt: object) -> None:
+    body = CompletionRequest.model_validate({"model": "base", "prompt": prompt})
+    assert body.prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", None),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", ["a", 1]),
+        ("prompt", [True]),
+        ("prompt", ["a"] * (MAX_PROMPTS + 1)),
+        ("suffix", "end"),
+        ("best_of", 0),
+        ("best_of", 21),
+        ("logprobs", 6),
+        ("logprobs", True),
+        ("max_tokens", -1),
+        ("echo", 1),
+        ("messages", []),
+    ],
+)
+def test_a_bad_completion_field_is_refused(name: str, value: object) -> None:
+    with pytest.raises(ValidationError):
+        CompletionRequest.model_validate({"model": "base", "prompt": "a", name: value})
+
+
+def test_best_of_has_to_be_at_least_n_and_is_not_streamed() -> None:
+    body: dict[str, Any] = {"model": "base", "prompt": "a"}
+    assert CompletionRequest(**body, n=2, best_of=3)
+    assert CompletionRequest(**body, n=2, best_of=2, stream=True)
+    with pytest.raises(ValidationError, match="at least 'n'"):
+        CompletionRequest(**body, n=2, best_of=1)
+    with pytest.raises(ValidationError, match="streamed"):
+        CompletionRequest(**body, n=2, best_of=3, stream=True)

@@ -7,8 +7,8 @@ import pytest
 from api import bodies
 from api.actions import Start
 from api.openai import translate
-from api.openai.schemas import ChatRequest, JobCreate
-from models.domain.generation import AdapterRef
+from api.openai.schemas import ChatRequest, CompletionRequest, JobCreate
+from models.domain.generation import AdapterRef, GenerateRequest, ToolName
 from models.errors import InvalidRequestError
 from models.registry.adapters import ResolvedModel
 from models.registry.page import Page
@@ -106,10 +106,85 @@ def test_a_chat_body_without_numbers_gets_openais_defaults() -> None:
 
 
 def test_an_unsupported_field_is_named() -> None:
-    body = ChatRequest.model_validate(CHAT | {"logprobs": True})
-    with pytest.raises(InvalidRequestError, match="'logprobs' is not supported") as raised:
+    body = ChatRequest.model_validate(CHAT | {"functions": [{"name": "f"}]})
+    with pytest.raises(InvalidRequestError, match="'functions' is not supported") as raised:
         translate.generate_request(body, MINE, "req_1")
-    assert (raised.value.param, raised.value.code) == ("logprobs", "unsupported_parameter")
+    assert (raised.value.param, raised.value.code) == ("functions", "unsupported_parameter")
+
+
+def generate(**fields: Any) -> GenerateRequest:
+    return translate.generate_request(ChatRequest.model_validate(CHAT | fields), MINE, "req_1")
+
+
+def test_how_tokens_are_drawn_arrives_as_it_was_sent() -> None:
+    same = {
+        "top_k": 5,
+        "min_p": 0.1,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.2,
+        "ignore_eos": True,
+    }
+    sampling = generate(**same, logit_bias={"7": -100}, logprobs=True, top_logprobs=4).sampling
+    assert same.items() <= sampling.model_dump().items()
+    assert (sampling.logit_bias, sampling.logprobs) == ({7: -100}, 4)
+    assert generate(logprobs=True).sampling.logprobs == 0
+    assert generate(logprobs=False).sampling.logprobs is None
+    assert generate(top_k=-1).sampling.top_k == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "array"}}},
+            {"type": "array"},
+        ),
+        ({"type": "json_schema", "json_schema": {"name": "a", "strict": True}}, {}),
+    ],
+)
+def test_a_response_format_becomes_a_schema(value: object, schema: object) -> None:
+    assert generate(response_format=value).json_schema == schema
+
+
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "f", "x-own": 1}}
+
+
+def test_tools_arrive_as_they_were_sent_unless_none_may_be_called() -> None:
+    request = generate(tools=[TOOL])
+    assert (request.tools, request.tool_choice, request.parallel_tool_calls) == (
+        [TOOL],
+        "auto",
+        True,
+    )
+    assert generate(tools=[TOOL], tool_choice="none").tools is None
+    assert generate(tools=[TOOL], tool_choice="required").tool_choice == "required"
+    named = generate(tools=[TOOL], tool_choice=TOOL | {"function": {"name": "f"}})
+    assert named.tool_choice == ToolName(name="f")
+    assert not generate(tools=[TOOL], parallel_tool_calls=False).parallel_tool_calls
+
+
+def complete(**fields: Any) -> list[GenerateRequest]:
+    body = CompletionRequest.model_validate({"model": "mine", "prompt": "a", **fields})
+    return translate.completion_requests(body, MINE, "req_1")
+
+
+def test_each_prompt_of_a_completion_is_a_request() -> None:
+    assert [each.prompt for each in complete(prompt=["a", "b"])] == ["a", "b"]
+    assert [each.prompt for each in complete(prompt=[[1], [2, 3]])] == [[1], [2, 3]]
+    [tokens] = complete(prompt=[1, 2], echo=True)
+    assert (tokens.prompt, tokens.echo, tokens.messages) == ([1, 2], True, None)
+
+
+def test_a_completion_has_openais_defaults_and_best_of_needs_log_probabilities() -> None:
+    [plain] = complete()
+    assert (plain.sampling.max_tokens, plain.sampling.n, plain.sampling.logprobs) == (16, 1, None)
+    [ranked] = complete(n=2, best_of=5, max_tokens=0)
+    assert (ranked.sampling.max_tokens, ranked.sampling.n) == (0, 5)
+    assert ranked.sampling.logprobs == 0
+    assert complete(n=2, best_of=2)[0].sampling.logprobs is None
 
 
 def test_a_resolved_model_says_what_it_stands_on() -> None:
@@ -118,3 +193,20 @@ def test_a_resolved_model_says_what_it_stands_on() -> None:
     assert (body["owned_by"], body["digest"], body["created"]) == ("proj_1", "d" * 64, 1)
     base = bodies.resolved_body(ResolvedModel("base", "base", None, 1.0), "proj_1")
     assert (base["owned_by"], base["parent"], base["digest"]) == ("tunery", None, None)
+
+
+def test_openais_dpo_is_our_objective() -> None:
+    numbers = {"beta": 0.3, "n_epochs": 2}
+    method = {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+    spec = translate.training_spec(JobCreate(**JOB, method=method), START)
+    assert spec.objective == {"type": "dpo", "beta": 0.3, "label_smoothing": 0.0}
+    assert spec.hyperparameters.n_epochs == 2
+    plain = translate.training_spec(JobCreate(**JOB, method={"type": "dpo"}), START)
+    assert plain.objective["beta"] == 0.1
+
+
+def test_two_objectives_in_one_job_are_refused() -> None:
+    body = JobCreate(**JOB, method={"type": "dpo"}, objective={"type": "sft"})
+    with pytest.raises(InvalidRequestError, match="method' is dpo") as caught:
+        translate.training_spec(body, START)
+    assert caught.value.param == "objective.type"

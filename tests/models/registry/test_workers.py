@@ -23,6 +23,8 @@ def test_a_worker_is_listed_until_its_time_is_over_or_it_says_goodbye(database: 
     announce(database, "a", 60)
     announce(database, "gone", -1)
     assert alive(database) == [("a", 1)]
+    with database.read() as session:
+        assert [worker.id for worker in workers.lost(session)] == ["gone"]
     announce(database, "a", 60, slots=2)
     announce(database, "b", 60)
     assert alive(database) == [("a", 2), ("b", 1)]

@@ -12,11 +12,12 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from models.storage import LocalStore
-from tests.worker.inference.tiny import tiny_llama
+from tests.worker.inference.tiny import ADAPTER_BYTES, tiny_llama
 from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import BatchingEngine
+from worker.inference.engine.scheduler import Limits
 from worker.inference.process import HttpThread
 from worker.inference.residency import Residency
 from worker.inference.service import InferenceService
@@ -81,9 +82,8 @@ class TinyServer:
             self.model,
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             [],
-            max_adapters=2,
-            max_running=2,
-            max_waiting=2,
+            limits=Limits(n_slots=2, max_running=2, max_waiting=2),
+            adapter_bytes=2 * ADAPTER_BYTES,
         )
         self.adapters = AdapterStore(self.store, root / "adapters", self.base)
         residency = Residency(self.engine, self.adapters, self.renderer.template_sha256)

@@ -70,7 +70,7 @@ def real(
     refs = [
         publish(
             store,
-            Files(engine._linears, seed=seed, size=0.1).write(root / str(seed)),
+            Files(engine._runner.layers.shapes, seed=seed, size=0.1).write(root / str(seed)),
             info,
             template_sha256=template,
         )

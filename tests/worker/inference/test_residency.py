@@ -10,7 +10,14 @@ import pytest
 from models.domain.generation import AdapterRef
 from models.errors import CapacityError, ConflictError, UnavailableError, UnprocessableError
 from models.storage import LocalStore
-from tests.worker.inference.tiny import Files, decode_bytes, publish, shapes_of, tiny_llama
+from tests.worker.inference.tiny import (
+    ADAPTER_BYTES,
+    Files,
+    decode_bytes,
+    publish,
+    shapes_of,
+    tiny_llama,
+)
 from worker.base_models import BaseModelInfo
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import BatchingEngine
@@ -35,7 +42,7 @@ class CountingEngine(BatchingEngine):
 
 class Parts:
     def __init__(self, store: LocalStore, base: BaseModelInfo, root: Path) -> None:
-        self.engine = CountingEngine(tiny_llama(), decode_bytes, [], max_adapters=1)
+        self.engine = CountingEngine(tiny_llama(), decode_bytes, [], adapter_bytes=ADAPTER_BYTES)
         self.store, self.base, self.root = store, base, root
         self.adapters = AdapterStore(store, root / "cache", base)
         self.residency = Residency(self.engine, self.adapters, TEMPLATE, load_seconds=0.5)
@@ -97,10 +104,10 @@ def test_a_full_pool_is_a_matter_of_capacity(parts: Parts) -> None:
 
 def test_an_adapter_that_breaks_a_rule_is_refused_with_the_reason(parts: Parts) -> None:
     files = Files(SHAPES)
-    files.config["use_dora"] = True
-    directory = files.write(parts.root / "dora")
+    files.config["lora_bias"] = True
+    directory = files.write(parts.root / "biased")
     ref = publish(parts.store, directory, parts.base, template_sha256=TEMPLATE)
-    with pytest.raises(UnprocessableError, match=r"unsupported_feature.*use_dora") as caught:
+    with pytest.raises(UnprocessableError, match=r"unsupported_feature.*lora_bias") as caught:
         asyncio.run(parts.residency.acquire(ref))
     assert caught.value.code == "invalid_adapter"
 

@@ -19,6 +19,9 @@ from worker.inference.engine.engine import BatchingEngine, Engine, Request
 from worker.inference.engine.errors import EngineError
 from worker.inference.engine.params import LinearShape, TokenEvent
 
+ADAPTER_BYTES = 7168
+"""What the adapter of `Files` takes in memory on `tiny_llama`, in float32."""
+
 END = 0
 """The end token of byte-sized models."""
 

@@ -1,32 +1,63 @@
-"""A strict reader of PEFT LoRA directories: every tensor is used exactly once, or none is."""
+"""A strict reader of PEFT adapter directories: every tensor is used exactly once, or none is."""
 
 import json
 import logging
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from worker.inference.engine.adapter_config import LoraConfig, read_config
+from worker.inference.engine.adapter_config import read_config
 from worker.inference.engine.errors import AdapterFormatError
-from worker.inference.engine.params import AdapterWeights, LinearShape, LoraWeights
+from worker.inference.engine.methods.base import Method
+from worker.inference.engine.params import LinearShape
+from worker.inference.engine.weights import AdapterWeights, BaseLinear
 
 MAX_HEADER_BYTES = 1024**2
 MAX_TENSORS = 10_000
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"F32", "F16", "BF16"}
-_KEY = re.compile(r"base_model\.model\.(?P<path>[A-Za-z0-9_.]+)\.lora_(?P<side>[AB])\.weight")
+_KEY = re.compile(
+    r"base_model\.model\.(?P<path>[A-Za-z0-9_.]+?)\.(?P<name>(?:lora|ia3)_[A-Za-z0-9_.]+)"
+)
 
 
-def read_adapter(
-    directory: Path, digest: str, linears: Mapping[str, LinearShape]
-) -> AdapterWeights:
-    """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of one LoRA adapter.
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """A checked adapter as its files hold it: float32 tensors by module path and name."""
+
+    digest: str
+    method: Method
+    modules: Mapping[str, Mapping[str, torch.Tensor]]
+
+    def weights(self, base: Callable[[str], BaseLinear]) -> AdapterWeights:
+        """Return what it does to the layers of the base model, which `base` gives by path.
+
+        Raises:
+            AdapterFormatError: a gain that follows from both is not finite.
+        """
+        modules = {
+            path: self.method.change(path, tensors, base(path))
+            for path, tensors in self.modules.items()
+        }
+        for path, change in modules.items():
+            for name, tensor in change.tensors().items():
+                if not bool(torch.isfinite(tensor).all()):
+                    raise AdapterFormatError("not_finite", f"the {name} of {path!r} is not finite")
+        if all(change.changes_nothing() for change in modules.values()):
+            # Sound, as after a first step with learning rate 0; yet hardly what anybody wants.
+            logger.warning("Adapter %s changes nothing of the base model.", self.digest)
+        return AdapterWeights(self.digest, modules)
+
+
+def read_adapter(directory: Path, digest: str, linears: Mapping[str, LinearShape]) -> StoredAdapter:
+    """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of one adapter.
 
     Args:
         directory: Where the two files are.
@@ -34,28 +65,32 @@ def read_adapter(
         linears: The base model's linear layers by full path.
 
     Returns:
-        Float32 tensors on the CPU, one pair for every linear layer that the configuration targets.
+        Float32 tensors on the CPU, for every linear layer that the configuration targets.
 
     Raises:
         AdapterFormatError: anything is missing, left over, of another shape, not finite, or asks
             for a feature that is not served.
     """
-    config = read_config(directory / "adapter_config.json")
+    method = read_config(directory / "adapter_config.json")
     file = directory / "adapter_model.safetensors"
     shapes = _read_header(file)
-    pairs = _pair_up(shapes)
-    _check_targets(config, pairs, linears)
-    for path, keys in pairs.items():
-        _check_shapes(config, path, (shapes[keys["A"]], shapes[keys["B"]]), linears[path])
+    modules = _group(shapes, method)
+    _check_targets(method, modules, linears)
+    for path, keys in modules.items():
+        for name, should in method.shapes(path, linears[path]).items():
+            if name not in keys:
+                raise AdapterFormatError("missing_tensor", f"{path!r} has no {name}")
+            if (has := shapes[keys[name]]) != should:
+                raise AdapterFormatError(
+                    "shape_mismatch", f"{name} of {path!r} has shape {has}, expected {should}"
+                )
     tensors = _read_tensors(file)
-    if not any(bool(tensors[keys["B"]].any()) for keys in pairs.values()):
-        # Sound, as after a first step with learning rate 0; yet hardly what anybody wants to serve.
-        logger.warning("Adapter %s changes nothing: every B matrix is zero.", digest)
-    return AdapterWeights(
+    return StoredAdapter(
         digest,
+        method,
         {
-            path: LoraWeights(tensors[keys["A"]], tensors[keys["B"]], config.scale(path))
-            for path, keys in pairs.items()
+            path: {name: tensors[key] for name, key in keys.items()}
+            for path, keys in modules.items()
         },
     )
 
@@ -107,54 +142,38 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _pair_up(shapes: Mapping[str, list[int]]) -> dict[str, dict[str, str]]:
-    """Return, for every module path, the keys of its A and B; each key belongs to one pair."""
-    pairs: dict[str, dict[str, str]] = {}
+def _group(shapes: Mapping[str, Any], method: Method) -> dict[str, dict[str, str]]:
+    """Return, for every module path, its keys by name; each key belongs to one module."""
+    modules: dict[str, dict[str, str]] = {}
     for key in shapes:
         match = _KEY.fullmatch(key)
-        if match is None:
+        if match is None or match["name"] not in method.names:
+            names = ", ".join(sorted(method.names))
             raise AdapterFormatError(
-                "unknown_tensor",
-                f"{key!r} is no LoRA matrix (base_model.model.PATH.lora_A.weight, or B)",
+                "unknown_tensor", f"{key!r} is not base_model.model.PATH.NAME, NAME one of {names}"
             )
-        pairs.setdefault(match["path"], {})[match["side"]] = key
-    for path, keys in pairs.items():
-        for side in ("A", "B"):
-            if side not in keys:
-                raise AdapterFormatError("missing_tensor", f"{path!r} has no lora_{side}")
-    if not pairs:
+        modules.setdefault(match["path"], {})[match["name"]] = key
+    if not modules:
         raise AdapterFormatError("no_effect", "it has no tensors: the adapter changes nothing")
-    return pairs
+    return modules
 
 
 def _check_targets(
-    config: LoraConfig, pairs: Mapping[str, Any], linears: Mapping[str, LinearShape]
+    method: Method, modules: Mapping[str, Any], linears: Mapping[str, LinearShape]
 ) -> None:
-    for path in pairs:
+    for path in modules:
         if path not in linears:
             raise AdapterFormatError(
                 "unknown_module", f"the base model has no linear layer {path!r}"
             )
-        if not config.targets(path, linears[path]):
+        if not method.targets(path, linears[path]):
             raise AdapterFormatError(
                 "unknown_module", f"{path!r} has tensors, but target_modules does not name it"
             )
     for path, shape in linears.items():
-        if path not in pairs and config.targets(path, shape):
+        if path not in modules and method.targets(path, shape):
             raise AdapterFormatError(
                 "missing_tensor", f"target_modules names {path!r}, but it has no tensors"
-            )
-
-
-def _check_shapes(
-    config: LoraConfig, path: str, found: tuple[list[int], list[int]], linear: LinearShape
-) -> None:
-    rank = config.rank(path)
-    expected = ([rank, linear.in_features], [linear.out_features, rank])
-    for side, has, should in zip("AB", found, expected, strict=True):
-        if has != should:
-            raise AdapterFormatError(
-                "shape_mismatch", f"lora_{side} of {path!r} has shape {has}, expected {should}"
             )
 
 

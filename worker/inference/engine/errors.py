@@ -23,6 +23,10 @@ class AdapterPoolFullError(EngineError):
     """Every adapter in memory is in use, so none can make room for another."""
 
 
+class AdapterInUseError(EngineError):
+    """An adapter that requests are using cannot be unloaded."""
+
+
 class EngineFullError(EngineError):
     """As many sequences run and wait as the engine takes."""
 

@@ -1,125 +1,98 @@
-"""The linear layers of the base model, wrapped once, and the adapters of the current pass."""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+"""The linear layers of the base model, wrapped once; every row gets its own adapter's change."""
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from worker.inference.engine.params import AdapterWeights, LinearShape, LoraWeights
+from worker.inference.engine.params import LinearShape
+from worker.inference.engine.slots import LayerBuffers, Slots
+from worker.inference.engine.weights import BaseLinear
 
 
-@dataclass(frozen=True, slots=True)
-class Stack:
-    """All adapters' matrices of one layer: `a` [R, in], `b` [out, R] with the scales in it.
-
-    `layout` has one pair (adapter, rank) for every adapter that changes this layer; R is the sum
-    of the ranks.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    layout: tuple[tuple[int, int], ...]
-
-
-def stack(adapters: Sequence[AdapterWeights]) -> dict[str, Stack]:
-    """Stack the matrices of `adapters`, layer by layer; their ranks and layers may differ."""
-    paths = dict.fromkeys(path for adapter in adapters for path in adapter.modules)
-    stacks = {}
-    for path in paths:
-        found = [(i, a.modules[path]) for i, a in enumerate(adapters) if path in a.modules]
-        stacks[path] = Stack(
-            torch.cat([lora.a for _, lora in found]),
-            torch.cat([lora.scale * lora.b for _, lora in found], dim=1),
-            tuple((index, lora.a.shape[0]) for index, lora in found),
-        )
-    return stacks
-
-
-class ActiveAdapters:
-    """What the wrapped layers add in the next forward pass; nothing for the base model.
-
-    Either one adapter for all rows (`use_one`, a prompt) or one for each row (`use_rows`, decode).
-    """
-
-    def __init__(self) -> None:
-        self.modules: Mapping[str, LoraWeights] = {}
-        self.stacks: Mapping[str, Stack] = {}
-        self._stacked: tuple[str, ...] = ()
-        self._rows: list[int] = []
-        self._masks: dict[tuple[tuple[int, int], ...], torch.Tensor] = {}
-
-    def use_one(self, adapter: AdapterWeights | None) -> None:
-        self.modules = adapter.modules if adapter is not None else {}
-        self._rows = []
-
-    def use_rows(self, adapters: Sequence[AdapterWeights | None]) -> None:
-        """Set each row's adapter. Only the stacks are kept between passes, by their digests."""
-        distinct = {adapter.digest: adapter for adapter in adapters if adapter is not None}
-        digests = tuple(sorted(distinct))
-        if digests != self._stacked:
-            self.stacks = stack([distinct[digest] for digest in digests])
-            self._stacked = digests
-        self.modules = {}
-        self._rows = [-1 if a is None else digests.index(a.digest) for a in adapters]
-        self._masks = {}
-
-    def stack_of(self, path: str) -> Stack | None:
-        return self.stacks.get(path) if self._rows else None
-
-    def mask(self, stack: Stack) -> torch.Tensor:
-        """Return [rows, 1, R]: whether a column of the stack is of the row's own adapter."""
-        if stack.layout not in self._masks:
-            owners = [index for index, rank in stack.layout for _ in range(rank)]
-            device = stack.a.device
-            rows = torch.tensor(self._rows, device=device)[:, None, None]
-            self._masks[stack.layout] = rows == torch.tensor(owners, device=device)
-        return self._masks[stack.layout]
-
-
-class LoraLinear(nn.Module):
-    """A linear layer that adds ``scale · B(A(x))`` of each row's adapter.
+class AdaptedLinear(nn.Module):
+    """A linear layer that does to each row what the row's adapter makes of it (`ModuleChange`).
 
     It has no ``weight``: a model that multiplies by a layer's weight itself, and so would lose the
     adapter without a word, fails with an ``AttributeError`` instead.
     """
 
-    def __init__(self, base: nn.Module, path: str, active: ActiveAdapters) -> None:
+    def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self._path = path
-        self._active = active
+        self._slots: Slots | None = None
+        self._mine: LayerBuffers | None = None
+
+    def attach(self, slots: Slots, path: str) -> None:
+        """Let `slots` decide what is added; before that the layer is the base's own."""
+        self._slots, self._mine = slots, slots.layers[path]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x` [..., in] to [..., out]; without an adapter, the base layer's own tensor."""
-        y: torch.Tensor = self.base(x)
-        stack = self._active.stack_of(self._path)
-        if stack is not None:
-            narrow = functional.linear(x.to(stack.a.dtype), stack.a)
-            # Chosen, not multiplied by 0: what overflows in one row's adapter stays in that row.
-            own = torch.where(self._active.mask(stack), narrow, 0.0)
-            return (y + functional.linear(own, stack.b)).to(y.dtype)
-        lora = self._active.modules.get(self._path)
-        if lora is None:
+        """Map `x` [rows, …, in] to [rows, …, out]; without adapters, the base's own tensor."""
+        slots, buffers = self._slots, self._mine
+        if slots is None or buffers is None or not slots.active:
+            y: torch.Tensor = self.base(x)
             return y
-        change = functional.linear(functional.linear(x.to(lora.a.dtype), lora.a), lora.b)
-        return (y + lora.scale * change).to(y.dtype)
+        gains = {
+            name: _of_rows(slots, buffers.gains[name], x.dim())
+            for name, users in buffers.gained.items()
+            if not users.isdisjoint(slots.active)
+        }
+        y = self.base((x * gains["gain_in"]).to(x.dtype) if "gain_in" in gains else x)
+        if "gain" in gains:
+            scaled = y * gains["gain"]
+            y = (scaled + gains["shift"] if "shift" in gains else scaled).to(y.dtype)
+        if buffers.low_rank.isdisjoint(slots.active):
+            return y
+        assert buffers.a is not None
+        assert buffers.b is not None
+        own = functional.linear(x.to(buffers.a.dtype), buffers.a[slots.columns])
+        if (mask := slots.mask) is not None:
+            # Chosen, not multiplied by 0: what overflows in one row's adapter stays in that row.
+            own = torch.where(_beside(mask, x.dim()), own, 0.0)
+        return (y + own @ buffers.b[slots.columns]).to(y.dtype)
 
 
-def wrap_linears(model: PreTrainedModel, active: ActiveAdapters) -> dict[str, LinearShape]:
-    """Wrap every linear layer of `model` in place and return their shapes by full path."""
-    output = model.get_output_embeddings()
-    shapes = {}
-    for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):  # bitsandbytes' Linear4bit is one too
-            shape = (module.in_features, module.out_features)
-        elif isinstance(module, Conv1D):
-            shape = (module.weight.shape[0], module.weight.shape[1])
-        else:
-            continue
-        shapes[path] = LinearShape(*shape, is_output=module is output)
-        model.set_submodule(path, LoraLinear(module, path, active))
-    return shapes
+def _of_rows(slots: Slots, gains: torch.Tensor, n_dims: int) -> torch.Tensor:
+    if len(set(slots.rows)) == 1:
+        return gains[slots.rows[0]]
+    return _beside(gains[slots.index], n_dims)
+
+
+def _beside(by_row: torch.Tensor, n_dims: int) -> torch.Tensor:
+    """View [rows, m] as [rows, 1, …, m], to stand beside a tensor of `n_dims` dimensions."""
+    return by_row.view(by_row.shape[0], *[1] * (n_dims - 2), by_row.shape[1])
+
+
+class BaseLayers:
+    """The linear layers of a model, by full path."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Wrap every linear layer of `model` in place."""
+        output = model.get_output_embeddings()
+        self.shapes: dict[str, LinearShape] = {}
+        self._layers: dict[str, AdaptedLinear] = {}
+        for path, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):  # bitsandbytes' Linear4bit is one too
+                shape = (module.in_features, module.out_features)
+            elif isinstance(module, Conv1D):
+                shape = (module.weight.shape[0], module.weight.shape[1])
+            else:
+                continue
+            self.shapes[path] = LinearShape(*shape, is_output=module is output)
+            self._layers[path] = AdaptedLinear(module)
+            model.set_submodule(path, self._layers[path])
+
+    def attach(self, slots: Slots) -> None:
+        for path, layer in self._layers.items():
+            layer.attach(slots, path)
+
+    def read(self, path: str) -> BaseLinear:
+        """Return a layer's own weight [out, in] and bias in float32 on the CPU, dequantised."""
+        base = self._layers[path].base
+        with torch.inference_mode():
+            weight = dequantize_module_weight(base).float().cpu()
+            bias = base.bias.float().cpu() if isinstance(base.bias, torch.Tensor) else None
+        return BaseLinear(weight.T if isinstance(base, Conv1D) else weight, bias)

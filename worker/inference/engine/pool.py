@@ -1,4 +1,4 @@
-"""Adapters in memory: least recently used go first, those in use never."""
+"""Adapters in host memory: least recently used go first, those in use never."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -6,8 +6,12 @@ from threading import Lock
 from types import TracebackType
 from typing import Self
 
-from worker.inference.engine.errors import AdapterPoolFullError
-from worker.inference.engine.params import AdapterWeights
+from worker.inference.engine.errors import (
+    AdapterFormatError,
+    AdapterInUseError,
+    AdapterPoolFullError,
+)
+from worker.inference.engine.weights import AdapterWeights
 
 
 @dataclass(slots=True)
@@ -44,12 +48,15 @@ class AdapterLease:
 
 
 class AdapterPool:
-    """At most `max_adapters` adapters by digest, with reference counts; safe from every thread."""
+    """Adapters by digest, `max_bytes` in all, with reference counts; safe from every thread."""
 
-    def __init__(self, max_adapters: int) -> None:
-        self._max_adapters = max_adapters
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._n_bytes = 0
         self._lock = Lock()
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self.evictions = 0
+        """Adapters that made room for others so far."""
 
     def acquire(self, digest: str) -> AdapterLease | None:
         """Return a lease on a resident adapter, or None where it is not resident."""
@@ -58,18 +65,33 @@ class AdapterPool:
             return None if resident is None else self._lease(resident)
 
     def admit(self, weights: AdapterWeights) -> AdapterLease:
-        """Make an adapter resident, in place of the least recently used idle one if need be.
+        """Make an adapter resident, in place of idle ones, least recently used first.
 
         Raises:
-            AdapterPoolFullError: the pool is full and all of it is in use.
+            AdapterFormatError: it would not fit even alone.
+            AdapterPoolFullError: too much of the pool is in use.
         """
         with self._lock:
             resident = self._residents.get(weights.digest)
             if resident is None:
-                if len(self._residents) >= self._max_adapters:
-                    self._evict()
+                self._make_room(weights.n_bytes)
                 resident = self._residents[weights.digest] = _Resident(weights)
+                self._n_bytes += weights.n_bytes
             return self._lease(resident)
+
+    def remove(self, digest: str) -> int:
+        """Forget an idle adapter and return the bytes that this frees; 0 where there is none.
+
+        Raises:
+            AdapterInUseError: leases on it are out.
+        """
+        with self._lock:
+            resident = self._residents.get(digest)
+            if resident is None:
+                return 0
+            if resident.references:
+                raise AdapterInUseError(f"{resident.references} leases on {digest} are out.")
+            return self._forget(digest)
 
     def share(self, lease: AdapterLease) -> AdapterLease:
         with self._lock:
@@ -87,14 +109,31 @@ class AdapterPool:
         with self._lock:
             return {digest: entry.references for digest, entry in self._residents.items()}
 
+    @property
+    def n_bytes(self) -> int:
+        return self._n_bytes
+
     def _lease(self, resident: _Resident) -> AdapterLease:
         resident.references += 1
         self._residents.move_to_end(resident.weights.digest)
         return AdapterLease(self, resident.weights)
 
-    def _evict(self) -> None:
-        for digest, resident in self._residents.items():
-            if resident.references == 0:
-                del self._residents[digest]
-                return
-        raise AdapterPoolFullError(f"All {self._max_adapters} adapters in memory are in use.")
+    def _make_room(self, n_bytes: int) -> None:
+        if n_bytes > self._max_bytes:
+            raise AdapterFormatError(
+                "too_large", f"it takes {n_bytes} bytes of memory, of {self._max_bytes} in all"
+            )
+        idle = [digest for digest, entry in self._residents.items() if entry.references == 0]
+        in_use = self._n_bytes - sum(self._residents[each].weights.n_bytes for each in idle)
+        if in_use + n_bytes > self._max_bytes:
+            raise AdapterPoolFullError(
+                f"{in_use} of {self._max_bytes} bytes for adapters are in use; {n_bytes} are asked."
+            )
+        while self._n_bytes + n_bytes > self._max_bytes:
+            self._forget(idle.pop(0))
+            self.evictions += 1
+
+    def _forget(self, digest: str) -> int:
+        n_bytes = self._residents.pop(digest).weights.n_bytes
+        self._n_bytes -= n_bytes
+        return n_bytes

@@ -25,6 +25,15 @@ class TextStream:
         self._boundary = 0  # how many tokens of the window end at a whole character
         self._sent = 0  # how many characters of the decoded window are out
         self._held = ""  # text that may be the beginning of a stop string
+        self.n_out = 0
+        """Characters that have been returned."""
+        self.was_cut = False
+        """Whether a stop string has ended the text."""
+
+    @property
+    def n_seen(self) -> int:
+        """Characters of whole tokens so far: those returned and those held back."""
+        return self.n_out + len(self._held)
 
     def push(self, token: int) -> tuple[str, bool]:
         """Return the text that became final, and whether a stop string ended it."""
@@ -34,6 +43,7 @@ class TextStream:
     def finish(self) -> str:
         """Return what was held back as a possible stop string; half a character is dropped."""
         text, self._held = self._held, ""
+        self.n_out += len(text)
         return text
 
     def _new_text(self) -> str:
@@ -54,10 +64,12 @@ class TextStream:
         text = self._held + new
         found = [at for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
-            self._held = ""
+            self._held, self.was_cut = "", True
+            self.n_out += min(found)
             return text[: min(found)], True
         kept = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - kept :]
+        self.n_out += len(text) - kept
         return text[: len(text) - kept], False
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from peft import LoraConfig as PeftLoraConfig
 
-from worker.inference.engine.adapter_config import LoraConfig, read_config
+from worker.inference.engine.adapter_config import read_config
 from worker.inference.engine.errors import AdapterFormatError
+from worker.inference.engine.methods.lora import LoraConfig
 from worker.inference.engine.params import LinearShape
 
 MINIMAL = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
@@ -18,7 +19,9 @@ MINIMAL = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_
 def read(tmp_path: Path, **changes: Any) -> LoraConfig:
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**MINIMAL, **changes}))
-    return read_config(path)
+    config = read_config(path)
+    assert isinstance(config, LoraConfig)
+    return config
 
 
 def test_everything_that_peft_writes_by_default_is_accepted(tmp_path: Path) -> None:
@@ -26,13 +29,13 @@ def test_everything_that_peft_writes_by_default_is_accepted(tmp_path: Path) -> N
         str(tmp_path)
     )
     config = read_config(tmp_path / "adapter_config.json")
+    assert isinstance(config, LoraConfig)
     assert (config.r, config.alpha, config.target_modules) == (4, 8.0, ("k_proj",))
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True),
         ("modules_to_save", ["lm_head"]),
         ("bias", "all"),
         ("lora_bias", True),
@@ -110,7 +113,7 @@ def test_a_missing_configuration_is_refused(tmp_path: Path) -> None:
 
 def test_another_peft_method_is_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterFormatError) as caught:
-        read(tmp_path, peft_type="IA3")
+        read(tmp_path, peft_type="VERA")
     assert caught.value.reason == "unsupported_method"
 
 

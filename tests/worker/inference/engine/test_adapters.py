@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from tests.worker.inference.tiny import Files, shapes_of, tiny_llama
-from worker.inference.engine.adapters import read_adapter
+from worker.inference.engine.adapters import StoredAdapter, read_adapter
 from worker.inference.engine.errors import AdapterFormatError
-from worker.inference.engine.params import AdapterWeights
+from worker.inference.engine.weights import BaseLinear
 
 SHAPES = shapes_of(tiny_llama())
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+def no_base(path: str) -> BaseLinear:
+    """LoRA asks nothing of the base layer."""
+    return BaseLinear(torch.empty(0, 0), None)
 
 
 @pytest.fixture
@@ -22,7 +27,7 @@ def files() -> Files:
     return Files(SHAPES)
 
 
-def read(files: Files, tmp_path: Path) -> AdapterWeights:
+def read(files: Files, tmp_path: Path) -> StoredAdapter:
     return read_adapter(files.write(tmp_path), "d" * 40, SHAPES)
 
 
@@ -35,13 +40,15 @@ def refusal(files: Files, tmp_path: Path) -> AdapterFormatError:
 def test_a_sound_adapter_is_read_with_every_tensor_in_its_place(
     files: Files, tmp_path: Path
 ) -> None:
-    weights = read(files, tmp_path)
-    assert weights.digest == "d" * 40
-    assert sorted(weights.modules) == sorted(p for p in SHAPES if p.endswith(("q_proj", "v_proj")))
-    q0 = weights.modules["model.layers.0.self_attn.q_proj"]
-    assert torch.equal(q0.a, files.tensors[f"{Q0}.lora_A.weight"])
-    assert torch.equal(q0.b, files.tensors[f"{Q0}.lora_B.weight"])
-    assert q0.scale == 2
+    stored = read(files, tmp_path)
+    assert stored.digest == "d" * 40
+    assert sorted(stored.modules) == sorted(p for p in SHAPES if p.endswith(("q_proj", "v_proj")))
+    path = "model.layers.0.self_attn.q_proj"
+    for name in ("lora_A.weight", "lora_B.weight"):
+        assert torch.equal(stored.modules[path][name], files.tensors[f"{Q0}.{name}"])
+    change = stored.weights(no_base).modules[path]
+    assert change.b is not None
+    assert torch.equal(change.b, 2 * files.tensors[f"{Q0}.lora_B.weight"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -49,7 +56,7 @@ def test_half_precision_is_read_into_float32_without_change(
     files: Files, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     files.tensors = {key: tensor.to(dtype) for key, tensor in files.tensors.items()}
-    a = read(files, tmp_path).modules["model.layers.0.self_attn.q_proj"].a
+    a = read(files, tmp_path).modules["model.layers.0.self_attn.q_proj"]["lora_A.weight"]
     assert a.dtype == torch.float32
     assert torch.equal(a, files.tensors[f"{Q0}.lora_A.weight"].float())
 
@@ -154,7 +161,7 @@ def test_an_adapter_whose_b_is_all_zero_is_served_with_a_warning(
     for key, tensor in files.tensors.items():
         if "lora_B" in key:
             tensor.zero_()
-    assert len(read(files, tmp_path).modules) == 4
+    assert len(read(files, tmp_path).weights(no_base).modules) == 4
     assert "changes nothing" in caplog.text
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.worker.inference.tiny import (
+    ADAPTER_BYTES,
     END,
     Events,
     Files,
@@ -21,12 +22,7 @@ from tests.worker.inference.tiny import (
     submit,
     tiny_llama,
 )
-from worker.inference.engine.engine import (
-    PREFILL_CHUNK,
-    BatchingEngine,
-    Request,
-    cache_argument,
-)
+from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.errors import (
     AdapterFormatError,
     AdapterPoolFullError,
@@ -36,6 +32,8 @@ from worker.inference.engine.errors import (
     GenerationError,
 )
 from worker.inference.engine.params import Sampling, TokenEvent
+from worker.inference.engine.runner import cache_argument
+from worker.inference.engine.scheduler import Limits
 
 POISON = 13
 """A prompt token at which a spoiled model raises."""
@@ -46,7 +44,9 @@ GREEDY = Sampling(max_tokens=24, temperature=0)
 
 @pytest.fixture
 def engine() -> Iterator[BatchingEngine]:
-    engine = byte_engine(max_adapters=2, max_running=3, max_waiting=3)
+    engine = byte_engine(
+        limits=Limits(n_slots=2, max_running=3, max_waiting=3), adapter_bytes=2 * ADAPTER_BYTES
+    )
     yield engine
     engine.close()
 
@@ -120,7 +120,7 @@ def test_streams_proceed_together(engine: BatchingEngine) -> None:
 
 
 def test_a_prompt_longer_than_a_chunk_gives_the_same_text() -> None:
-    prompt = tuple(1 + index * 7 % 255 for index in range(PREFILL_CHUNK + 100))
+    prompt = tuple(1 + index * 7 % 255 for index in range(Limits().step_tokens + 100))
     reference = (
         tiny_llama()
         .generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, pad_token_id=END)[
@@ -308,7 +308,7 @@ def test_adapters_that_come_and_go_do_not_change_a_running_answer(
 
 
 def test_closing_ends_every_sequence_with_an_error_and_takes_no_more(tmp_path: Path) -> None:
-    engine = byte_engine(max_running=1)
+    engine = byte_engine(limits=Limits(max_running=1))
     Slow(engine)
     with engine.load("1", adapter(tmp_path, 1)) as lease:
         request = Request(PROMPT, Sampling(100_000, seed=1), lease=lease)

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from tests.worker.inference.tiny import tiny_llama
 from worker.inference.engine.adapters import read_adapter
-from worker.inference.engine.lora import ActiveAdapters, stack, wrap_linears
-from worker.inference.engine.params import AdapterWeights, LoraWeights
+from worker.inference.engine.lora import BaseLayers
+from worker.inference.engine.slots import Slots
 
 # peft 0.21.2 reads an attribute that transformers 5.24 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -68,13 +68,20 @@ def test_logits_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> No
     peft_model.save_pretrained(str(tmp_path), save_embedding_layers=False)
     expected = logits(peft_model)
 
-    model, active = tiny_llama(), ActiveAdapters()
+    model = tiny_llama()
     base = logits(model)
-    linears = wrap_linears(model, active)
-    active.use_one(read_adapter(tmp_path, "d" * 40, linears))
+    use(model, tmp_path)
     error = (logits(model) - expected).norm() / expected.norm()
     assert error < 1e-5
     assert (base - expected).norm() / expected.norm() > 0.05
+
+
+def use(model: PreTrainedModel, directory: Path) -> None:
+    """Wrap `model` and let every row of the next pass use the adapter in `directory`."""
+    layers = BaseLayers(model)
+    slots = Slots(layers.shapes, 1, torch.empty(0, dtype=model.dtype))
+    layers.attach(slots)
+    slots.use([read_adapter(directory, "d" * 40, layers.shapes).weights(layers.read)])
 
 
 def test_conv1d_layers_of_gpt2_are_served_like_peft(tmp_path: Path) -> None:
@@ -84,8 +91,8 @@ def test_conv1d_layers_of_gpt2_are_served_like_peft(tmp_path: Path) -> None:
     peft_model.save_pretrained(str(tmp_path))
     expected = logits(peft_model)
 
-    model, active = tiny_gpt2(), ActiveAdapters()
-    active.use_one(read_adapter(tmp_path, "d" * 40, wrap_linears(model, active)))
+    model = tiny_gpt2()
+    use(model, tmp_path)
     assert (logits(model) - expected).norm() / expected.norm() < 1e-5
 
 
@@ -94,13 +101,14 @@ def test_without_an_adapter_the_wrapped_model_is_the_base_to_the_bit(dtype: torc
     model = tiny_llama()
     torch.nn.Module.to(model, dtype)
     expected = logits(model)
-    wrap_linears(model, ActiveAdapters())
+    layers = BaseLayers(model)
+    layers.attach(Slots(layers.shapes, 2, torch.empty(0, dtype=dtype)))
     assert torch.equal(logits(model), expected)
 
 
 def test_every_linear_layer_is_wrapped_once_and_the_head_is_known() -> None:
     model = tiny_llama()
-    shapes = wrap_linears(model, ActiveAdapters())
+    shapes = BaseLayers(model).shapes
     assert len(shapes) == 2 * 7 + 1
     assert [path for path, shape in shapes.items() if shape.is_output] == ["lm_head"]
     gate = shapes["model.layers.1.mlp.gate_proj"]
@@ -109,22 +117,15 @@ def test_every_linear_layer_is_wrapped_once_and_the_head_is_known() -> None:
 
 def test_a_model_that_goes_past_the_wrapper_fails_instead_of_losing_the_adapter() -> None:
     model = tiny_llama()
-    wrap_linears(model, ActiveAdapters())
+    BaseLayers(model)
     with pytest.raises(AttributeError, match="weight"):
         _ = model.lm_head.weight
 
 
-def test_adapters_of_any_rank_stack_and_each_row_sees_its_own() -> None:
-    def weights(digest: str, rank: int, scale: float) -> AdapterWeights:
-        lora = LoraWeights(torch.ones(rank, 3), torch.ones(2, rank), scale)
-        return AdapterWeights(digest, {"x": lora})
-
-    one, two = weights("1", 1, 1.0), weights("2", 4, 0.5)
-    stacked = stack([one, two])["x"]
-    assert stacked.layout == ((0, 1), (1, 4))
-    assert stacked.b[0].tolist() == [1, 0.5, 0.5, 0.5, 0.5]
-    active = ActiveAdapters()
-    active.use_rows([two, None, one])
-    found = active.stack_of("x")
-    assert found is not None
-    assert active.mask(found)[:, 0].int().tolist() == [[0, 1, 1, 1, 1], [0] * 5, [1, 0, 0, 0, 0]]
+def test_the_base_is_read_as_out_times_in_whatever_its_layout() -> None:
+    gpt2: Any = tiny_gpt2()
+    attention = gpt2.transformer.h[0].attn.c_attn
+    layer = BaseLayers(gpt2).read("transformer.h.0.attn.c_attn")
+    assert torch.equal(layer.weight, attention.weight.T)
+    assert layer.bias is not None
+    assert BaseLayers(tiny_llama()).read("lm_head").bias is None

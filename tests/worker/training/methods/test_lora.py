@@ -12,6 +12,7 @@ from models.errors import InvalidRequestError
 from tests.worker.training.tiny import attach, lora, make_spec, make_trainer, tiny_llama
 from worker.base_shape import read_shape
 from worker.inference.engine.adapter_config import read_config
+from worker.inference.engine.methods.lora import LoraConfig
 from worker.training import checkpoint, methods
 from worker.training.dropout import LaneDropout
 from worker.training.model import trainable_parameters
@@ -134,6 +135,7 @@ def test_the_configuration_names_the_base_and_is_one_that_is_served(tmp_path: Pa
     config = methods.get_method("lora").adapter_config(attach(tiny_llama(), lora()), params, "tiny")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     served = read_config(tmp_path / "adapter_config.json")
+    assert isinstance(served, LoraConfig)
     assert config["base_model_name_or_path"] == "tiny"
     assert config["target_modules"] == PROJECTIONS
     assert (served.r, served.alpha, served.scale("x")) == (4, 8, 2)

@@ -4,18 +4,33 @@ from collections.abc import Sequence
 from itertools import groupby
 from urllib.parse import urlsplit
 
+from sqlalchemy.orm import Session
+
 from models.domain.base import JsonObject
+from models.registry import workers
 from models.registry.usage import DAY_SECONDS, Used
 from models.registry.workers import Busy, slot_owner
 from models.tables import InferenceServer, Usage, Worker
 
 
-def worker_body(worker: Worker, busy: dict[str, Busy], project_id: str) -> JsonObject:
+def workers_body(session: Session, project_id: str) -> list[JsonObject]:
+    """Return the workers that live, those that were lost lately, and the inference servers."""
+    busy = workers.busy_slots(session)
+    found = [worker_body(each, busy, project_id) for each in workers.alive(session)]
+    # What a lost worker was doing belongs to another one by now.
+    found += [worker_body(each, {}, project_id, "offline") for each in workers.lost(session)]
+    return found + [server_body(each) for each in workers.servers(session)]
+
+
+def worker_body(
+    worker: Worker, busy: dict[str, Busy], project_id: str, status: str = "online"
+) -> JsonObject:
     """Return a worker; of a slot that another project's job holds, only that it is busy."""
     return {
         "id": worker.id,
         "object": "worker",
         "kind": "training",
+        "status": status,
         "host": worker.host,
         "pid": worker.pid,
         "version": worker.version,
@@ -50,6 +65,7 @@ def server_body(server: InferenceServer) -> JsonObject:
         "id": server.id,
         "object": "worker",
         "kind": "inference",
+        "status": "online",
         "host": urlsplit(server.url).hostname,
         "base_model": server.base_model,
         "precision": server.precision,

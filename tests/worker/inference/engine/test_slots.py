@@ -1,0 +1,113 @@
+"""Slots: every row sees its own adapter, and a slot in use keeps what it holds."""
+
+import pytest
+import torch
+
+from worker.inference.engine.params import LinearShape
+from worker.inference.engine.slots import COLUMNS, Slots
+from worker.inference.engine.weights import AdapterWeights, ModuleChange
+
+SHAPES = {"x": LinearShape(3, 2), "y": LinearShape(3, 2)}
+
+
+def low_rank(digest: str, rank: int, value: float = 1.0) -> AdapterWeights:
+    change = ModuleChange(torch.full((rank, 3), value), torch.full((2, rank), value))
+    return AdapterWeights(digest, {"x": change})
+
+
+def make(n_slots: int) -> Slots:
+    return Slots(SHAPES, n_slots, torch.empty(0))
+
+
+def own_columns(slots: Slots, row: int) -> list[float]:
+    """The first input's column of A, of the columns that are the row's own."""
+    a = slots.layers["x"].a
+    assert a is not None
+    seen = a[slots.columns, 0]
+    return (seen if slots.mask is None else seen[slots.mask[row]]).tolist()
+
+
+def test_adapters_of_any_rank_stand_side_by_side_and_each_row_sees_its_own() -> None:
+    slots = make(3)
+    one, two = low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)
+    slots.use([two, None, one])
+    assert own_columns(slots, 0) == [2.0] * 4
+    assert own_columns(slots, 1) == []
+    assert own_columns(slots, 2) == [1.0]
+    slots.use([two, two])
+    assert slots.mask is None
+    assert own_columns(slots, 1) == [2.0] * 4
+
+
+def test_only_the_columns_of_the_pass_are_looked_at() -> None:
+    slots = make(3)
+    slots.use([low_rank("1", 2), low_rank("2", 3), low_rank("3", 4)])
+    slots.use([low_rank("3", 4), None])
+    assert slots.columns == slice(5, 9)
+    slots.use([None])
+    assert not slots.active
+
+
+def test_the_slot_used_least_recently_goes_and_never_a_busy_one() -> None:
+    slots = make(2)
+    slots.use([low_rank("1", 2), low_rank("2", 2)])
+    slots.use([low_rank("1", 2)])
+    slots.use([low_rank("3", 2)])
+    assert sorted(slots.digests()) == ["1", "3"]
+    slots.busy = {"1", "3"}
+    with pytest.raises(ValueError, match="All 2 adapter slots"):
+        slots.use([low_rank("4", 2)])
+    slots.busy = {"3", None}
+    slots.use([low_rank("4", 2)])
+    assert sorted(slots.digests()) == ["3", "4"]
+
+
+def test_more_adapters_than_slots_in_one_pass_are_a_mistake() -> None:
+    with pytest.raises(ValueError, match="All 1 adapter slots"):
+        make(1).use([low_rank("1", 1), low_rank("2", 1)])
+
+
+def test_a_smaller_adapter_leaves_nothing_of_the_one_before() -> None:
+    slots = make(1)
+    slots.use([low_rank("1", 4, float("inf"))])
+    slots.use([AdapterWeights("2", {"y": ModuleChange(torch.ones(2, 3), torch.ones(2, 2))})])
+    x, y = slots.layers["x"], slots.layers["y"]
+    assert x.low_rank == set()
+    assert x.a is not None
+    assert x.a[slots.columns].tolist() == [[0.0] * 3] * 2
+    assert y.a is not None
+    assert y.a[slots.columns].tolist() == [[1.0] * 3] * 2
+
+
+def test_buffers_grow_and_keep_what_they_hold() -> None:
+    slots = make(3)
+    first, second = low_rank("1", 3, 1.0), low_rank("2", COLUMNS, 2.0)
+    slots.use([first])
+    slots.use([first, second])
+    assert own_columns(slots, 0) == [1.0] * 3
+    assert own_columns(slots, 1) == [2.0] * COLUMNS
+    assert slots.layers["y"].a is None
+
+
+def test_a_gap_is_filled_before_buffers_grow() -> None:
+    slots = make(3)
+    slots.use([low_rank("1", 20), low_rank("2", 12)])
+    slots.busy = {"2"}
+    slots.use([low_rank("3", 10)])
+    slots.busy = {"2", "3"}
+    slots.use([low_rank("4", 10, 4.0), low_rank("2", 12)])
+    assert own_columns(slots, 0) == [4.0] * 10
+    a = slots.layers["x"].a
+    assert a is not None
+    assert len(a) == 2 * COLUMNS
+
+
+def test_gains_are_a_rows_own_and_gone_with_their_adapter() -> None:
+    slots = make(2)
+    slots.use([AdapterWeights("1", {"x": ModuleChange(gain=torch.tensor([2.0, 3.0]))}), None])
+    layer = slots.layers["x"]
+    assert layer.gains["gain"][slots.index].tolist() == [[2, 3], [1, 1]]
+    for digest in ("2", "3"):
+        slots.use([low_rank(digest, 1)])
+    assert layer.gained["gain"] == set()
+    assert layer.gains["gain"].tolist() == [[1, 1]] * 3

@@ -1,0 +1,136 @@
+"""Forward passes: prompts in pieces, one sequence at a time; then one token for all that decode."""
+
+import inspect
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from worker.inference.engine.blocks import root_of
+from worker.inference.engine.lora import BaseLayers
+from worker.inference.engine.prefix import PrefixStore
+from worker.inference.engine.row_cache import RowCache, can_share_rows
+from worker.inference.engine.scheduler import Limits
+from worker.inference.engine.sequence import Sequence
+from worker.inference.engine.slots import Slots
+from worker.inference.engine.weights import AdapterWeights
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """Return what `model` calls its key-value cache: it was renamed in transformers 5.
+
+    Raises:
+        ValueError: it takes none. Models ignore arguments that they do not know, so that every
+            token would be answered as if nothing stood before it.
+    """
+    parameters = inspect.signature(type(model).forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in parameters:
+            return name
+    raise ValueError(f"{type(model).__name__} takes no key-value cache.")
+
+
+class Runner:
+    """The model, the adapters' slots and the caches; only the engine's thread calls it.
+
+    Args:
+        model: A causal language model in evaluation mode; its linear layers get wrapped.
+        fingerprint: What identifies the model, for the roots of prefixes.
+        limits: How many adapters take part at a time, and how much of prompts is kept.
+    """
+
+    def __init__(self, model: PreTrainedModel, fingerprint: str, limits: Limits) -> None:
+        self.model = model
+        self.layers = BaseLayers(model)
+        # On a CPU adapters stay in float32, as they were trained: half precision gains nothing
+        # there, and an answer in bfloat16 would depend more on its company.
+        self.adapter_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
+        like = torch.empty(0, dtype=self.adapter_dtype, device=model.device)
+        self.slots = Slots(self.layers.shapes, limits.n_slots, like)
+        self.layers.attach(self.slots)
+        self.decoding: list[Sequence] = []
+        """Those that share a pass; its index is the row."""
+        self._cache_argument = cache_argument(model)
+        self._rows = RowCache()
+        self._fingerprint = fingerprint
+        self._prefixes = PrefixStore(limits.prefix_tokens)
+        parameters = inspect.signature(type(model).forward).parameters
+        self._shares_rows = can_share_rows(model.config, parameters)
+
+    @torch.inference_mode()
+    def feed(self, sequence: Sequence, n_tokens: int) -> torch.Tensor | None:
+        """Feed the next pending tokens; return the logits [vocabulary] once all are fed."""
+        cache = sequence.cache or self._start(sequence)
+        chunk = sequence.tokens[sequence.n_fed : sequence.n_fed + n_tokens]
+        self.slots.use([_weights(sequence)])
+        output = self.model(
+            input_ids=torch.tensor([chunk], device=self.model.device),
+            use_cache=True,
+            logits_to_keep=0 if sequence.scores_prompt else 1,
+            **{self._cache_argument: cache},
+        )
+        if sequence.scores_prompt:
+            sequence.score(output.logits[0])
+        sequence.n_fed += len(chunk)
+        if sequence.n_pending:
+            return None
+        sequence.scores_prompt = False
+        if self._shares_rows:
+            self._prefixes.save(self._root(sequence), sequence.tokens, cache)
+        logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def _start(self, sequence: Sequence) -> DynamicCache:
+        """Give a sequence a cache, with what is stored of its prompt in it."""
+        cache, n_cached = DynamicCache(config=self.model.config), 0
+        if self._shares_rows and not sequence.scores_prompt:
+            n_cached = self._prefixes.load(self._root(sequence), sequence.tokens, cache)
+        sequence.cache, sequence.n_fed = cache, n_cached
+        if sequence.n_cached is None:
+            sequence.n_cached = n_cached
+        return cache
+
+    def _root(self, sequence: Sequence) -> bytes:
+        return root_of(self._fingerprint, sequence.adapter)
+
+    def seat(self, sequence: Sequence) -> None:
+        """Give a sequence whose prompt is done a row, where the model allows it."""
+        if self._shares_rows and sequence.cache is not None:
+            self._rows.append(sequence.cache)
+            self.decoding.append(sequence)
+            sequence.has_row, sequence.cache = True, None
+
+    def leave(self, sequence: Sequence) -> None:
+        """Drop the row or the cache of a sequence; it starts from its first token again."""
+        if sequence.has_row:
+            row = self.decoding.index(sequence)
+            self._rows.remove(row)
+            self.decoding[row] = self.decoding[-1]
+            self.decoding.pop()
+        sequence.restart()
+
+    @torch.inference_mode()
+    def decode(self, rows: slice) -> torch.Tensor:
+        """Feed the pending token of each of `rows`; return their logits [rows, vocabulary].
+
+        Nothing has happened when it raises: what a broken pass wrote is overwritten by the next.
+        """
+        sequences = self.decoding[rows]
+        cache, positions, mask = self._rows.feed(rows, self.model.dtype)
+        self.slots.use([_weights(sequence) for sequence in sequences])
+        output = self.model(
+            input_ids=torch.tensor([s.tokens[-1:] for s in sequences], device=self.model.device),
+            position_ids=positions,
+            attention_mask=mask,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_argument: cache},
+        )
+        self._rows.advance(rows)
+        for sequence in sequences:
+            sequence.n_fed += 1
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+
+def _weights(sequence: Sequence) -> AdapterWeights | None:
+    return None if sequence.lease is None else sequence.lease.weights
