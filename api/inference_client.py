@@ -82,6 +82,18 @@ class InferenceClient:
         body: JsonObject = response.json()
         return body
 
+    async def encode(self, url: str, request: EncodeRequest) -> EncodeAnswer:
+        """Return what an encoder says of some texts; raises as `preview` does."""
+        try:
+            response = await self._client.post(
+                f"{url}/encode", json=request.model_dump(mode="json")
+            )
+            if response.status_code != 200:
+                raise _refusal(response.status_code, response.content)
+            return EncodeAnswer.model_validate_json(response.content)
+        except (httpx.HTTPError, ValidationError) as error:
+            raise _lost(type(error).__name__) from error
+
     async def warm(self, url: str, adapter: AdapterRef) -> None:
         """Have a server load an adapter, which it refuses unless every tensor fits its base.
 
@@ -95,18 +107,6 @@ class InferenceClient:
             raise _lost(type(error).__name__) from error
         if response.status_code != 200:
             raise _refusal(response.status_code, response.content)
-
-    async def encode(self, url: str, request: EncodeRequest) -> EncodeAnswer:
-        """Return what an encoder says of some texts; raises as `preview` does."""
-        try:
-            response = await self._client.post(
-                f"{url}/encode", json=request.model_dump(mode="json")
-            )
-            if response.status_code != 200:
-                raise _refusal(response.status_code, response.content)
-            return EncodeAnswer.model_validate_json(response.content)
-        except (httpx.HTTPError, ValidationError) as error:
-            raise _lost(type(error).__name__) from error
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -16,7 +16,7 @@ _JSON = JSON(none_as_null=True)  # else None is stored as JSON's null, which IS 
 
 def new_id(prefix: str, length: int = 24) -> str:
     """Return an unguessable identifier such as ``ftjob-…`` (5 bits a character)."""
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+    return prefix + "".join(_ALPHABET[byte % 32] for byte in secrets.token_bytes(length))
 
 
 class Base(DeclarativeBase):

@@ -38,8 +38,8 @@ class Hold(BaseModel):
 class FakeInference:
     """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent.
 
-    ``POST /encode`` is answered with `encoding` for each input; ``POST /warm`` succeeds or is
-    refused likewise.
+    ``POST /encode`` is answered with `encoding` for each input.
+    ``POST /warm`` succeeds or is refused likewise.
     """
 
     def __init__(self) -> None:
@@ -47,9 +47,9 @@ class FakeInference:
         self.events: list[Any] = list(HELLO)
         self.refusal: tuple[int, bytes] | None = None
         self.requests: list[GenerateRequest] = []
-        self.warmed: list[AdapterRef] = []
         self.encoded: list[EncodeRequest] = []
         self.encoding: JsonObject = {"embedding": [0.6, 0.8]}
+        self.warmed: list[AdapterRef] = []
         self.headers: list[dict[str, str]] = []
         self.holding = threading.Event()
         self.left = threading.Event()
@@ -82,12 +82,6 @@ class FakeInference:
             await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
         await send({"type": "http.response.body", "body": body})
 
-    async def _warm(self, receive: Receive, send: Send) -> None:
-        self.warmed.append(AdapterRef.model_validate_json(await _body(receive)))
-        status, body = self.refusal or (200, b"{}")
-        await send({"type": "http.response.start", "status": status, "headers": []})
-        await send({"type": "http.response.body", "body": body})
-
     async def _encode(self, body: bytes, send: Send) -> None:
         request = EncodeRequest.model_validate_json(body)
         self.encoded.append(request)
@@ -99,6 +93,12 @@ class FakeInference:
         status, data = self.refusal or (200, answer.model_dump_json().encode())
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": data})
+
+    async def _warm(self, receive: Receive, send: Send) -> None:
+        self.warmed.append(AdapterRef.model_validate_json(await _body(receive)))
+        status, body = self.refusal or (200, b"{}")
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
 
 
 async def _body(receive: Receive) -> bytes:

@@ -219,6 +219,8 @@ def test_a_data_set_is_shown_as_the_base_will_see_it(up: Up, tuned: FineTuningJo
     path = f"/files/{tuned.training_file}/preview{query}"
     shown: Any = up.client().get(path, cast_to=dict[str, object])
     assert [row["line"] for row in shown["rows"]] == [1, 2]
+    further: Any = up.client().get(f"{path}&offset=3", cast_to=dict[str, object])
+    assert [row["line"] for row in further["rows"]] == [4, 5]
     first = shown["rows"][0]
     assert first["truncated"]
     assert len(first["input_ids"]) == 40
