@@ -71,3 +71,22 @@ def show_usage(
                 hours = f"{result['device_seconds'] / 3600:.2f}"
                 table.add_row(day, result[group] or "", *counts, hours)
         console.print(table)
+
+
+def show_audit_log(
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    as_json: JsonOption = False,
+    home: HomeOption = None,
+) -> None:
+    """Show who changed what in the project, newest first."""
+    with service(home) as client:
+        found = client.get("/audit_logs", limit=limit)
+        if as_json:
+            console.print_json(data=found)
+            return
+        table = Table("when (UTC)", "what", "object", "key")
+        for entry in found["data"]:
+            when = datetime.fromtimestamp(entry["effective_at"], UTC).isoformat(" ", "seconds")
+            key = entry["actor"].get("api_key", {}).get("id", "operator")
+            table.add_row(when[:19], entry["type"], entry[entry["type"]]["id"], key)
+        console.print(table)
