@@ -26,7 +26,7 @@ from models.registry import adapters, base_models, files, jobs, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
-from worker.training import objectives
+from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
 
@@ -234,9 +234,11 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
         NotFoundError: a file that does not exist.
     """
     base = base_models.get(session, spec.model)
-    if base.shape is not None:  # a process has seen the model's files
-        objective = objectives.get_objective(spec.objective["type"])
-        objective.require_base(BaseShape.model_validate(base.shape).family)
+    # Without a shape, no process has seen the model's files yet.
+    shape = None if base.shape is None else BaseShape.model_validate(base.shape)
+    methods.require_fit(spec.peft, spec.precision.type, shape)
+    if shape is not None:
+        objectives.get_objective(spec.objective["type"]).require_base(shape.family)
     if spec.num_devices > (most := services.settings.worker.devices_per_job):
         raise InvalidRequestError(
             f"num_devices is {spec.num_devices}; the workers of this service give a job at most "

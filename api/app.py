@@ -17,6 +17,7 @@ from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import audit_logs, projects
 from api.keys import routes as keys
+from api.methods import routes as methods
 from api.middleware import RequestId
 from api.openai import (
     batches,
@@ -30,6 +31,7 @@ from api.openai import (
     permissions,
     progress,
     stored,
+    sweeps,
     uploads,
     webhooks,
 )
@@ -90,10 +92,12 @@ def _include_v1(app: FastAPI, settings: Settings) -> None:
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_body_bytes),
+        (methods.router, TRAINING, limits.max_body_bytes),
         (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
+        (sweeps.router, TRAINING, limits.max_body_bytes),
         (stored.router, INFERENCE, limits.max_body_bytes),
         (batches.router, INFERENCE, limits.max_body_bytes),
         (webhooks.router, ADMINISTRATION, limits.max_body_bytes),

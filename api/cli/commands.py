@@ -18,7 +18,9 @@ from api.cli.common import HomeOption, console, errors, reported, service
 from api.cli.estimate import show, wait_for_estimate
 from api.cli.home import Home
 from api.cli.job_commands import diff_jobs, jobs_app, watch_to_end
+from api.cli.methods import list_methods
 from api.cli.operations import list_workers, show_usage
+from api.cli.sweep_commands import compare, sweep
 from api.cli.tenancy import key_app, project_app
 from models.logs import configure_logging
 
@@ -32,11 +34,14 @@ models_app = typer.Typer(help="List base and fine-tuned models, delete fine-tune
 data_app = typer.Typer(help="Check data files; no service is needed.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
 app.command("diff")(diff_jobs)
+app.command("methods")(list_methods)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
 app.add_typer(project_app, name="project")
 app.command("workers")(list_workers)
+app.command("sweep")(sweep)
+app.command("compare")(compare)
 app.command("usage")(show_usage)
 
 

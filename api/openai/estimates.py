@@ -44,8 +44,9 @@ async def estimate_job(body: JobCreate, services: ServicesDep, caller: CallerDep
     rows = _row_lengths(spec, known, counted["statistics"])
     shape = known.shape
     objective = objectives.get_objective(spec.objective["type"])
-    spec = spec.resolved(rows.n_rows, shape.n_linear + shape.n_other, objective.rate_scale)
     method = methods.get_method(spec.peft["type"])
+    scale = objective.rate_scale * method.rate_scale
+    spec = spec.resolved(rows.n_rows, shape.n_linear + shape.n_other, scale)
     n_adapter = method.count_parameters(shape, methods.parse_params(spec.peft))
     found = estimate(spec, shape, n_adapter, rows, known.probe, known.corrections)
     return {"object": "fine_tuning.estimate", "model": spec.model} | found.model_dump()

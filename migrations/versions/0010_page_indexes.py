@@ -1,6 +1,6 @@
 """events and metrics: what a job's page asks for is found without reading every step.
 
-Revision: 0010_page_indexes, after 0006_workers_and_usage
+Revision: 0010_page_indexes, after 0009_sweeps_stored
 """
 
 import sqlalchemy as sa

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from models.domain.estimates import BaseShape
 from worker.training.methods.base import Method, MethodParams, Served
 from worker.training.plugins import Registry
 
@@ -37,3 +38,8 @@ def served(given: Mapping[str, Any]) -> Served:
     """Return how an inference server answers with an adapter of a job's ``peft`` object."""
     params = parse_params(given)
     return get_method(given.get("type", "lora")).served(params)
+
+
+def require_fit(given: Mapping[str, Any], precision: str, shape: BaseShape | None) -> None:
+    """Refuse a ``peft`` object that does not go with a base; see `Method.require_fit`."""
+    get_method(given.get("type", "lora")).require_fit(parse_params(given), precision, shape)

@@ -70,6 +70,11 @@ class Adamix(Method):
         "The last points of quality on small data: three to four times the steps, two passes each."
     )
     Params: ClassVar[type[MethodParams]] = AdamixParams
+    rate_scale: ClassVar[float] = 3.0
+
+    @property
+    def goes_on(self) -> bool:
+        return False  # a mean does not tell the experts
 
     def served(self, params: Any) -> Served:
         return Served.BATCHED if params.over == "lora" else Served.OWN
@@ -122,7 +127,7 @@ class Adamix(Method):
         return means_of_experts(trained)
 
     def taken_up(self, published: "Mapping[str, torch.Tensor]", params: Any) -> None:
-        return None  # a mean does not tell the experts
+        return None
 
     def wrap_forward(
         self, model: "nn.Module", forward: "LanguageForward", params: Any

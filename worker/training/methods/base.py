@@ -6,7 +6,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from models.domain.base import JsonObject, Parameters
-from models.domain.estimates import BaseShape
+from models.domain.estimates import BaseShape, Family
+from models.errors import InvalidRequestError
 from worker.training.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Method(Plugin, ABC):
     """One sentence: what it is good for."""
     precisions: ClassVar[frozenset[str]] = frozenset({"nf4", "bf16", "fp32"})
     """How the base may be held (``TrainingSpec.precision.type``)."""
+    families: ClassVar[frozenset[Family]] = frozenset({"decoder", "encoder", "encoder_decoder"})
+    """Kinds of base models that it works on."""
     may_change: ClassVar[frozenset[str]] = frozenset()
     """Parameters that may differ from those of the adapter that a job goes on from."""
     rate_scale: ClassVar[float] = 1.0
@@ -80,6 +83,35 @@ class Method(Plugin, ABC):
     @abstractmethod
     def count_parameters(self, shape: BaseShape, params: Any) -> int:
         """Return how many parameters `attach` would add to a base model of this shape."""
+
+    @property
+    def goes_on(self) -> bool:
+        """Tell whether a job can go on from such an adapter: its file has all that learned."""
+        return True
+
+    def require_fit(self, params: Any, precision: str, shape: BaseShape | None) -> None:
+        """Refuse a base that it cannot work on.
+
+        Args:
+            params: Of this method.
+            precision: How the base is held.
+            shape: Of the base; None where nobody has seen its files yet.
+
+        Raises:
+            InvalidRequestError: the two are outside the matrix (``unsupported_combination``).
+        """
+        if precision not in self.precisions:
+            raise unsupported(
+                f"precision.type: {self.title} does not train on a base held in {precision!r}. "
+                f"Choose one of: {', '.join(sorted(self.precisions))}.",
+                "precision.type",
+            )
+        if shape is not None and shape.family not in self.families:
+            raise unsupported(
+                f"peft.type: {self.title} needs a base model of kind "
+                f"{' or '.join(sorted(self.families))}; this one is of kind {shape.family}.",
+                "peft.type",
+            )
 
     def served(self, params: Any) -> Served:
         """Return how an inference server answers with such an adapter."""
@@ -130,3 +162,8 @@ class Method(Plugin, ABC):
     @abstractmethod
     def learns_first(self, parameter: str) -> bool:
         """Tell whether a trainable parameter must have a gradient in the very first step."""
+
+
+def unsupported(message: str, param: str) -> InvalidRequestError:
+    """Return the error of a combination that is outside the matrix."""
+    return InvalidRequestError(message, param=param, code="unsupported_combination")

@@ -10,7 +10,13 @@ from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
 from worker.training.methods import register
-from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, Served
+from worker.training.methods.base import (
+    DEFAULT_ADAPTER,
+    Method,
+    MethodParams,
+    Served,
+    unsupported,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -105,6 +111,15 @@ class Bitfit(_Replacement):
     when: ClassVar[str] = "A tiny baseline on bases that have biases (BERT, GPT-2, Phi)."
     Params: ClassVar[type[MethodParams]] = BitfitParams
     parameters: ClassVar[list[str] | None] = ["bias"]
+
+    def require_fit(self, params: Any, precision: str, shape: BaseShape | None) -> None:
+        super().require_fit(params, precision, shape)
+        if shape is not None and not shape.n_biases:
+            raise unsupported(
+                "peft.type: this base model has no biases (none of the Llama kind has), so "
+                "'bitfit' has nothing to train. Choose 'lora' or 'ia3'.",
+                "peft.type",
+            )
 
     def count_parameters(self, shape: BaseShape, params: Any) -> int:
         """Return the elements of all biases."""

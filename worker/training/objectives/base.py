@@ -141,9 +141,14 @@ class Objective(Plugin, ABC):
     head: ClassVar["HeadKind"] = "causal_lm"
     """What the base model is loaded with."""
 
+    @property
+    def family(self) -> Family:
+        """The kind of base models that can have its head."""
+        return _FAMILIES.get(self.head, "encoder")
+
     def require_base(self, family: Family) -> None:
         """Raise `InvalidRequestError` if a base model of this family cannot have the head."""
-        wanted = _FAMILIES.get(self.head, "encoder")
+        wanted = self.family
         if family != wanted:
             raise InvalidRequestError(
                 f"Objective '{self.name}' needs a base model of kind {wanted}; this one is of kind "
