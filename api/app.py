@@ -91,7 +91,7 @@ def _include_v1(app: FastAPI, settings: Settings) -> None:
         (estimates.router, TRAINING, limits.max_body_bytes),
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
-        (adapters.router, TRAINING, limits.max_body_bytes),
+        (adapters.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
         (methods.router, TRAINING, limits.max_body_bytes),
         (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),

@@ -227,6 +227,7 @@ def made_body(adapter: Adapter) -> JsonObject:
         "precision": manifest["precision"],
         "step": manifest["step"],
         "versions": manifest["versions"],
+        "archived_at": _seconds(adapter.archived_at),
     }
 
 
