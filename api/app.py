@@ -31,6 +31,7 @@ from api.openai import (
     permissions,
     progress,
     stored,
+    sweeps,
     uploads,
     webhooks,
 )
@@ -96,6 +97,7 @@ def _include_v1(app: FastAPI, settings: Settings) -> None:
         (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
+        (sweeps.router, TRAINING, limits.max_body_bytes),
         (stored.router, INFERENCE, limits.max_body_bytes),
         (batches.router, INFERENCE, limits.max_body_bytes),
         (webhooks.router, ADMINISTRATION, limits.max_body_bytes),

@@ -7,13 +7,13 @@ a lease in the database says which process has which batch.
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import orjson
@@ -34,6 +34,8 @@ from models.registry.batches import Answer
 from models.storage import ObjectNotFoundError, fetch_file
 from models.tables import Batch, new_id
 
+_Result = TypeVar("_Result")
+
 log = structlog.get_logger(__name__)
 
 POLL_SECONDS = 2.0
@@ -46,6 +48,18 @@ AGAIN = frozenset({408, 429, 503})
 """Answers that say "later": such a line is asked again until the batch's window ends."""
 MAX_ERRORS_IN_A_ROW = 3
 MAX_WAIT_SECONDS = 30.0
+
+
+async def _in_thread(function: Callable[..., _Result], *arguments: object) -> _Result:
+    """Run what blocks in a thread; also when cancelled, wait until the thread has let go."""
+    work = asyncio.ensure_future(run_in_threadpool(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        if not work.cancelled():
+            work.exception()  # nobody asks for it any more
+        raise
 
 
 class BatchRunner:
@@ -92,7 +106,7 @@ class BatchRunner:
             with self._services.database.write() as session:
                 return batches.claim(session, LEASE_SECONDS)
 
-        return await run_in_threadpool(claim)
+        return await _in_thread(claim)
 
     async def _run(self, batch: Batch) -> None:
         with structlog.contextvars.bound_contextvars(batch_id=batch.id, attempt=batch.attempt):
@@ -104,7 +118,7 @@ class BatchRunner:
             except LeaseLostError:
                 log.info("batch_given_up")
             except asyncio.CancelledError:
-                await asyncio.shield(run_in_threadpool(self._release, batch))
+                await _in_thread(self._release, batch)
                 raise
             except Exception:
                 log.exception("batch_interrupted")  # its lease ends, and it is taken again
@@ -140,9 +154,9 @@ class _Run:
         """Bring the batch from whatever state it is in to its end. Raises `LeaseLostError`."""
         keeper = asyncio.create_task(self._keep())
         try:
-            found = await run_in_threadpool(self._fetch)
+            found = await _in_thread(self._fetch)
             if self.batch.status == BatchStatus.VALIDATING:
-                await run_in_threadpool(self._validate, found)
+                await _in_thread(self._validate, found)
             if self.batch.status == BatchStatus.IN_PROGRESS and found:
                 await self._answer_all(width, keeper)
             self._ended.set()
@@ -151,7 +165,7 @@ class _Run:
             keeper.cancel()
             await asyncio.gather(keeper, return_exceptions=True)
         if self.batch.status != BatchStatus.FAILED:
-            await run_in_threadpool(self._finish, found)
+            await _in_thread(self._finish, found)
 
     def _fetch(self) -> bool:
         """Copy the input file here; False if it is gone."""
@@ -184,7 +198,7 @@ class _Run:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), FLUSH_SECONDS)
             taken, self._answers = self._answers, []
-            standing = await run_in_threadpool(self._flush, taken)
+            standing = await _in_thread(self._flush, taken)
             if standing.status == BatchStatus.CANCELLING or standing.is_expired:
                 self._stop.set()
 
@@ -196,7 +210,7 @@ class _Run:
 
     async def _answer_all(self, width: int, keeper: "asyncio.Task[None]") -> None:
         """Ask for every line without an answer, `width` at a time, until done or told to stop."""
-        done = await run_in_threadpool(self._done_lines)
+        done = await _in_thread(self._done_lines)
         lines = (line for line in batch_lines.read(self._path) if line.number not in done)
         transport = httpx.ASGITransport(self._as_caller, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://batch") as client:

@@ -97,8 +97,6 @@ async def get_caller(request: Request) -> Caller:
         caller = known
     else:
         caller = await run_in_threadpool(_identify, request, services, secret)
-        if secret:
-            services.callers.put(secret, caller)
     if caller.requests_per_minute is not None:  # only then the broker is asked
         admit = services.rates.admit
         verdict = await run_in_threadpool(admit, caller.key_id, caller.requests_per_minute)
@@ -121,7 +119,11 @@ def _secret(request: Request) -> str | None:
 def _identify(request: Request, services: Services, secret: str | None) -> Caller:
     with services.database.read() as session:
         if secret:
-            return _caller(tenancy.authenticate(session, secret), services)
+            key = tenancy.authenticate(session, secret)
+            caller = _caller(key, services)
+            if key.expires_at is None:  # else its end would come too late
+                services.callers.put(secret, caller)
+            return caller
         page = page_session.read_cookie(session, request.cookies.get(page_session.COOKIE, ""))
         if page is None:
             raise AuthenticationError(

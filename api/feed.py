@@ -8,7 +8,7 @@ what is new, renders it once, and hands the same bytes to all their readers.
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import orjson
@@ -44,6 +44,14 @@ class Position:
     def __str__(self) -> str:
         return f"{self.step}-{self.sequence}-{self.checkpoint_step}"
 
+    def is_within(self, other: "Position") -> bool:
+        """Whether whoever is at `other` has seen everything that was seen here."""
+        return (
+            self.step <= other.step
+            and self.sequence <= other.sequence
+            and self.checkpoint_step <= other.checkpoint_step
+        )
+
     @classmethod
     def parse(cls, text: str) -> "Position":
         """Read what `str` wrote; a plain number is a step. Raises ``ValueError``."""
@@ -61,6 +69,17 @@ class News:
     events: list[JsonObject] = field(default_factory=list)
     checkpoints: list[JsonObject] = field(default_factory=list)
     has_ended: bool = False
+
+    def after(self, position: Position) -> "News":
+        """Return what of this news a reader who is at a position has not seen."""
+        return replace(
+            self,
+            metrics=[each for each in self.metrics if each["step"] > position.step],
+            events=[each for each in self.events if each["sequence"] > position.sequence],
+            checkpoints=[
+                each for each in self.checkpoints if each["step_number"] > position.checkpoint_step
+            ],
+        )
 
     @property
     def is_empty(self) -> bool:
@@ -124,6 +143,7 @@ class JobFeed:
         try:
             # Everything up to the common position, which the queue goes on from.
             until = watched.position
+            is_ahead = not after.is_within(until)
             history = await run_in_threadpool(self._look, job_id, after, "", until)
             yield history
             if history.has_ended:
@@ -132,6 +152,9 @@ class JobFeed:
                 return
             while True:
                 news = await queue.get()
+                if is_ahead and news is not None:
+                    is_ahead = not after.is_within(news.position)
+                    news = news.after(after)
                 yield news
                 if news is None or news.has_ended:
                     return

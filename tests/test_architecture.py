@@ -33,6 +33,8 @@ TESTED_ELSEWHERE = {
     "api/openai/batches.py": "tests/api/test_batches.py",
     "models/registry/stored_completions.py": "tests/contract/test_background.py, on both",
     "api/openai/filters.py": "tests/api/openai/test_fine_tuning.py",
+    "models/registry/sweeps.py": "tests/api/openai/test_sweeps.py; PostgreSQL: tests/contract",
+    "api/openapi.py": "tests/contract/test_fuzz.py: every status that comes is named",
     "api/actions.py": "tests/api/test_openai.py",
     "api/app.py": "tests/api/test_openai.py",
     "api/deps.py": "tests/api/test_openai.py",

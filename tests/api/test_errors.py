@@ -67,7 +67,7 @@ def test_a_very_long_url_is_not_repeated_in_full(client: TestClient) -> None:
     [
         ("PUT", "/v1/files"),
         ("DELETE", "/v1/fine_tuning/jobs"),
-        ("GET", "/v1/chat/completions"),
+        ("PUT", "/v1/chat/completions"),
     ],
 )
 def test_a_wrong_method_is_405(client: TestClient, method: str, path: str) -> None:

@@ -40,6 +40,12 @@ class World:
     theirs: dict[str, str]
 
 
+def new_sweep(client: TestClient) -> str:
+    job = {"model": "base", "training_file": upload(client).json()["id"]}
+    made = client.post("/v1/sweeps", json={"job": job, "grid": {"seed": [1]}})
+    return str(made.json()["id"])
+
+
 @pytest.fixture
 def world(settings: Settings, database: Database) -> Iterator[World]:
     with database.write() as session:
@@ -61,6 +67,7 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             "webhook_endpoint_id": client.post("/v1/webhook_endpoints", json=WEBHOOK).json()["id"],
             "delivery_id": "whd_x",
             "completion_id": "chatcmpl-theirs",
+            "sweep_id": new_sweep(client),
             "batch_id": new_batch(client).json()["id"],
         }
         with database.write() as session:
