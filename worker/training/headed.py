@@ -70,7 +70,7 @@ class Seq2SeqForward(HeadedForward):
             padding_value=IGNORED,
         )
         base: Any = self._model.get_base_model()
-        sources = sequences[0::2]
+        sources = list(batch.input_ids.split(batch.lengths))[0::2]
         inputs = {
             "input_ids": pad_sequence(sources, batch_first=True, padding_value=self._pad_id),
             "attention_mask": pad_sequence(
