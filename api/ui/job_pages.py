@@ -85,7 +85,8 @@ def _jobs(
 
 
 def _queued(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    waiting = [row for row in rows if row["status"] == JobStatus.QUEUED]
+    # Oldest first, so that those of one second keep their order.
+    waiting = [row for row in reversed(rows) if row["status"] == JobStatus.QUEUED]
     return sorted(waiting, key=lambda row: (-row["priority"], row["created_at"]))
 
 

@@ -31,7 +31,8 @@ def of_schema(name: str, schema: JsonObject) -> JsonObject:
 
 
 def _summary(schema: JsonObject, plugin: Any) -> str:
-    text = schema.get("description") or (type(plugin).__doc__ or "")
+    """Return when to use a plug-in, as it says itself, else what its parameters are."""
+    text = getattr(plugin, "when", "") or schema.get("description") or type(plugin).__doc__ or ""
     return " ".join(str(text).partition("\n\n")[0].split())
 
 
