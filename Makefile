@@ -1,6 +1,6 @@
 # Every command that the README names. `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-web screenshots check migrate bench clean
+.PHONY: help setup demo up test test-web screenshots check fuzz migrate bench clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -48,6 +48,9 @@ check: $(STAMP) ## Check style, format, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+fuzz: $(STAMP) ## Ask the API what its document allows and forbids, 200 times an operation
+	$(BIN)/python -m tests.contract.fuzzing
 
 migrate: $(STAMP) ## Bring the database of TUNERY_DATABASE__URL to the newest revision
 	$(BIN)/tunery migrate

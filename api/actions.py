@@ -59,14 +59,14 @@ def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
     """
     with services.database.read() as session:
         room = quotas.room_for_bytes(session, caller.project_id)
-    stored = store_content(services, upload.content, room)
+    stored = store_content(services, upload.content, services.settings.api.max_upload_bytes, room)
     with adding(services, stored.key) as session:
         return add_file(session, services, caller, upload, stored)
 
 
 @contextmanager
-def adding(services: Services, key: str) -> Iterator[Session]:
-    """A transaction about an object that is stored already; a rollback takes the object along."""
+def adding(services: Services, *keys: str) -> Iterator[Session]:
+    """A transaction about objects that are stored already; a rollback takes them along."""
     is_committed = False
 
     def note() -> None:
@@ -75,10 +75,10 @@ def adding(services: Services, key: str) -> Iterator[Session]:
 
     try:
         with services.database.write() as session:
-            after_commit(session, f"note {key}", note)
+            after_commit(session, f"note {keys}", note)
             yield session
     except BaseException:
-        if not is_committed:
+        for key in () if is_committed else keys:
             services.store.delete(key)
         raise
 
@@ -93,14 +93,15 @@ class Stored:
     sha256: str
 
 
-def store_content(services: Services, content: Iterable[bytes], room: int | None = None) -> Stored:
-    """Stream bytes into the store under the key of a new file, at most `room` if that is a number.
+def store_content(
+    services: Services, content: Iterable[bytes], limit: int | None, room: int | None = None
+) -> Stored:
+    """Stream bytes, at most `limit` and `room`, into the store under the key of a new file.
 
     Raises:
         InvalidRequestError: there are none.
         PayloadTooLargeError: they exceed the limit; nothing of them is kept.
     """
-    limit = services.settings.api.max_upload_bytes
     digest = hashlib.sha256()
     size = 0
 
@@ -108,7 +109,7 @@ def store_content(services: Services, content: Iterable[bytes], room: int | None
         nonlocal size
         for chunk in content:
             size += len(chunk)
-            if size > limit:
+            if limit is not None and size > limit:
                 raise PayloadTooLargeError(
                     f"The file is larger than {limit:,} bytes, the limit of this service.",
                     param="file",
@@ -196,10 +197,18 @@ def find_start(session: Session, caller: Caller, model: str) -> Start:
 
     Raises:
         NotFoundError: this project has no such fine-tuned model.
+        InvalidRequestError: it came from outside.
     """
     if not model.startswith("ft:"):
         return Start(model)
     resolved = adapters.resolve_own(session, caller.project_id, model)
+    if resolved.job_id is None:
+        raise InvalidRequestError(
+            f"{model!r} came from outside: nobody knows how it was trained, so a job cannot go on "
+            "from it. Start from its base model.",
+            param="model",
+            code="model_not_trainable",
+        )
     job = session.get_one(Job, resolved.job_id)
     return Start(resolved.base_model, resolved.adapter, TrainingSpec.model_validate(job.spec))
 

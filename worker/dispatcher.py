@@ -1,4 +1,4 @@
-"""The threads of a worker: one housekeeper, one linter, and one slot for each device.
+"""The threads of a worker: a housekeeper, a linter, a postman, and one slot for each device.
 
 Each looks in the database when it is rung and every few seconds anyway, so a lost bell costs a
 short delay and never a job.
@@ -18,12 +18,17 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from models.db import Database
 from models.registry import job_runs, workers
-from models.settings import Settings, WorkerSettings
+from models.settings import Settings, WebhookSettings, WorkerSettings
 from models.storage import ObjectStore, open_store
+from models.webhook_sender import WebhookSender
 from worker import machine, tasks
+from worker.deliveries import deliver_due
 from worker.launch import TrainerProcess
 from worker.lint_files import FileLinter
 from worker.measure import measure_next
+
+POSTMAN_SECONDS = 2.0
+"""How often a worker looks for events to send: what writes them rings no bell."""
 
 log = structlog.get_logger(__name__)
 
@@ -138,6 +143,19 @@ class _Linter(_Looker):
         return has_linted
 
 
+class _Postman(_Looker):
+    """Sends what lies in the outbox of webhooks."""
+
+    def __init__(self, database: Database, settings: WebhookSettings) -> None:
+        super().__init__("postman", POSTMAN_SECONDS)
+        self._database = database
+        self._sender = WebhookSender(settings)
+        self._lease_seconds = 2 * settings.timeout_seconds
+
+    def look(self) -> bool:
+        return deliver_due(self._database, self._sender, self._lease_seconds) > 0
+
+
 class _Slot(_Looker):
     """Trains one job at a time, and keeps one warm trainer for the next."""
 
@@ -186,6 +204,7 @@ class Dispatcher:
         self._threads: list[_Looker] = [
             housekeeper,
             _Linter(linter, settings.worker, housekeeper),
+            _Postman(self._database, settings.webhooks),
             *self._slots,
         ]
 

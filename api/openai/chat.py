@@ -1,6 +1,6 @@
 """``/v1/chat/completions``, plain and streamed."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from fastapi import APIRouter, Request
@@ -8,7 +8,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from api.deps import CallerDep, ServicesDep
-from api.openai import translate
+from api.openai import stored, translate
 from api.openai.answers import ChatAnswer
 from api.openai.schemas import ChatRequest
 from api.openai.serving import (
@@ -39,9 +39,15 @@ async def create_chat_completion(
     work = _begin(answer, events) if body.stream else _collect(answer, events)
     if not await unless_disconnected(request, work):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    async def keep() -> None:
+        if body.store:
+            await run_in_threadpool(stored.keep, services, caller, body, answer.completion())
+
     if not body.stream:
+        await keep()
         return JSONResponse(answer.completion())
-    return sse_response(_stream(answer, events))
+    return sse_response(_stream(answer, events, keep))
 
 
 async def _begin(answer: ChatAnswer, events: AsyncGenerator[GenerateEvent, None]) -> None:
@@ -55,7 +61,9 @@ async def _collect(answer: ChatAnswer, events: AsyncGenerator[GenerateEvent, Non
 
 
 async def _stream(
-    answer: ChatAnswer, events: AsyncGenerator[GenerateEvent, None]
+    answer: ChatAnswer,
+    events: AsyncGenerator[GenerateEvent, None],
+    keep: Callable[[], Awaitable[None]],
 ) -> AsyncGenerator[JsonObject, None]:
     """Yield the chunks of an answer."""
     async with aclosing(events):
@@ -66,5 +74,6 @@ async def _stream(
             if isinstance(event, Chunk):
                 for body in answer.chunks(event):
                     yield body
+        await keep()
         if answer.body.includes_usage:
             yield answer.usage_chunk()

@@ -8,12 +8,12 @@ from api import actions, bodies
 from api.audit import note
 from api.deps import MAX_TEXT, After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
+from api.openai.filters import metadata_filter
 from api.openai.schemas import JobCreate
 from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.errors import InvalidRequestError
 from models.registry import checkpoints, events, jobs
 from models.registry.jobs import JobFilter, SortJobs
 from models.registry.page import Cursor
@@ -49,7 +49,7 @@ def _filter(
     status: JobStatus | None = None,
     q: Annotated[str, Query(max_length=MAX_TEXT)] = "",
 ) -> JobFilter:
-    metadata, without_metadata = _metadata_filter(request)
+    metadata, without_metadata = metadata_filter(request)
     return JobFilter(status, q, metadata, without_metadata)
 
 
@@ -69,19 +69,6 @@ def list_jobs(
     page = jobs.list_page(session, caller.project_id, cursor, wanted, sort)
     organization = services.settings.api.organization
     return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
-
-
-def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
-    pairs: dict[str, str] = {}
-    without_metadata = False
-    for name, value in request.query_params.multi_items():
-        if name == "metadata" and value == "null":
-            without_metadata = True
-        elif name == "metadata":
-            raise InvalidRequestError("Use 'metadata[key]=value' or 'metadata=null'.", param=name)
-        elif name.startswith("metadata[") and name.endswith("]"):
-            pairs[name.removeprefix("metadata[").removesuffix("]")] = value
-    return pairs, without_metadata
 
 
 @router.get("/{job_id}")

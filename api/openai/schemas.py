@@ -335,8 +335,8 @@ class ChatRequest(SamplingFields):
     prompt_cache_retention: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
-    store: Any = None
-    metadata: Any = None
+    store: StrictBool | None = None
+    metadata: Metadata | None = None
     moderation: Any = None
 
     @field_validator("messages", mode="before")

@@ -147,7 +147,7 @@ def _complete(
                 yield chunk
 
     sent = actions.Upload(content(), upload.filename, upload.purpose)
-    stored = actions.store_content(services, sent.content)
+    stored = actions.store_content(services, sent.content, services.settings.api.max_upload_bytes)
     with actions.adding(services, stored.key) as session:
         if body.md5 is not None and md5.hexdigest() != body.md5.lower():
             raise InvalidRequestError(

@@ -37,6 +37,15 @@ def append(
     session.flush()
 
 
+def marks(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return status and newest event number of jobs: whatever is news of a job changes them."""
+    newest = (
+        select(func.max(Event.sequence)).where(Event.job_id == Job.id).correlate(Job)
+    ).scalar_subquery()
+    rows = session.execute(select(Job.id, Job.status, newest).where(Job.id.in_(job_ids)))
+    return {job_id: (status, sequence or 0) for job_id, status, sequence in rows}
+
+
 def list_page(session: Session, job_id: str, cursor: Cursor) -> Page[Event]:
     """Return events newest first; the cursor's `after` is an event id."""
     query = select(Event).where(Event.job_id == job_id)

@@ -11,11 +11,14 @@ from models.db import db_now
 from models.domain.reports import DataOptions, DatasetReport
 from models.domain.status import FileStatus, JobStatus
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
+from models.registry import batches
 from models.registry.page import Cursor, Page, page
 from models.storage import token_prefix
 from models.tables import File, Job
 
 TRAINABLE = "fine-tune"
+BATCH = "batch"
+BATCH_OUTPUT = "batch_output"
 MAX_DETAILS = 8000
 
 
@@ -126,7 +129,7 @@ def delete(session: Session, project_id: str, file_id: str) -> Freed:
     user = _unfinished_user(session, file)
     if user is not None:
         raise InvalidRequestError(
-            f"File {file_id} is used by job {user}, which has not ended. Cancel the job first.",
+            f"File {file_id} is used by {user}, which has not ended. Cancel that first.",
             param="file_id",
             code="file_in_use",
         )
@@ -137,8 +140,9 @@ def delete(session: Session, project_id: str, file_id: str) -> Freed:
 
 
 def _unfinished_user(session: Session, file: File) -> str | None:
+    """Return the job or batch that still needs a file, with its kind."""
     unfinished = [status for status in JobStatus if not status.is_terminal]
-    return session.scalar(
+    job = session.scalar(
         select(Job.id)
         .where(
             or_(Job.training_file == file.id, Job.validation_file == file.id),
@@ -146,6 +150,10 @@ def _unfinished_user(session: Session, file: File) -> str | None:
         )
         .limit(1)
     )
+    if job is not None:
+        return f"job {job}"
+    batch = batches.user_of(session, file.id)
+    return None if batch is None else f"batch {batch}"
 
 
 def read_anew(
@@ -167,7 +175,7 @@ def read_anew(
     user = _unfinished_user(session, file)
     if user is not None:
         raise InvalidRequestError(
-            f"File {file_id} is used by job {user}, which has not ended. Cancel the job first.",
+            f"File {file_id} is used by {user}, which has not ended. Cancel that first.",
             param="file_id",
             code="file_in_use",
         )

@@ -11,8 +11,9 @@ from models.db import db_now
 from models.domain.base import JsonObject
 from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
+from models.domain.webhooks import job_event
 from models.errors import InvalidRequestError, NotFoundError
-from models.registry import events, job_files, usage
+from models.registry import events, job_files, usage, webhooks
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
 from models.registry.usage import Used, User
@@ -50,8 +51,8 @@ def create(
 
 def get(session: Session, project_id: str, job_id: str) -> Job:
     """Return a job of this project, or raise `NotFoundError` as for an id that never existed."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
-    if job is None:
+    job = session.get(Job, job_id)
+    if job is None or job.project_id != project_id:
         raise NotFoundError(
             f"Could not find fine-tuning job: {job_id!r}.",
             param="fine_tuning_job_id",
@@ -130,12 +131,15 @@ def move(
         .values(status=target, **values)
     )
     assert isinstance(result, CursorResult)
-    if result.rowcount == 1 and target.is_terminal:
+    moved = result.rowcount == 1
+    if moved and target.is_terminal:
         job = session.get_one(Job, job_id, populate_existing=True)
         if job.trained_tokens:
             user = User(job.project_id, job.key_id, job.base_model)
             usage.add(session, [(user, Used(trained_tokens=job.trained_tokens))])
-    return result.rowcount == 1
+        if (event := job_event(target)) is not None:
+            webhooks.emit(session, job.project_id, event, job_id)
+    return moved
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:

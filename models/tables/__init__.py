@@ -2,12 +2,15 @@
 
 from models.tables.base import Base, new_id
 from models.tables.base_model import BaseModel, BaseProbe
+from models.tables.batch import Batch, BatchResult
 from models.tables.file import File, Upload, UploadPart
 from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt
 from models.tables.operations import Usage, Worker
 from models.tables.result import Adapter, Checkpoint, Metric
+from models.tables.stored_completion import StoredCompletion
+from models.tables.sweep import Sweep, SweepJob
 from models.tables.tenancy import (
     ApiKey,
     AuditLog,
@@ -15,6 +18,7 @@ from models.tables.tenancy import (
     Organization,
     Project,
 )
+from models.tables.webhook import WebhookDelivery, WebhookEndpoint
 
 __all__ = [
     "Adapter",
@@ -23,6 +27,8 @@ __all__ = [
     "Base",
     "BaseModel",
     "BaseProbe",
+    "Batch",
+    "BatchResult",
     "Checkpoint",
     "CheckpointPermission",
     "Event",
@@ -34,9 +40,14 @@ __all__ = [
     "Metric",
     "Organization",
     "Project",
+    "StoredCompletion",
+    "Sweep",
+    "SweepJob",
     "Upload",
     "UploadPart",
     "Usage",
+    "WebhookDelivery",
+    "WebhookEndpoint",
     "Worker",
     "new_id",
 ]

@@ -1,75 +1,25 @@
 """Each method of the unchanged `openai` SDK over a port: sync and async, on both databases."""
 
-import asyncio
-from collections.abc import Awaitable, Iterator
-from operator import attrgetter
 from typing import Any
 
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI, pydantic_function_tool
+from openai import OpenAI, pydantic_function_tool
 from pydantic import BaseModel
 
-from api.app import create_app
 from models.db import Database
 from models.domain.generation import Chunk, TokenLogprob, ToolCallDelta
-from models.registry import adapters, inference_servers, tenancy
-from models.registry.inference_servers import Announcement
-from models.settings import Settings
+from models.registry import adapters, tenancy
 from models.tables import Adapter
 from tests.api.calls import ROW
 from tests.api.fake_inference import (
     FINISHED,
     STARTED,
-    FakeInference,
-    running_fake,
-    serving,
 )
 from tests.contract import coverage
+from tests.contract.conftest import Sdk
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
-
-
-class Sdk:
-    """Calls methods by dotted name, on a client of either kind."""
-
-    def __init__(
-        self, client: OpenAI | AsyncOpenAI, runner: asyncio.Runner, fake: FakeInference
-    ) -> None:
-        self.client = client
-        self.fake = fake
-        self._runner = runner
-
-    def __call__(self, method: str, /, *args: Any, **values: Any) -> Any:
-        result = attrgetter(method)(self.client)(*args, **values)
-        return self.wait(result) if isinstance(result, Awaitable) else result
-
-    def wait(self, result: Awaitable[Any]) -> Any:
-        async def wait() -> Any:
-            return await result
-
-        return self._runner.run(wait())
-
-
-@pytest.fixture(params=["sync", "async"])
-def sdk(request: pytest.FixtureRequest, settings: Settings, database: Database) -> Iterator[Sdk]:
-    """A client of a running API with an inference server for "base"."""
-    with database.write() as session:
-        project = tenancy.default_project(session)
-        _, secret = tenancy.create_key(session, project.id, "test")
-    with (
-        serving(create_app(settings), lifespan="on") as url,
-        running_fake() as fake,
-        asyncio.Runner() as runner,
-    ):
-        with database.write() as session:
-            server = Announcement("fake-1", "base", "f" * 64, "nf4", fake.url)
-            inference_servers.announce(session, server, 60)
-        kind = OpenAI if request.param == "sync" else AsyncOpenAI
-        client = kind(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=30)
-        made = Sdk(client, runner, fake)
-        yield made
-        made("close")
 
 
 def upload(sdk: Sdk, purpose: str = "fine-tune") -> Any:

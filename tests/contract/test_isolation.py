@@ -9,12 +9,13 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from models.db import Database
-from models.registry import adapters, permissions, tenancy
+from models.registry import adapters, permissions, stored_completions, tenancy
 from models.settings import Settings
-from models.tables import Adapter
-from tests.api.calls import chat, new_job, upload
+from models.tables import Adapter, StoredCompletion
+from tests.api.calls import chat, new_batch, new_job, upload
 
 NAME = "ft:base:local:mine:abcdefgh"
+WEBHOOK = {"name": "x", "url": "https://example.com/", "event_types": ["batch.completed"]}
 # What a route needs to get as far as looking its object up.
 REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/uploads/{upload_id}/parts"): {"files": {"data": ("part", b"x")}},
@@ -23,6 +24,11 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/files/{file_id}/lint"): {"json": {}},
     ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
     ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
+    ("post", "/v1/chat/completions/{completion_id}"): {"json": {"metadata": None}},
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {}},
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {
+        "json": {"event_type": "batch.completed"}
+    },
 }
 
 
@@ -52,6 +58,10 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             "model": NAME,
             "key_id": key.id,
             "project_id": project.id,
+            "webhook_endpoint_id": client.post("/v1/webhook_endpoints", json=WEBHOOK).json()["id"],
+            "delivery_id": "whd_x",
+            "completion_id": "chatcmpl-theirs",
+            "batch_id": new_batch(client).json()["id"],
         }
         with database.write() as session:
             adapter = Adapter(
@@ -67,6 +77,10 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             third = tenancy.create_project(session, "third")
             (permission,) = permissions.grant(session, project.id, NAME, [third.id])
             ids["permission_id"] = permission.id
+            stored = StoredCompletion(
+                id="chatcmpl-theirs", project_id=project.id, model="base", request={}, completion={}
+            )
+            stored_completions.create(session, stored)
         client.headers["authorization"] = f"Bearer {own}"
         yield World(client, ids)
 

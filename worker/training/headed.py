@@ -64,14 +64,13 @@ class Seq2SeqForward(HeadedForward):
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Return the logits [N, vocabulary] of the N tokens of the targets in order."""
-        sequences = list(batch.input_ids.split(batch.lengths))
         labels = pad_sequence(
             list(batch.targets.split(batch.lengths))[1::2],
             batch_first=True,
             padding_value=IGNORED,
         )
         base: Any = self._model.get_base_model()
-        sources = sequences[0::2]
+        sources = list(batch.input_ids.split(batch.lengths))[0::2]
         inputs = {
             "input_ids": pad_sequence(sources, batch_first=True, padding_value=self._pad_id),
             "attention_mask": pad_sequence(

@@ -49,6 +49,7 @@ def write_adapter(directory: Path, peft: dict[str, Any], seed: int = 0) -> Path:
         {"type": "full"},
         {"type": "houlsby", "r": 4},
         {"type": "ia3"},
+        {"type": "meft", "r": 4, "lambda_bits": 3},
     ],
     ids=lambda peft: str(peft["type"]),
 )

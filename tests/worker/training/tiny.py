@@ -183,6 +183,7 @@ def make_trainers_on_one_base(
 
 
 ADAPTER_PARTS = (
+    ".meft_",
     ".lora_",
     ".ia3_",
     ".own_",

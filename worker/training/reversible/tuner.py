@@ -274,6 +274,12 @@ class MeftModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Return a name as in the file; PEFT's own expects one part after the adapter's."""
+        head, kind, rest = key.partition(cls.prefix)
+        return head + kind + rest.replace(f".{adapter_name}.", ".", 1)
+
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:

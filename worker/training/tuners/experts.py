@@ -121,7 +121,7 @@ class ConsistentForward:
     def cross_entropy(self, batch: Batch) -> LossSum:
         if not self._model.training:
             return self._forward.cross_entropy(batch)
-        first, second = self._forward.logits(batch), self._forward.logits(batch)
+        first, second = (self._forward.logits(batch) for _ in range(2))
         targets = batch.targets[batch.targets != IGNORED]
         loss = functional.cross_entropy(first.float(), targets, reduction="sum")
         n_correct = (first.detach().argmax(-1) == targets).sum()

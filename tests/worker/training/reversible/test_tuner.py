@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from tests.worker.training.tiny import SIZES
@@ -83,6 +84,8 @@ def test_what_is_stored_gives_the_same_logits_when_peft_reads_it(tmp_path: Path)
                 parameter.add_(0.1)
         expected = logits(model.eval())
         model.save_pretrained(str(tmp_path))
+        names = set(load_file(tmp_path / "adapter_model.safetensors"))
+        assert "base_model.model.model.layers.1.meft_feed_forward.down.weight" in names
         loaded = PeftModel.from_pretrained(tiny("llama"), str(tmp_path))
         assert torch.equal(logits(loaded.eval()), expected)
         assert isinstance(loaded.base_model, MeftModel)

@@ -1,13 +1,13 @@
 """events and metrics: what a job's page asks for is found without reading every step.
 
-Revision: 0020_page_indexes, after 0006_workers_and_usage
+Revision: 0010_page_indexes, after 0009_sweeps_stored
 """
 
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0020_page_indexes"
-down_revision = "0006_workers_and_usage"
+revision = "0010_page_indexes"
+down_revision = "0009_sweeps_stored"
 branch_labels = None
 depends_on = None
 
