@@ -21,7 +21,9 @@ def test_every_expert_is_drawn_a_quarter_of_the_time_and_layers_are_independent(
         assert each.biases is not None
         each.biases.data = torch.arange(4.0)[:, None].expand(4, 5).clone()
     x = torch.zeros(1, 6)
-    drawn = torch.tensor([[float(one(x)[0, 0]), float(other(x)[0, 0])] for _ in range(4000)])
+    with torch.no_grad():
+        rows = [[float(one(x)[0, 0]), float(other(x)[0, 0])] for _ in range(4000)]
+    drawn = torch.tensor(rows)
     for column in drawn.T:
         shares = torch.bincount(column.long(), minlength=4) / len(column)
         assert bool(((shares - 0.25).abs() < 0.03).all())
