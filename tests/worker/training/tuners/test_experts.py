@@ -45,7 +45,7 @@ def test_what_is_stored_is_the_mean_of_weights_and_biases() -> None:
     assert sorted(stored) == ["a.own_down.bias", "a.own_down.weight", "a.own_up.weight"]
     assert layer.biases is not None
     for name, each in (("weight", layer.weights), ("bias", layer.biases)):
-        mean = sum(each[i] for i in range(4)) / 4
+        mean = sum(each.detach()[i] for i in range(4)) / 4
         assert float((stored[f"a.own_down.{name}"] - mean).abs().max()) < 1e-7
     assert torch.equal(stored["a.own_up.weight"], torch.ones(2, 3))
 
