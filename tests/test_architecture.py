@@ -62,6 +62,7 @@ TESTED_ELSEWHERE = {
     "worker/inference/engine/weights.py": "tests/worker/inference/engine/test_runner.py",
     "worker/inference/engine/sequence.py": "tests/worker/inference/engine/test_engine.py",
     "worker/inference/previewer.py": "tests/flow/test_openai_sdk.py, over HTTP",
+    "api/methods/routes.py": "tests/api/methods/test_catalogue.py",
     "worker/training/methods": "tests/worker/training/test_methods.py: the contract of each",
     "worker/training/tuners": "tests/worker/training/test_methods.py: the contract of each",
     "worker/data/formats/plain_text.py": "tests/test_corpus.py",

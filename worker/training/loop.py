@@ -79,15 +79,12 @@ class Trainer:
         by_group = sorted(trainable, key=lambda name: groups[name])
         self.parameters = {name: trainable[name] for name in by_group}
         self.learning_rate = spec.optimizer.learning_rate
-        self.optimizer = optimizers.build(
-            spec.optimizer,
-            [
-                {"params": [trainable[n] for n in by_group if groups[n] == group]}
-                | {"rate_factor": group[0], "weight_decay": group[1]}
-                for group in sorted(set(groups.values()))
-            ],
-            self.learning_rate,
-        )
+        kinds = [
+            {"params": [trainable[n] for n in by_group if groups[n] == group]}
+            | {"rate_factor": group[0], "weight_decay": group[1]}
+            for group in sorted(set(groups.values()))
+        ]
+        self.optimizer = optimizers.build(spec.optimizer, kinds, self.learning_rate)
         self._first_token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
             torch.device(task.device).type, TOKENS_PER_MICRO_BATCH["cpu"]
         )
