@@ -47,8 +47,8 @@ def load_own_model(
             model, str(adapter), autocast_adapter_dtype=False, torch_device=device
         )
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        stray = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        stray ^= set(file.keys())
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        stray = {name.replace(".default", "") for name in loaded} ^ set(file.keys())
     if stray:
         raise ValueError(f"tensors are missing or left over: {', '.join(sorted(stray)[:5])}")
     whole: PreTrainedModel = (

@@ -242,7 +242,7 @@ class InferenceProcess:
             if not http.is_alive() or not service.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
-            if lost := service.engine.audit():
+            if lost := service.audit():
                 logger.error("adapter_leases_lost", lost=lost)
             try:
                 self._announce(info, url)

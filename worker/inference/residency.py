@@ -149,8 +149,11 @@ class Residency:
 
 
 def require_template(ref: AdapterRef, manifest: AdapterManifest, sha256: str) -> None:
-    """Raise `ConflictError` unless an adapter was trained with the template of this digest."""
-    if manifest.template_sha256 != sha256:
+    """Raise `ConflictError` unless an adapter was trained with the template of this digest.
+
+    What came from outside does not say what it was trained with.
+    """
+    if manifest.template_sha256 not in ("", sha256):
         raise ConflictError(
             f"Adapter {ref.name!r} was trained with chat template {manifest.template_sha256}, but "
             f"this server renders with {sha256}. Train it again.",

@@ -231,6 +231,9 @@ class InferenceService:
     def stats(self) -> EngineStats:
         return self.engine.stats()
 
+    def audit(self) -> dict[str, int]:
+        return self.engine.audit()
+
     def health(self) -> JsonObject:
         stats = self.engine.stats()
         return {
