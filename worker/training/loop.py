@@ -8,7 +8,7 @@ the trained tokens of *all* its rows, however many micro-batches it takes.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -167,20 +167,17 @@ class Trainer:
     def _probe_memory(self) -> None:
         """Run the largest micro-batch there can be, so that what does not fit shows at once.
 
-        It leaves nothing behind but a heap that is large enough, and perhaps a lower token budget.
-        """
+        It leaves nothing behind but a large enough heap and perhaps a lower token budget."""
         if self.progress.step >= self.total_steps:
             return
-        lengths = np.array([len(example.input_ids) for example in self.task.train])
-        rows = np.argsort(-lengths, kind="stable")[: self.batch_size]
-        largest = [self.task.train[int(row)] for row in rows]
+        lengths = [-len(example.input_ids) for example in self.task.train]
+        longest = np.argsort(lengths, kind="stable")[: self.batch_size]
+        largest = [self.task.train[row] for row in longest.tolist()]
+        run = partial(self._fitting, largest, only_first=True)
         self.task.model.train()
         with torch.random.fork_rng():
-            remark = self.task.method.first_pass(
-                self.task.model, lambda: self._fitting(largest, only_first=True)
-            )
-        if remark is not None:
-            self._warn(remark)
+            if remark := self.task.method.first_pass(self.task.model, run):
+                self._warn(remark)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _fitting(self, examples: Sequence[Example], *, only_first: bool = False) -> Scores:

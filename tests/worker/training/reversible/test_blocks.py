@@ -54,7 +54,7 @@ def test_models_that_do_not_fit_are_refused_with_the_reason(family: str, reason:
 def test_what_is_beside_the_feed_forward_reads_its_input(family: str) -> None:
     """With an extra of 0 nothing changes; in a pre-norm layer another is simply added."""
     model = tiny(family)
-    [layer, _] = blocks.transformer_layers(model).values()
+    layer: Any = next(iter(blocks.transformer_layers(model).values()))
     seen: list[torch.Tensor] = []
     ramp = torch.linspace(-1, 1, SIZES["hidden_size"])
 
@@ -84,16 +84,16 @@ def test_what_is_beside_the_feed_forward_reads_its_input(family: str) -> None:
 
 
 def test_what_is_after_the_attention_changes_its_projection() -> None:
-    [layer, _] = blocks.transformer_layers(tiny("bert")).values()
+    layer: Any = next(iter(blocks.transformer_layers(tiny("bert")).values()))
     x = torch.randn(1, 4, SIZES["hidden_size"])
     projection = blocks.attention_projection(layer)
-    assert projection is layer.attention.output.dense  # type: ignore[union-attr]
+    assert projection is layer.attention.output.dense
     with torch.no_grad():
         plain = blocks.attention_block(layer, Call(), x)
         with blocks.after_attention(layer, torch.neg):
             gone = blocks.attention_block(layer, Call(), x)
-    norm = layer.attention.output.LayerNorm  # type: ignore[union-attr]
-    torch.testing.assert_close(gone, norm(x))  # type: ignore[operator]
+    norm = layer.attention.output.LayerNorm
+    torch.testing.assert_close(gone, norm(x))
     assert not torch.allclose(gone, plain)
 
 
