@@ -197,10 +197,18 @@ def find_start(session: Session, caller: Caller, model: str) -> Start:
 
     Raises:
         NotFoundError: this project has no such fine-tuned model.
+        InvalidRequestError: it came from outside.
     """
     if not model.startswith("ft:"):
         return Start(model)
     resolved = adapters.resolve_own(session, caller.project_id, model)
+    if resolved.job_id is None:
+        raise InvalidRequestError(
+            f"{model!r} came from outside: nobody knows how it was trained, so a job cannot go on "
+            "from it. Start from its base model.",
+            param="model",
+            code="model_not_trainable",
+        )
     job = session.get_one(Job, resolved.job_id)
     return Start(resolved.base_model, resolved.adapter, TrainingSpec.model_validate(job.spec))
 

@@ -12,7 +12,7 @@ from api import openapi
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
 from api.batches import BatchRunner
-from api.deps import ServicesDep, require_tokens
+from api.deps import ServicesDep, bearer, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import audit_logs, projects
@@ -68,27 +68,30 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)
-    app.include_router(_v1(settings))
+    _include_v1(app, settings)
     page.install(app)
     app.include_router(_health)
     openapi.install(app)
     return app
 
 
-def _v1(settings: Settings) -> APIRouter:
-    """Return all of ``/v1``: each group with its scopes and the largest body it takes."""
+def _include_v1(app: FastAPI, settings: Settings) -> None:
+    """Add all of ``/v1``: each group with its scopes and the largest body it takes.
+
+    What is asked for most stands first, since routes are tried one after the other.
+    """
     limits = settings.api
     groups = [
+        (fine_tuning.router, TRAINING, limits.max_body_bytes),
+        (chat.router, INFERENCE, limits.max_body_bytes),
         (files.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
         (uploads.router, TRAINING, limits.max_part_bytes + FORM_OVERHEAD),
-        (fine_tuning.router, TRAINING, limits.max_body_bytes),
         (progress.router, TRAINING, limits.max_body_bytes),
         (estimates.router, TRAINING, limits.max_body_bytes),
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
-        (adapters.router, TRAINING, limits.max_body_bytes),
+        (adapters.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
         (methods.router, TRAINING, limits.max_body_bytes),
-        (chat.router, INFERENCE, limits.max_body_bytes),
         (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
@@ -99,14 +102,12 @@ def _v1(settings: Settings) -> APIRouter:
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]
-    v1 = APIRouter(prefix="/v1")
     for router, access, max_body_size in groups:
         # On the routes and not on the application, whose own answer would have no OpenAI body.
-        needed = [Depends(access)]
+        needed = [Depends(bearer), Depends(access)]
         if access is INFERENCE:
             needed.append(Depends(require_tokens))
-        v1.include_router(router, max_body_size=max_body_size, dependencies=needed)
-    return v1
+        app.include_router(router, prefix="/v1", max_body_size=max_body_size, dependencies=needed)
 
 
 def _sync_catalog(services: Services) -> None:

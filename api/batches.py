@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import actions, batch_lines
 from api.batch_lines import Line
-from api.deps import INTERNAL_CALLER, Caller
+from api.deps import INTERNAL_CALLER, Caller, caller_of
 from api.services import Services
 from models.domain import access
 from models.domain.base import JsonObject
@@ -130,13 +131,10 @@ class _Run:
     def _path(self) -> Path:
         return self.folder / "input"
 
-    @property
+    @cached_property
     def _caller(self) -> Caller:
-        return Caller(
-            project_id=self.batch.project_id,
-            key_id=self.batch.key_id,
-            scopes=(access.Scope.INFER,),
-        )
+        """Whose requests the lines are: the key's, with its limits of tokens."""
+        return caller_of(self.services, self.batch.key_id, (access.Scope.INFER,))
 
     async def to_the_end(self, width: int) -> None:
         """Bring the batch from whatever state it is in to its end. Raises `LeaseLostError`."""
@@ -157,6 +155,7 @@ class _Run:
 
     def _fetch(self) -> bool:
         """Copy the input file here; False if it is gone."""
+        assert self._caller  # looked up here, in a thread
         try:
             with self.services.database.read() as session:
                 file = files.get(session, self.batch.project_id, self.batch.input_file_id)

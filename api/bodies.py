@@ -1,7 +1,10 @@
 """Rows as the objects of the API, in OpenAI's form with Tunery's fields after it."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
+
+import orjson
 
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
@@ -75,6 +78,12 @@ def part_body(part: UploadPart) -> JsonObject:
     }
 
 
+@lru_cache(4096)
+def _spec(text: bytes) -> TrainingSpec:
+    """Return a stored specification; those that are asked for again and again are kept."""
+    return TrainingSpec.model_validate_json(text)
+
+
 def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
     """Return OpenAI's ``method``: dpo, or supervised for whatever else."""
     if spec.objective.get("type") == "dpo":
@@ -85,7 +94,7 @@ def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
 
 def job_body(job: Job, organization: str) -> JsonObject:
     """Return OpenAI's job object, then Tunery's fields with their resolved values."""
-    spec = TrainingSpec.model_validate(job.spec)
+    spec = _spec(orjson.dumps(job.spec))
     hyperparameters = spec.hyperparameters.model_dump()
     error = None
     if job.error_code is not None:
@@ -218,6 +227,7 @@ def made_body(adapter: Adapter) -> JsonObject:
         "precision": manifest["precision"],
         "step": manifest["step"],
         "versions": manifest["versions"],
+        "archived_at": _seconds(adapter.archived_at),
     }
 
 

@@ -1,12 +1,14 @@
 """Dependencies of routes: the services, the caller, and the one transaction of a request."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from api import page_session
 from api.rates import Verdict
@@ -18,6 +20,10 @@ from models.tables import ApiKey
 
 
 async def get_services(request: Request) -> Services:  # async: it needs no thread
+    return _services(request)
+
+
+def _services(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
@@ -26,14 +32,23 @@ async def get_services(request: Request) -> Services:  # async: it needs no thre
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 
-def _write_session(services: ServicesDep) -> Iterator[Session]:
-    with services.database.write() as session:
+# These take the request, not `ServicesDep`: a dependency of a dependency is solved each time that
+# one is named, which costs more than a query.
+def _write_session(request: Request) -> Iterator[Session]:
+    with _services(request).database.write() as session:
         yield session
 
 
-def _read_session(services: ServicesDep) -> Iterator[Session]:
-    with services.database.read() as session:
-        yield session
+async def _read_session(request: Request) -> AsyncIterator[Session]:
+    """Give a session that connects when it is used; only closing it may need a thread."""
+    services = _services(request)
+    with ExitStack() as stack:
+        session = stack.enter_context(services.database.read())
+        try:
+            yield session
+        finally:
+            if session.in_transaction() and not services.database.is_embedded:
+                await run_in_threadpool(session.close)
 
 
 # scope="function": the commit happens before the response is sent, so that a client never holds
@@ -61,14 +76,10 @@ class Caller:
 INTERNAL_CALLER = "tunery.caller"
 """Key of an ASGI scope: who calls, when the service itself asks for somebody (no client can)."""
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
+bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
 
 
-def get_caller(
-    request: Request,
-    services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Return who calls: by a bearer key, or from the page by its cookie.
 
     Raises:
@@ -79,8 +90,19 @@ def get_caller(
     internal = request.scope.get(INTERNAL_CALLER)
     if isinstance(internal, Caller):
         return internal
-    caller = _identify(request, services, credentials)
-    obey(request, services.rates.admit(caller.key_id, caller.requests_per_minute))
+    services = _services(request)
+    secret = _secret(request)
+    known = services.callers.get(secret) if secret else None
+    if isinstance(known, Caller):
+        caller = known
+    else:
+        caller = await run_in_threadpool(_identify, request, services, secret)
+        if secret:
+            services.callers.put(secret, caller)
+    if caller.requests_per_minute is not None:  # only then the broker is asked
+        admit = services.rates.admit
+        verdict = await run_in_threadpool(admit, caller.key_id, caller.requests_per_minute)
+        obey(request, verdict)
     return caller
 
 
@@ -91,13 +113,15 @@ def obey(request: Request, verdict: Verdict) -> None:
         raise verdict.refusal
 
 
-def _identify(
-    request: Request, services: Services, credentials: HTTPAuthorizationCredentials | None
-) -> Caller:
+def _secret(request: Request) -> str | None:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else None
+
+
+def _identify(request: Request, services: Services, secret: str | None) -> Caller:
     with services.database.read() as session:
-        if credentials is not None:
-            key = tenancy.authenticate(session, credentials.credentials)
-            return _caller(key, services)
+        if secret:
+            return _caller(tenancy.authenticate(session, secret), services)
         page = page_session.read_cookie(session, request.cookies.get(page_session.COOKIE, ""))
         if page is None:
             raise AuthenticationError(
@@ -105,6 +129,13 @@ def _identify(
             )
         page_session.require_own_page(request, page)
         return _caller(page.key, services)
+
+
+def caller_of(services: Services, key_id: str, scopes: tuple[str, ...]) -> Caller:
+    """Return who a key stands for, with other scopes, for what the service does in its name."""
+    with services.database.read() as session:
+        caller = _caller(session.get_one(ApiKey, key_id), services)
+    return replace(caller, scopes=scopes)
 
 
 def _caller(key: ApiKey, services: Services) -> Caller:

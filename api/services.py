@@ -6,6 +6,7 @@ from starlette.concurrency import run_in_threadpool
 
 from api.feed import JobFeed
 from api.inference_client import InferenceClient
+from api.key_cache import KeyCache
 from api.metering import Meter
 from api.rates import RateLimits
 from api.wake import Wake
@@ -26,6 +27,7 @@ class Services:
     meter: Meter
     rates: RateLimits
     batch_wake: Wake
+    callers: KeyCache[object]
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
@@ -41,6 +43,7 @@ class Services:
             meter=Meter(database, rates.spend),
             rates=rates,
             batch_wake=Wake(),
+            callers=KeyCache(settings.api.key_seconds),
         )
 
     async def aclose(self) -> None:

@@ -99,10 +99,10 @@ def real_models(*, quick: bool) -> dict[str, Any]:
     if not quick:
         directory, _ = materialise("smollm2-135m-instruct", load_settings().models)
         for bits in (3, 7):
-            model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-            model.config.use_cache = False
+            decoder = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+            decoder.config.use_cache = False
             config = MeftConfig(lambda_bits=bits, activation="silu")
-            found[f"SmolLM2, 30 layers, meft1, {bits} bits"] = check_exactness(model, config, ids)
+            found[f"SmolLM2, 30 layers, meft1, {bits} bits"] = check_exactness(decoder, config, ids)
     return found
 
 

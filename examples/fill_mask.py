@@ -55,6 +55,7 @@ def job(model: str, training_file: str) -> dict[str, Any]:
         "hyperparameters": {"n_epochs": 30, "batch_size": 8},
         "optimizer": {"learning_rate": 0.002},
         "max_seq_length": 32,
+        "checkpoint_steps": 1000,
     }
 
 

@@ -58,6 +58,13 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    key_seconds: float = Field(
+        1,
+        ge=0,
+        le=60,
+        description="How long a process goes on taking a key that another one has revoked or "
+        "limited; 0: each request asks the database.",
+    )
     requests_per_minute: int | None = Field(
         None, ge=1, description="Requests of a key, unless it or its project has a limit."
     )

@@ -42,6 +42,7 @@ TESTED_ELSEWHERE = {
     "api/bodies.py": "tests/api/openai: the body of every route",
     "api/audit.py": "tests/api/keys/test_audit_logs.py",
     "api/operation_bodies.py": "tests/api/operations/test_routes.py",
+    "api/adapters/imports.py": "tests/api/adapters/test_archive.py",
     "api/model_card.py": "tests/api/adapters/test_routes.py",
     "api/ui/pages.py": "tests/web/test_pages.py, in a browser",
     "api/ui/frame.py": "tests/web, in a browser",

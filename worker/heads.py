@@ -4,6 +4,7 @@ A head whose weights are not in the base model's files is new: it is drawn from 
 float32 whatever the method, and stored with the adapter (PEFT's ``modules_to_save``).
 """
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,25 @@ def head_paths(model: "nn.Module") -> list[str]:
         for path, module in model.named_modules()
         if hasattr(module, _NEW) and COPIES not in path and not path.endswith(".original_module")
     ]
+
+
+def head_settings(heads: list[str], targets: object) -> dict[str, Any]:
+    """Return what PEFT's configuration of an adapter says of new heads: stored whole, not adapted.
+
+    Args:
+        heads: Of `head_paths`.
+        targets: The configuration's ``target_modules``: names, a pattern, or nothing.
+    """
+    settings: dict[str, Any] = {"modules_to_save": heads}
+    if isinstance(targets, str):
+        meant = [path for path in heads if re.fullmatch(targets, path)]
+    else:
+        given = targets if isinstance(targets, list | set | tuple) else []
+        kept = sorted(each for each in given if each not in heads)
+        if kept:
+            settings["target_modules"] = kept
+        meant = [path for path in heads if any(f".{path}".endswith(f".{name}") for name in kept)]
+    return settings | ({"exclude_modules": meant} if meant else {})
 
 
 def _above_backbone(directory: Path, head: Head) -> list[str]:

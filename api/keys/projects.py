@@ -9,8 +9,9 @@ from sqlalchemy.orm import Session
 
 from api import bodies
 from api.audit import note
-from api.deps import Caller, CallerDep, ReadSession, WriteSession
+from api.deps import Caller, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.strict_json import StrictJsonRoute
+from models.db import after_commit
 from models.domain.base import JsonObject, Parameters, Text
 from models.domain.limits import ProjectLimits
 from models.errors import NotFoundError, PermissionDeniedError
@@ -73,13 +74,18 @@ def create_project(body: ProjectCreate, session: WriteSession, caller: CallerDep
 
 @router.post("/{project_id}")
 def update_project(
-    project_id: str, body: ProjectUpdate, session: WriteSession, caller: CallerDep
+    project_id: str,
+    body: ProjectUpdate,
+    session: WriteSession,
+    services: ServicesDep,
+    caller: CallerDep,
 ) -> JsonObject:
     """Change limits of a project. Only a key of the default project can do this."""
     project = _visible(session, caller, project_id)
     if not _is_operator(session, caller):
         raise PermissionDeniedError("Only an admin key of the default project can change limits.")
     tenancy.set_limits(session, project, body.limits)
+    after_commit(session, "forget callers", services.callers.forget)
     changed = body.limits.model_dump(exclude_unset=True)
     note(session, caller, "project.updated", project.id, limits=changed)
     return project_body(project, tenancy.organization_names(session))

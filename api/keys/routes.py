@@ -7,8 +7,9 @@ from pydantic import Field, StrictInt
 
 from api import bodies
 from api.audit import note
-from api.deps import CallerDep, ReadSession, WriteSession
+from api.deps import CallerDep, ReadSession, ServicesDep, WriteSession
 from api.strict_json import StrictJsonRoute
+from models.db import after_commit
 from models.domain.access import Scope
 from models.domain.base import JsonObject, Text
 from models.domain.limits import KeyRates
@@ -54,12 +55,15 @@ def _rates(body: KeyCreate) -> KeyRates:
 
 
 @router.delete("/{key_id}")
-def revoke_key(key_id: str, session: WriteSession, caller: CallerDep) -> JsonObject:
+def revoke_key(
+    key_id: str, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
     """Make a key useless from now on; the one that this call is made with cannot end itself."""
     if key_id == caller.key_id:
         raise InvalidRequestError(
             "A key cannot revoke itself. Use another key.", param="key_id", code="key_in_use"
         )
     key = tenancy.revoke_key(session, key_id, caller.project_id)
+    after_commit(session, "forget callers", services.callers.forget)
     note(session, caller, "api_key.deleted", key.id, name=key.name)
     return bodies.key_body(key)

@@ -55,14 +55,17 @@ def upgrade() -> None:
         batch_op.add_column(
             sa.Column("reserved_device_seconds", sa.Double(), nullable=False, server_default="0")
         )
+        batch_op.drop_index("ix_jobs_created_at")
         batch_op.create_index("ix_jobs_project", ["project_id", "status"], unique=False)
     with op.batch_alter_table("job_attempts", schema=None) as batch_op:
         batch_op.create_index("ix_job_attempts_ended_at", ["ended_at"], unique=False)
     with op.batch_alter_table("files", schema=None) as batch_op:
+        batch_op.drop_index("ix_files_created_at")
         batch_op.create_index("ix_files_list", ["project_id", "created_at", "id"], unique=False)
     with op.batch_alter_table("adapters", schema=None) as batch_op:
         batch_op.add_column(sa.Column("archived_at", sa.Double(), nullable=True))
         batch_op.alter_column("job_id", existing_type=sa.String(), nullable=True)
+        batch_op.drop_index("ix_adapters_created_at")
         batch_op.create_index(
             "ix_adapters_list", ["project_id", "created_at", "name"], unique=False
         )
@@ -106,7 +109,6 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_audit_logs")),
     )
     with op.batch_alter_table("audit_logs", schema=None) as batch_op:
-        batch_op.create_index(batch_op.f("ix_audit_logs_created_at"), ["created_at"], unique=False)
         batch_op.create_index(
             "ix_audit_logs_list", ["project_id", "created_at", "id"], unique=False
         )
@@ -119,14 +121,17 @@ def downgrade() -> None:
     op.execute("DELETE FROM adapters WHERE job_id IS NULL")
     with op.batch_alter_table("adapters", schema=None) as batch_op:
         batch_op.drop_index("ix_adapters_list")
+        batch_op.create_index("ix_adapters_created_at", ["created_at"], unique=False)
         batch_op.alter_column("job_id", existing_type=sa.String(), nullable=False)
         batch_op.drop_column("archived_at")
     with op.batch_alter_table("files", schema=None) as batch_op:
         batch_op.drop_index("ix_files_list")
+        batch_op.create_index("ix_files_created_at", ["created_at"], unique=False)
     with op.batch_alter_table("job_attempts", schema=None) as batch_op:
         batch_op.drop_index("ix_job_attempts_ended_at")
     with op.batch_alter_table("jobs", schema=None) as batch_op:
         batch_op.drop_index("ix_jobs_project")
+        batch_op.create_index("ix_jobs_created_at", ["created_at"], unique=False)
         batch_op.drop_column("reserved_device_seconds")
         batch_op.drop_column("reserved_tokens")
     with op.batch_alter_table("api_keys", schema=None) as batch_op:

@@ -1,6 +1,6 @@
 """Batches of requests; webhook endpoints and the outbox of what is sent to them.
 
-Revision: 0008_batches_webhooks, after 0005_idempotency
+Revision: 0008_batches_webhooks, after 0007_tenancy
 """
 
 import sqlalchemy as sa

@@ -107,7 +107,8 @@ class AdapterManifest(Frozen):
     `chat_template` is the source that its rows were rendered with (of several named ones, JSON);
     it and the tokenizer's digest tell for ever what text the adapter was taught in. `served` says
     whether it runs in one batch with others, merged into a base of its own, or beside its modules.
-    `objective_params` has the labels of a classifier, in the order of its outputs.
+    `objective_params` has the labels of a classifier, in the order of its outputs. Of an adapter
+    that came from outside, all that is not known is empty, and `objective` is ``imported``.
     """
 
     format: Literal["tunery-adapter-1"] = "tunery-adapter-1"

@@ -51,8 +51,8 @@ def create(
 
 def get(session: Session, project_id: str, job_id: str) -> Job:
     """Return a job of this project, or raise `NotFoundError` as for an id that never existed."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
-    if job is None:
+    job = session.get(Job, job_id)
+    if job is None or job.project_id != project_id:
         raise NotFoundError(
             f"Could not find fine-tuning job: {job_id!r}.",
             param="fine_tuning_job_id",
@@ -137,9 +137,8 @@ def move(
         if job.trained_tokens:
             user = User(job.project_id, job.key_id, job.base_model)
             usage.add(session, [(user, Used(trained_tokens=job.trained_tokens))])
-    if moved and (event := job_event(target)) is not None:
-        project_id = session.scalars(select(Job.project_id).where(Job.id == job_id)).one()
-        webhooks.emit(session, project_id, event, job_id)
+        if (event := job_event(target)) is not None:
+            webhooks.emit(session, job.project_id, event, job_id)
     return moved
 
 

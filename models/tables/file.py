@@ -5,10 +5,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from models.domain.base import JsonObject
 from models.domain.status import FileStatus, UploadStatus
-from models.tables.base import Base, Created
+from models.tables.base import Base, Created, Listed
 
 
-class File(Created, Base):
+class File(Listed, Base):
     """Bytes in the object store under `object_key`, which files of the same content share.
 
     Of a data set, `report` is a dumped ``DatasetReport``, `options` how its owner wants it read

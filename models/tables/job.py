@@ -5,10 +5,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
-from models.tables.base import Base, Created
+from models.tables.base import Base, Created, Listed
 
 
-class Job(Created, Base):
+class Job(Listed, Base):
     """The truth about one fine-tuning job.
 
     `attempt` is the fencing token: it grows with every claim, and a write of an older attempt

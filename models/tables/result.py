@@ -4,7 +4,7 @@ from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column
 
 from models.domain.base import JsonObject
-from models.tables.base import Base, Created
+from models.tables.base import Base, Created, Listed
 
 
 class Metric(Base):
@@ -40,7 +40,7 @@ class Checkpoint(Created, Base):
     metrics: Mapped[JsonObject]
 
 
-class Adapter(Created, Base):
+class Adapter(Listed, Base):
     """A published adapter: the alias `name` for the immutable content `digest`.
 
     One that came from outside has no job. One that is archived is kept and cannot be called.

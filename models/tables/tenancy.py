@@ -4,7 +4,7 @@ from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.domain.base import JsonObject
-from models.tables.base import Base, Created
+from models.tables.base import Base, Created, Listed
 
 
 class Organization(Created, Base):
@@ -75,7 +75,7 @@ class CheckpointPermission(Created, Base):
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
 
 
-class AuditLog(Created, Base):
+class AuditLog(Listed, Base):
     """One change that somebody made, written in the same transaction as the change.
 
     `key_id` is None for what the operator did from the command line.

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.domain.base import JsonObject
 from models.domain.encoding import EncodeAnswer, EncodeRequest
-from models.domain.generation import Chunk, Finished, GenerateRequest, Started
+from models.domain.generation import AdapterRef, Chunk, Finished, GenerateRequest, Started
 from models.errors import TuneryError
 
 STARTED = Started(prompt_tokens=7, system_fingerprint="fp_fake")
@@ -39,6 +39,7 @@ class FakeInference:
     """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent.
 
     ``POST /encode`` is answered with `encoding` for each input.
+    ``POST /warm`` succeeds or is refused likewise.
     """
 
     def __init__(self) -> None:
@@ -48,6 +49,7 @@ class FakeInference:
         self.requests: list[GenerateRequest] = []
         self.encoded: list[EncodeRequest] = []
         self.encoding: JsonObject = {"embedding": [0.6, 0.8]}
+        self.warmed: list[AdapterRef] = []
         self.headers: list[dict[str, str]] = []
         self.holding = threading.Event()
         self.left = threading.Event()
@@ -56,6 +58,9 @@ class FakeInference:
         self.refusal = (error.status_code, json.dumps({"error": error.to_dict()}).encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == "/warm":
+            await self._warm(receive, send)
+            return
         assert (scope["method"], scope["path"]) in (("POST", "/generate"), ("POST", "/encode"))
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
         if scope["path"] == "/encode":
@@ -88,6 +93,12 @@ class FakeInference:
         status, data = self.refusal or (200, answer.model_dump_json().encode())
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": data})
+
+    async def _warm(self, receive: Receive, send: Send) -> None:
+        self.warmed.append(AdapterRef.model_validate_json(await _body(receive)))
+        status, body = self.refusal or (200, b"{}")
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
 
 
 async def _body(receive: Receive) -> bytes:

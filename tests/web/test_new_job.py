@@ -36,7 +36,8 @@ PROBE = Probe(
     forward_share=0.25,
     start_seconds=2.0,
 )
-MEASURED = {"nf4": 2.0e9, "bf16": 4.0e9, "fp32": 6.5e9}
+MEMORY = 6 * 10**9
+MEASURED = {"nf4": 2.0e9, "bf16": 4.0e9}
 """Memory of the trainer at rest, in bytes, as a worker would have measured it."""
 
 
@@ -71,8 +72,9 @@ def measured(site: Site) -> Iterator[None]:
         yield
 
 
-def peak(page: Page, precision: str, last: int) -> int:
-    """Choose a precision; return the estimate once it has changed."""
+def peak(page: Page, method: str, precision: str, last: int) -> int:
+    """Choose a method and a precision; return the estimate once it has changed."""
+    page.locator('[data-field="peft.type"]').select_option(method)
     page.locator('[data-field="precision.type"]').select_option(precision)
     expect(page.locator("#estimate")).to_have_attribute("data-peak", re.compile(r"^\d+$"))
     expect(page.locator("#estimate")).not_to_have_attribute("data-peak", str(last))
@@ -80,22 +82,22 @@ def peak(page: Page, precision: str, last: int) -> int:
 
 
 @pytest.mark.usefixtures("measured")
-def test_fewer_bits_take_less_and_what_fits_no_worker_cannot_be_started(
+def test_from_full_to_qlora_takes_less_and_what_fits_no_worker_cannot_be_started(
     site: Site, page: Page, context: BrowserContext
 ) -> None:
-    site.announce_worker(4 * 10**9)
+    site.announce_worker(MEMORY)
     path = upload(site, context, rows(40))
     page.goto(f"/ui/jobs/new?file={path.rpartition('/')[2]}")
     found = [0]
-    for precision in ("fp32", "bf16", "nf4"):
-        found.append(peak(page, precision, found[-1]))
-        fits = page.locator("#fits")
-        expect(fits).to_have_attribute("data-fits", "true" if found[-1] <= 4e9 else "false")
-        expect(page.locator("#start")).to_be_enabled(enabled=found[-1] <= 4e9)
+    for method, precision in (("full", "bf16"), ("lora", "bf16"), ("lora", "nf4")):
+        found.append(peak(page, method, precision, found[-1]))
+        fits = found[-1] <= MEMORY
+        expect(page.locator("#fits")).to_have_attribute("data-fits", "true" if fits else "false")
+        expect(page.locator("#start")).to_be_enabled(enabled=fits)
     assert found[1] > found[2] > found[3]
-    assert found[1] > 4e9 > found[3]
-    peak(page, "fp32", found[-1])
-    missing = re.compile(rf"{(found[1] - 4e9) / 1e9:.3g}".rstrip("0") + r"\d* GB are missing")
+    assert found[1] > MEMORY > found[3]
+    peak(page, "full", "bf16", found[-1])
+    missing = re.compile(r"\d GB are missing on the largest")
     expect(page.locator("#fits [role=alert]")).to_contain_text(missing)
     assert site.faults == []
 

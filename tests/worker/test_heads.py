@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from tests.worker.training.encoders import ENCODERS, SEQ2SEQ, save_encoder
 from worker.base_models import load_model
 from worker.base_shape import read_shape
-from worker.heads import Head, family_of, head_paths
+from worker.heads import Head, family_of, head_paths, head_settings
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +62,24 @@ def test_a_new_head_follows_from_its_seed_and_nothing_else(bases: dict[str, Path
     assert torch.equal(first, weight(5))
     assert torch.equal(after, torch.rand(1))
     assert not torch.equal(first, weight(6))
+
+
+@pytest.mark.parametrize(
+    ("targets", "settings"),
+    [
+        (["query"], {"target_modules": ["query"]}),
+        (
+            ["dense", "query"],
+            {"target_modules": ["dense", "query"], "exclude_modules": ["p.dense"]},
+        ),
+        (["x.query", "head"], {"target_modules": ["x.query"]}),
+        (r".*\.query", {}),
+        (r".*dense", {"exclude_modules": ["p.dense"]}),
+        (None, {}),
+    ],
+)
+def test_a_new_head_is_stored_and_kept_from_being_adapted(
+    targets: object, settings: dict[str, list[str]]
+) -> None:
+    heads = ["head", "p.dense"]
+    assert head_settings(heads, targets) == {"modules_to_save": heads, **settings}

@@ -19,7 +19,13 @@ from obstore.exceptions import BaseError
 
 from models.domain.generation import AdapterRef
 from models.domain.reports import AdapterManifest
-from models.errors import ConflictError, NotFoundError, UnavailableError, UnprocessableError
+from models.errors import (
+    ConflictError,
+    NotFoundError,
+    TuneryError,
+    UnavailableError,
+    UnprocessableError,
+)
 from models.storage import MANIFEST, ObjectNotFoundError, ObjectStore, adapter_prefix, fetch_file
 from worker.adapter_format import (
     digest_of,
@@ -29,6 +35,7 @@ from worker.adapter_format import (
     read_manifest,
 )
 from worker.base_models import BaseModelInfo
+from worker.inference.metrics import Metrics
 from worker.inference.single_flight import SingleFlight
 
 DEFAULT_BUDGET_BYTES = 20 * 1024**3
@@ -46,6 +53,7 @@ class AdapterStore:
         directory: Where the local copies are.
         base: The base model that they must fit.
         budget_bytes: Size above which the copies opened least recently are removed.
+        metrics: Where hits, fetches and evictions are counted.
     """
 
     def __init__(
@@ -55,7 +63,9 @@ class AdapterStore:
         base: BaseModelInfo,
         *,
         budget_bytes: int = DEFAULT_BUDGET_BYTES,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics or Metrics()
         self._store = store
         self._directory = directory.expanduser().resolve()
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -97,20 +107,29 @@ class AdapterStore:
             )
 
     def _provide(self, ref: AdapterRef) -> AdapterManifest:
-        target = self._directory / ref.digest
+        target, source = self._directory / ref.digest, "disk"
         try:
             manifest = _checked(target, ref.digest) if target.is_dir() else None
             if manifest is None:
-                manifest = self._fetch(ref, target)
+                source = "store"
+                with self._metrics.load_seconds.labels("fetch").time():
+                    manifest = self._fetch(ref, target)
+            else:
+                self._metrics.hits.labels("disk").inc()
             os.utime(target)
         except (OSError, BaseError) as error:
             logger.warning("adapter_fetch_failed", digest=ref.digest, error=repr(error))
+            self._metrics.loads.labels(source, "unavailable").inc()
             raise UnavailableError(
                 f"Adapter {ref.name!r} cannot be fetched at the moment "
                 f"({type(error).__name__}). Try again shortly.",
                 code="adapter_store_unavailable",
                 retry_after=5,
             ) from error
+        except TuneryError:
+            self._metrics.loads.labels(source, "refused").inc()
+            raise
+        self._metrics.loads.labels(source, "ok").inc()
         return manifest
 
     def _fetch(self, ref: AdapterRef, target: Path) -> AdapterManifest:
@@ -168,6 +187,7 @@ class AdapterStore:
                 total += sum(file.stat().st_size for file in path.iterdir())
                 if total > self._budget_bytes:
                     self._remove(path)
+                    self._metrics.disk_evictions.inc()
 
     def _remove(self, path: Path) -> None:
         # By a rename first: nobody ever sees half a directory under a digest.

@@ -80,6 +80,10 @@ class EncoderService(InferenceService):
 
         await asyncio.to_thread(fetch)
 
+    def audit(self) -> dict[str, int]:
+        """Return the adapters whose leases were lost: none, since an encoder lends none."""
+        return {}
+
     def stats(self) -> EngineStats:
         return EngineStats(alive=True, running=self._encoder.running, waiting=0)
 

@@ -78,6 +78,7 @@ class _Stage:
             with warnings.catch_warnings():
                 # peft 0.21 asks transformers 5.24 for an attribute under its old name.
                 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+                warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
                 if isinstance(self.model, PeftModel):
                     self.model.load_adapter(str(directory), digest, is_trainable=False)
                 else:
@@ -96,6 +97,7 @@ class _Stage:
             raise invalid_adapter("other_tensors", f"{len(odd)} tensors such as {odd[0]}")
         if len(self._adapters) > self._max_adapters:
             oldest, _ = self._adapters.popitem(last=False)
+            self.model.set_adapter(digest)  # the one that goes must not be the active one
             self.model.delete_adapter(oldest)
 
 

@@ -31,7 +31,9 @@ def load_own_model(
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    import worker.training.tuners.own  # noqa: F401 (makes its configurations known to PEFT)
+    # Both make their configurations known to PEFT.
+    import worker.training.reversible.tuner
+    import worker.training.tuners.own  # noqa: F401
 
     model: Any = load_model(base, precision=precision, device=device)
     if precision == "nf4":
@@ -45,8 +47,8 @@ def load_own_model(
             model, str(adapter), autocast_adapter_dtype=False, torch_device=device
         )
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        stray = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        stray ^= set(file.keys())
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        stray = {name.replace(".default", "") for name in loaded} ^ set(file.keys())
     if stray:
         raise ValueError(f"tensors are missing or left over: {', '.join(sorted(stray)[:5])}")
     whole: PreTrainedModel = (

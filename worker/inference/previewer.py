@@ -32,7 +32,7 @@ class Previewer:
         self._renderer = FormRenderer(ChatRenderer(self._tokenizer))
 
     def preview(self, request: PreviewRequest) -> JsonObject:
-        """Return the first rows, and statistics of the first `n_counted`.
+        """Return the rows that are asked for, and statistics of the first `n_counted`.
 
         Raises:
             NotFoundError: the rows are gone from the store.
@@ -48,9 +48,10 @@ class Previewer:
                     param="file_id",
                     code="file_not_found",
                 ) from None
+            end = request.offset + request.n_rows
             shown = [
                 preview_row(line, row, self._renderer, self._tokenizer, max_length)
-                for line, row in itertools.islice(read_rows(path), request.n_rows)
+                for line, row in itertools.islice(read_rows(path), request.offset, end)
             ]
             counted = itertools.islice(read_rows(path), request.n_counted)
             statistics = count_tokens(counted, self._renderer, max_length)

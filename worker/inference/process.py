@@ -32,6 +32,7 @@ from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.scheduler import Limits
+from worker.inference.metrics import Metrics
 from worker.inference.own_model import load_own_model
 from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
@@ -90,8 +91,13 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     directory, info = materialise(mine.model, settings.models, store)
     device = pick_device(mine.device)
     description = {"precision": mine.precision, "device": device}
+    metrics = Metrics()
     adapters = AdapterStore(
-        store, mine.adapter_cache_dir, info, budget_bytes=mine.adapter_disk_bytes
+        store,
+        mine.adapter_cache_dir,
+        info,
+        budget_bytes=mine.adapter_disk_bytes,
+        metrics=metrics,
     )
     family = info.shape.family if info.shape is not None else "decoder"
     if family == "encoder":
@@ -136,8 +142,10 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         return build_engine(own, f"{info.fingerprint} {adapter.name}")
 
     engine = build_engine(model, info.fingerprint)
-    residency = Residency(engine, adapters, renderer.template_sha256)
+    metrics.watch(engine.stats)
+    residency = Residency(engine, adapters, renderer.template_sha256, metrics=metrics)
     service = InferenceService(engine, renderer, residency, info, description)
+    service.metrics = metrics
     service.previewer = Previewer(store, directory, info)
     service.own_models = OwnModels(
         adapters, renderer.template_sha256, build_own, mine.max_own_models
@@ -234,6 +242,8 @@ class InferenceProcess:
             if not http.is_alive() or not service.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
+            if lost := service.audit():
+                logger.error("adapter_leases_lost", lost=lost)
             try:
                 self._announce(info, url)
             except SQLAlchemyError:

@@ -1,4 +1,5 @@
-"""The inference server's HTTP face: ``POST /generate``, ``/encode``, ``/warm``, ``/preview`` …
+"""The inference server's HTTP face: ``POST /generate``, ``/encode``, ``/warm``, ``/preview`` and
+``GET /health``, ``/metrics``.
 
 ``/generate`` answers with one `GenerateEvent` a line. Until the first token there is a status to
 set, so an error has its own; afterwards it is a ``failed`` event, and a stream never just ends.
@@ -29,6 +30,7 @@ from models.domain.generation import (
     Started,
 )
 from models.errors import AuthenticationError, InvalidRequestError, TuneryError
+from worker.inference.metrics import CONTENT_TYPE
 from worker.inference.service import InferenceService
 
 NDJSON = "application/x-ndjson"
@@ -66,6 +68,9 @@ def create_app(service: InferenceService, token: str) -> Starlette:
         state = service.health()
         return JSONResponse(state, status_code=200 if state["status"] == "ok" else 503)
 
+    async def metrics(request: Request) -> Response:
+        return Response(service.metrics.render(), headers={"Content-Type": CONTENT_TYPE})
+
     return Starlette(
         routes=[
             Route("/generate", GenerateEndpoint(service), methods=["POST"]),
@@ -73,6 +78,7 @@ def create_app(service: InferenceService, token: str) -> Starlette:
             Route("/preview", preview, methods=["POST"]),
             Route("/encode", encode, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
         ],
         middleware=[Middleware(BearerAuth, token=token)],
         exception_handlers={TuneryError: _handle_error},

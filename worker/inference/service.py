@@ -21,6 +21,7 @@ from worker.inference.engine.errors import EngineClosedError, EngineFullError
 from worker.inference.engine.grammar import Grammar, Vocabulary
 from worker.inference.engine.params import EngineStats, Sampling
 from worker.inference.engine.pool import AdapterLease
+from worker.inference.metrics import Metrics
 from worker.inference.output_format import grammar_of, names_of
 from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
@@ -61,6 +62,7 @@ class InferenceService:
         self.draining = False
         self.previewer: Previewer | None = None
         self.own_models: OwnModels | None = None
+        self.metrics = Metrics()
         self._renderer = renderer
         self._rendering = asyncio.Lock()  # a tokenizer serves one thread at a time
         self._vocabulary = Vocabulary(renderer.tokenizer, renderer.stop_ids)
@@ -231,6 +233,9 @@ class InferenceService:
 
     def stats(self) -> EngineStats:
         return self.engine.stats()
+
+    def audit(self) -> dict[str, int]:
+        return self.engine.audit()
 
     def health(self) -> JsonObject:
         stats = self.engine.stats()

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from models.domain.base import Frozen, JsonObject
 from models.errors import TrainingFailedError
-from worker.heads import PEFT_TASKS, head_paths
+from worker.heads import PEFT_TASKS, head_paths, head_settings
 from worker.training import optimizers
 from worker.training.loop import Trainer
 from worker.training.task import Progress
@@ -176,9 +176,7 @@ def head_config(trainer: Trainer, config: JsonObject) -> JsonObject:
     found: JsonObject = {"task_type": PEFT_TASKS[task.objective.head]}
     heads = head_paths(task.model.get_base_model())
     if heads:
-        found |= {"modules_to_save": heads, "exclude_modules": heads}
-        if isinstance(targets := config.get("target_modules"), list):
-            found["target_modules"] = [each for each in targets if each not in heads]
+        found |= head_settings(heads, config.get("target_modules"))
     return found
 
 

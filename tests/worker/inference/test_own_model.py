@@ -50,6 +50,7 @@ def write_adapter(directory: Path, peft: dict[str, Any], seed: int = 0) -> Path:
         {"type": "houlsby", "r": 4},
         {"type": "ia3"},
         {"type": "lora", "r": 4, "use_dora": True},
+        {"type": "meft", "r": 4, "lambda_bits": 3},
     ],
     ids=lambda peft: str(peft["type"]),
 )

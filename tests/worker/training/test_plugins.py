@@ -26,7 +26,9 @@ class _One(Plugin):
 
 def test_every_file_of_the_packages_is_found() -> None:
     names = {path.stem for path in Path(methods.__path__[0]).glob("[a-z]*.py")}
-    assert {"lora", "ia3", "houlsby", "adamix", "full", "bitfit"} <= set(methods.all_methods())
+    assert {"lora", "ia3", "houlsby", "adamix", "meft", "full", "bitfit"} <= set(
+        methods.all_methods()
+    )
     assert {
         type(each).__module__.rpartition(".")[2] for each in methods.all_methods().values()
     } == (names - {"base"})

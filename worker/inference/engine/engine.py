@@ -68,6 +68,9 @@ class Engine(Protocol):
             AdapterInUseError: requests are using it.
         """
 
+    def audit(self) -> dict[str, int]:
+        """Compare the counts of leases with the leases there are; return what was lost."""
+
     def submit(self, request: Request, emit: Emit) -> Ticket:
         """Queue a request and return at once; its events go to `emit`, each choice's in order.
 
@@ -130,6 +133,7 @@ class BatchingEngine:
         self._changed = Condition()
         self._scheduler: Scheduler[Sequence] = Scheduler(limits)
         self._closing = False
+        self._n_drawn = 0
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -143,6 +147,9 @@ class BatchingEngine:
 
     def unload(self, digest: str) -> int:
         return self._pool.remove(digest)
+
+    def audit(self) -> dict[str, int]:
+        return self._pool.audit()
 
     def submit(self, request: Request, emit: Emit) -> Ticket:
         if not request.prompt:
@@ -175,13 +182,25 @@ class BatchingEngine:
 
     def stats(self) -> EngineStats:
         with self._changed:
-            running, waiting = self._scheduler.n_running(), len(self._scheduler.waiting)
-        return EngineStats(
-            alive=self._thread.is_alive() and not self._closing,
-            running=running,
-            waiting=waiting,
-            references=self._pool.references(),
-        )
+            scheduler = self._scheduler
+            adapters = {each.adapter for each in scheduler.running if not each.ended} - {None}
+            runner, slots = self._runner, self._runner.slots
+            return EngineStats(
+                alive=self._thread.is_alive() and not self._closing,
+                running=scheduler.n_running(),
+                waiting=len(scheduler.waiting),
+                references=self._pool.references(),
+                adapter_bytes=self._pool.n_bytes,
+                slots=len(slots.digests()),
+                distinct_adapters=len(adapters),
+                waiting_for_slot=sum(each.overtaken > 0 for each in scheduler.waiting),
+                host_evictions=self._pool.evictions,
+                slot_evictions=slots.evictions,
+                preemptions=scheduler.preemptions,
+                n_drawn=self._n_drawn,
+                n_prompt=runner.n_prompt,
+                n_cached=runner.n_cached,
+            )
 
     def close(self) -> None:
         with self._changed:
@@ -276,6 +295,7 @@ class BatchingEngine:
 
     def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
         event = sequence.take(logits, self._stop_ids)
+        self._n_drawn += 1
         if event.finish_reason is not None:
             self._end(sequence, event)
         elif event.text or event.prompt_logprobs:

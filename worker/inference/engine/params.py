@@ -122,9 +122,23 @@ class LinearShape:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """`references` holds, for each adapter in memory, how many leases on it are out."""
+    """`references` holds, for each adapter in memory, how many leases on it are out.
+
+    `waiting_for_slot` are those of the waiting that others have passed for want of a slot. What
+    begins with `n_`, the evictions and the preemptions count from the start.
+    """
 
     alive: bool
     running: int
     waiting: int
     references: dict[str, int] = field(default_factory=dict)
+    adapter_bytes: int = 0
+    slots: int = 0
+    distinct_adapters: int = 0
+    waiting_for_slot: int = 0
+    host_evictions: int = 0
+    slot_evictions: int = 0
+    preemptions: int = 0
+    n_drawn: int = 0
+    n_prompt: int = 0
+    n_cached: int = 0

@@ -1,10 +1,11 @@
 """Adapters in host memory: least recently used go first, those in use never."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
+from threading import RLock
 from types import TracebackType
 from typing import Self
+from weakref import WeakSet
 
 from worker.inference.engine.errors import (
     AdapterFormatError,
@@ -18,6 +19,7 @@ from worker.inference.engine.weights import AdapterWeights
 class _Resident:
     weights: AdapterWeights
     references: int = 0
+    leases: "WeakSet[AdapterLease]" = field(default_factory=WeakSet)
 
 
 class AdapterLease:
@@ -53,7 +55,8 @@ class AdapterPool:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._n_bytes = 0
-        self._lock = Lock()
+        # A collected lease may drop out of its set while this thread holds the lock.
+        self._lock = RLock()
         self._residents: OrderedDict[str, _Resident] = OrderedDict()
         self.evictions = 0
         """Adapters that made room for others so far."""
@@ -103,7 +106,23 @@ class AdapterPool:
         with self._lock:
             if lease._held:
                 lease._held = False
-                self._residents[lease.weights.digest].references -= 1
+                resident = self._residents[lease.weights.digest]
+                resident.references -= 1
+                resident.leases.discard(lease)
+
+    def audit(self) -> dict[str, int]:
+        """Give back what was lost: leases that nobody holds any more and nobody released.
+
+        Returns:
+            How many of which adapter; a number here is a mistake in the code that took the lease.
+        """
+        with self._lock:
+            lost = {}
+            for digest, resident in self._residents.items():
+                if n_lost := resident.references - len(resident.leases):
+                    lost[digest] = n_lost
+                    resident.references -= n_lost
+            return lost
 
     def references(self) -> dict[str, int]:
         with self._lock:
@@ -116,7 +135,9 @@ class AdapterPool:
     def _lease(self, resident: _Resident) -> AdapterLease:
         resident.references += 1
         self._residents.move_to_end(resident.weights.digest)
-        return AdapterLease(self, resident.weights)
+        lease = AdapterLease(self, resident.weights)
+        resident.leases.add(lease)
+        return lease
 
     def _make_room(self, n_bytes: int) -> None:
         if n_bytes > self._max_bytes:

@@ -52,6 +52,9 @@ class Runner:
         self._cache_argument = cache_argument(model)
         self._rows = RowCache()
         self._fingerprint = fingerprint
+        self.n_prompt = 0
+        """Prompt tokens of the sequences that began, and those of them that were stored."""
+        self.n_cached = 0
         self._prefixes = PrefixStore(limits.prefix_tokens)
         parameters = inspect.signature(type(model).forward).parameters
         self._shares_rows = can_share_rows(model.config, parameters)
@@ -87,6 +90,8 @@ class Runner:
         sequence.cache, sequence.n_fed = cache, n_cached
         if sequence.n_cached is None:
             sequence.n_cached = n_cached
+            self.n_prompt += sequence.n_tokens
+            self.n_cached += n_cached
         return cache
 
     def _root(self, sequence: Sequence) -> bytes:

@@ -75,6 +75,7 @@ class Scheduler(Generic[T]):
         self.limits = limits
         self.waiting: deque[T] = deque()
         self.running: list[T] = []
+        self.preemptions = 0
 
     def n_running(self) -> int:
         # Those that ended in this step are in the list until the next one begins.
@@ -121,6 +122,7 @@ class Scheduler(Generic[T]):
         while len(self.running) > 1 and not self._fits(self.running, spare=0):
             preempted.append(self.running.pop())
             self.waiting.appendleft(preempted[-1])
+            self.preemptions += 1
         return preempted
 
     def _admit(self) -> list[T]:

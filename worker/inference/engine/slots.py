@@ -107,6 +107,8 @@ class Slots:
         self._slots: list[_Slot | None] = [None] * n_slots
         self._order: list[int] = list(range(n_slots))  # least recently used first
         self._n_columns = 0
+        self.evictions = 0
+        """Adapters that made room for others so far."""
         self.busy: Set[str | None] = frozenset()
         """Adapters of running sequences: their slots are not given to others."""
         self.rows: list[int] = []
@@ -172,6 +174,7 @@ class Slots:
             raise ValueError(f"All {len(self._slots)} adapter slots are in use.")
         # An empty slot rather than the least recently used one.
         index = min(free, key=lambda i: self._slots[i] is not None)
+        self.evictions += self._slots[index] is not None
         self._slots[index] = None
         slot = self._slots[index] = _Slot(adapter.digest, self._free_columns(adapter.rank))
         for path, layer in self.layers.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt
 
 from models.domain.base import JsonObject
-from models.domain.estimates import BaseShape
+from models.domain.estimates import BaseShape, Family
 from worker.training.methods import register
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, Served
 
@@ -64,6 +64,7 @@ class Meft(Method):
         "time of one with gradient checkpointing."
     )
     Params: ClassVar[type[MethodParams]] = MeftParams
+    families: ClassVar[frozenset[Family]] = frozenset({"decoder", "encoder"})
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "reversible"})
 
     def served(self, params: Any) -> Served:

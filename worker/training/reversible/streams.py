@@ -259,7 +259,8 @@ class _Backward:
             x1, d1 = self._unshift(y1, coupling.f_bits), d1 * 2.0**-coupling.f_bits
             if reverses and plan.history is not None:
                 for found, true in zip((x1, x2), plan.history.pop(), strict=True):
-                    plan.n_mismatches += int((found != true).sum())
+                    assert found is not None
+                    plan.n_mismatches += int(torch.ne(found, true).sum())
             y1, y2 = x1, x2
         self._ctx.draws.set(outside)
         if reverses:

@@ -11,7 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from worker.heads import COPIES, head_paths
+from models.errors import InvalidRequestError
+from worker.heads import COPIES, head_paths, head_settings
 
 
 def attach_adapter(
@@ -32,12 +33,14 @@ def attach_adapter(
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     heads = head_paths(base)
-    if heads and not config.is_prompt_learning:
-        config.modules_to_save = heads  # type: ignore[attr-defined]
-        config.exclude_modules = heads  # type: ignore[attr-defined]
-        targets = getattr(config, "target_modules", None)
-        if isinstance(targets, list):
-            config.target_modules = [each for each in targets if each not in heads]  # type: ignore[attr-defined]
+    if heads and config.is_prompt_learning:
+        raise InvalidRequestError(
+            "This method has no place for a new head. Choose another, e.g. 'lora'.",
+            param="peft.type",
+        )
+    if heads:
+        for name, value in head_settings(heads, getattr(config, "target_modules", None)).items():
+            setattr(config, name, value)
     if not base.can_generate() or base.config.is_encoder_decoder:
         config.task_type = None
     with torch.random.fork_rng(), warnings.catch_warnings():

@@ -40,6 +40,8 @@ class BottleneckConfig(PeftConfig):
     shares_up: bool = True
     target_modules: list[str] | str | None = None
     norm_modules: list[str] = field(default_factory=list)
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +57,8 @@ class ReplacementConfig(PeftConfig):
 
     parameters: list[str] | None = None
     target_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    exclude_modules: list[str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

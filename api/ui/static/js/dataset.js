@@ -2,6 +2,8 @@
 import { ApiError, call, complain, confirmed, make, root, t } from "./app.js";
 import { number } from "./lib.js";
 
+const SHOWN = 5;
+let offset = 0;
 const place = document.getElementById("preview");
 const file = place?.dataset.file ?? document.getElementById("pending")?.dataset.file;
 
@@ -30,18 +32,36 @@ function showHistogram(bins, limit) {
   if (chart) chart.dataset.bins = String(Object.values(bins).reduce((sum, count) => sum + count, 0));
 }
 
+/** Say which rows are shown, and offer those before and after them. */
+function showPlace() {
+  const all = Number(place?.dataset.rows ?? 0);
+  const where = document.getElementById("place");
+  if (where) where.textContent = t("{first} – {last} of {count} usable rows", { first: number(Math.min(all, offset + 1)), last: number(Math.min(all, offset + SHOWN)), count: number(all) });
+  for (const button of document.querySelectorAll("#pager button")) {
+    const target = offset + Number(/** @type {HTMLElement} */ (button).dataset.move);
+    /** @type {HTMLButtonElement} */ (button).disabled = target < 0 || target >= all;
+  }
+}
+document.getElementById("pager")?.addEventListener("click", (event) => {
+  const move = Number(/** @type {HTMLElement} */ (event.target).dataset.move ?? 0);
+  if (!move) return;
+  offset += move;
+  preview();
+});
+
 async function preview() {
   if (!place || !file) return;
   const model = /** @type {HTMLSelectElement} */ (document.getElementById("preview-model")).value;
   const longest = /** @type {HTMLInputElement} */ (document.getElementById("max-length")).value;
   const statistics = /** @type {HTMLElement} */ (document.getElementById("statistics"));
   try {
-    const shown = await call("GET", `/v1/files/${file}/preview?model=${encodeURIComponent(model)}&rows=5&max_length=${longest}`);
+    const shown = await call("GET", `/v1/files/${file}/preview?model=${encodeURIComponent(model)}&rows=${SHOWN}&offset=${offset}&max_length=${longest}`);
     const found = shown.statistics;
     statistics.textContent = t("{rows} rows counted, {tokens} tokens, {learned} learned; the longest row has {longest}; {overlong} are over {limit}.", { rows: number(found.n_rows), tokens: number(found.n_tokens), learned: number(found.n_trained), longest: number(found.longest), overlong: number(found.n_overlong), limit: number(shown.max_length) });
     statistics.dataset.overlong = String(found.n_overlong);
     showHistogram(found.histogram, shown.max_length);
     place.replaceChildren(...shown.rows.map(showRow));
+    showPlace();
   } catch (error) {
     statistics.textContent = error instanceof Error ? error.message : String(error);
     place.replaceChildren();

@@ -16,19 +16,26 @@ const loss = chart(by("loss-chart"), [
   { label: t("train"), token: "--accent", alpha: 0.25 }, { label: t("smoothed"), token: "--accent", width: 2 },
   { label: t("held-out"), token: "--second", width: 2, dash: [6, 4], points: true }]);
 const rate = chart(by("rate-chart"), [{ label: t("Learning rate"), token: "--accent" }]);
+const speed = chart(by("speed-chart"), [{ label: t("Tokens/s"), token: "--accent" }]);
 const norm = chart(by("norm-chart"), [{ label: t("Gradient norm"), token: "--accent" }]);
 
 function drawCharts() {
   const share = Number(/** @type {HTMLInputElement} */ (by("smoothing")).value);
   const column = (/** @type {string} */ name) => points.map((point) => point[name] ?? null);
+  for (const each of ["loss-chart", "rate-chart", "speed-chart", "norm-chart"]) {
+    if (points.length) delete by(each).dataset.empty; else by(each).dataset.empty = t("no step yet");
+  }
   const steps = column("step"), train = column("train_loss"), smoothed = smooth(train, share);
-  loss.draw([steps, train, smoothed, column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], /** @type {HTMLInputElement} */ (by("log")).checked);
-  rate.draw([steps, column("learning_rate")]);
-  norm.draw([steps, column("grad_norm")]);
   by("loss-chart").dataset.points = String(points.length);
   by("loss-chart").dataset.raw = JSON.stringify(train.slice(-20));
   by("loss-chart").dataset.smoothed = JSON.stringify(smoothed.slice(-20));
   by("loss-chart").dataset.series = points.some((point) => "valid_loss" in point || "full_valid_loss" in point) ? "train,valid" : "train";
+  if (points.length) {
+    loss.draw([steps, train, smoothed, column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], /** @type {HTMLInputElement} */ (by("log")).checked);
+    rate.draw([steps, column("learning_rate")]);
+    speed.draw([steps, column("tokens_per_second")]);
+    norm.draw([steps, column("grad_norm")]);
+  }
   if (!by("loss-table").hidden) drawTable();
 }
 

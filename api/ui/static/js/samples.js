@@ -100,5 +100,6 @@ document.addEventListener("checkpoint", showSteps);
 showSteps();
 await readRows();
 select.replaceChildren(...rows.map((row, at) => new Option(`${at + 1}: ${row.question.slice(0, 60)}`)));
+/** @type {HTMLElement} */ (select.closest("label")).hidden = rows.length === 0;
 choose();
 card.dataset.rows = String(rows.length);

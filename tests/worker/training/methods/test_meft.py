@@ -61,7 +61,7 @@ def test_a_device_that_is_not_exact_is_found_before_the_first_step() -> None:
     trainer = trainer_of(warnings)
     stack = stack_of(trainer.task.model)
     calls = iter(range(1_000_000))
-    attention = stack.layers[0].base_layer.self_attn
+    attention: Any = stack.layers[0].base_layer.self_attn
     attention.register_forward_hook(lambda *given: (given[2][0] * (1 + 1e-3 * next(calls)), None))
     trainer.begin(Silent())
     assert stack.keeps_inputs

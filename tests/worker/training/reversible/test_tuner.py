@@ -131,7 +131,7 @@ def test_training_with_a_cache_is_refused() -> None:
 
 def test_a_layer_that_does_not_repeat_itself_fails_the_step() -> None:
     model, stack = adapted("llama")
-    norm = stack.layers[1].base_layer.input_layernorm
+    norm: Any = stack.layers[1].base_layer.input_layernorm
     norm.register_forward_hook(lambda _, args, output: output + torch.rand(1).item())
     torch.manual_seed(0)
     gradients(model)  # what is drawn from the generator is repeated
