@@ -32,9 +32,8 @@ from worker.inference.writer import ChunkWriter, Echo
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A request made ready for the engine."""
+    """How the output of a request is made."""
 
-    prompt: tuple[int, ...]
     grammar: Grammar | None
     writer: ChunkWriter
 
@@ -87,8 +86,8 @@ class InferenceService:
                 code="wrong_base_model",
             )
         async with self._rendering:
-            planned = await asyncio.to_thread(self._plan, request)
-        prompt = planned.prompt
+            prompt = await asyncio.to_thread(self._prompt, request)
+        planned = await asyncio.to_thread(self._plan, request, prompt)
         sampling = self._sampling(request, len(prompt))
         adapter = request.adapter
         async with self._place(adapter) as (engine, lease):
@@ -136,16 +135,34 @@ class InferenceService:
             with lease or nullcontext():
                 yield self.engine, lease
 
-    def _plan(self, request: GenerateRequest) -> _Plan:
-        """Render the prompt and prepare the output; takes a while, so not on the loop.
+    def _prompt(self, request: GenerateRequest) -> tuple[int, ...]:
+        """Return the ids of the prompt; all that needs the tokenizer is ready then.
 
         Raises:
-            InvalidRequestError: the template, a schema or a token refuses.
+            InvalidRequestError: the template or a token refuses.
+        """
+        scores = request.sampling.logprobs is not None
+        if scores or request.echo or request.tools or request.json_schema is not None:
+            self._vocabulary.load()
+        names_of(request.tools)
+        if request.messages is not None:
+            return tuple(self._renderer.prompt_ids(request.messages, request.tools))
+        if isinstance(request.prompt, str):
+            ids = tuple(self._renderer.text_ids(request.prompt))
+        else:
+            ids = tuple(request.prompt or ())
+            self._check_tokens(ids, "prompt")
+        if not ids:
+            raise InvalidRequestError("The prompt is empty.", param="prompt")
+        return ids
+
+    def _plan(self, request: GenerateRequest, prompt: tuple[int, ...]) -> _Plan:
+        """Prepare the output; a large grammar takes a while, and holds up nobody else's prompt.
+
+        Raises:
+            InvalidRequestError: a schema cannot be followed.
         """
         grammar = grammar_of(request, lambda: self._renderer.tool_syntax, self._vocabulary)
-        prompt = self._prompt(request)
-        if request.sampling.logprobs is not None:
-            self._vocabulary.load()
         tools = []
         if request.tools:
             names = frozenset(names_of(request.tools))
@@ -157,23 +174,9 @@ class InferenceService:
         if request.echo:
             text = request.prompt
             if not isinstance(text, str):
-                text = "".join(
-                    self._vocabulary.bytes_of(t).decode(errors="replace") for t in prompt
-                )
+                text = b"".join(map(self._vocabulary.bytes_of, prompt)).decode(errors="replace")
             echo = Echo(text, prompt)
-        return _Plan(prompt, grammar, ChunkWriter(self._vocabulary, tools, echo))
-
-    def _prompt(self, request: GenerateRequest) -> tuple[int, ...]:
-        if request.messages is not None:
-            return tuple(self._renderer.prompt_ids(request.messages, request.tools))
-        if isinstance(request.prompt, str):
-            ids = tuple(self._renderer.text_ids(request.prompt))
-        else:
-            ids = tuple(request.prompt or ())
-            self._check_tokens(ids, "prompt")
-        if not ids:
-            raise InvalidRequestError("The prompt is empty.", param="prompt")
-        return ids
+        return _Plan(grammar, ChunkWriter(self._vocabulary, tools, echo))
 
     def _check_tokens(self, ids: Iterable[int], param: str) -> None:
         for token in ids:
