@@ -1,6 +1,6 @@
 # Every command that the README names. `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-web screenshots check migrate bench clean
+.PHONY: help setup demo up test test-web screenshots check fuzz migrate bench clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -32,8 +32,9 @@ demo: $(READY) ## Train a small model on this machine and talk to it, from start
 up: $(READY) ## Run the whole service on 127.0.0.1
 	$(BIN)/tunery up
 
+# Two files at a time, on one core each: models of tests are too small for more.
 test: $(READY) ## Run all tests; they start the servers that they need
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-web: $(READY) ## Run the tests of the web page alone, in a browser
 	$(BIN)/python -m pytest tests/web
@@ -47,6 +48,9 @@ check: $(STAMP) ## Check style, format, types and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+fuzz: $(STAMP) ## Ask the API what its document allows and forbids, 200 times an operation
+	$(BIN)/python -m tests.contract.fuzzing
 
 migrate: $(STAMP) ## Bring the database of TUNERY_DATABASE__URL to the newest revision
 	$(BIN)/tunery migrate

@@ -22,7 +22,7 @@ class Access:
     reads: Scope | None
     writes: Scope
 
-    def __call__(self, request: Request, caller: CallerDep) -> None:
+    async def __call__(self, request: Request, caller: CallerDep) -> None:
         needed = self.reads if request.method in _SAFE_METHODS else self.writes
         if needed is not None and not allows(caller.scopes, needed):
             raise PermissionDeniedError(

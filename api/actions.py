@@ -11,19 +11,22 @@ from functools import partial
 import structlog
 from sqlalchemy.orm import Session
 
+from api.audit import note
 from api.deps import Caller
 from api.services import Services
 from models.db import after_commit
 from models.domain.base import JsonObject
+from models.domain.estimates import BaseShape
 from models.domain.generation import AdapterRef
 from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, PayloadTooLargeError
-from models.registry import adapters, base_models, files, jobs
+from models.registry import adapters, base_models, files, jobs, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
 from models.tables import File, Job, new_id
+from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
 
@@ -51,16 +54,19 @@ def accept_upload(services: Services, caller: Caller, upload: Upload) -> File:
 
     Raises:
         InvalidRequestError: the file is empty.
-        PayloadTooLargeError: it exceeds the limit; nothing of it is kept.
+        PayloadTooLargeError: it exceeds the limit, or what the project may store; nothing of it is
+            kept.
     """
-    stored = store_content(services, upload.content)
+    with services.database.read() as session:
+        room = quotas.room_for_bytes(session, caller.project_id)
+    stored = store_content(services, upload.content, services.settings.api.max_upload_bytes, room)
     with adding(services, stored.key) as session:
         return add_file(session, services, caller, upload, stored)
 
 
 @contextmanager
-def adding(services: Services, key: str) -> Iterator[Session]:
-    """A transaction about an object that is stored already; a rollback takes the object along."""
+def adding(services: Services, *keys: str) -> Iterator[Session]:
+    """A transaction about objects that are stored already; a rollback takes them along."""
     is_committed = False
 
     def note() -> None:
@@ -69,10 +75,10 @@ def adding(services: Services, key: str) -> Iterator[Session]:
 
     try:
         with services.database.write() as session:
-            after_commit(session, f"note {key}", note)
+            after_commit(session, f"note {keys}", note)
             yield session
     except BaseException:
-        if not is_committed:
+        for key in () if is_committed else keys:
             services.store.delete(key)
         raise
 
@@ -87,14 +93,15 @@ class Stored:
     sha256: str
 
 
-def store_content(services: Services, content: Iterable[bytes]) -> Stored:
-    """Stream bytes into the store under the key of a new file.
+def store_content(
+    services: Services, content: Iterable[bytes], limit: int | None, room: int | None = None
+) -> Stored:
+    """Stream bytes, at most `limit` and `room`, into the store under the key of a new file.
 
     Raises:
         InvalidRequestError: there are none.
         PayloadTooLargeError: they exceed the limit; nothing of them is kept.
     """
-    limit = services.settings.api.max_upload_bytes
     digest = hashlib.sha256()
     size = 0
 
@@ -102,11 +109,13 @@ def store_content(services: Services, content: Iterable[bytes]) -> Stored:
         nonlocal size
         for chunk in content:
             size += len(chunk)
-            if size > limit:
+            if limit is not None and size > limit:
                 raise PayloadTooLargeError(
                     f"The file is larger than {limit:,} bytes, the limit of this service.",
                     param="file",
                 )
+            if room is not None and size > room:
+                raise quotas.bytes_exceeded(room)
             digest.update(chunk)
             yield chunk
         if size == 0:
@@ -122,6 +131,7 @@ def add_file(
     session: Session, services: Services, caller: Caller, upload: Upload, stored: Stored
 ) -> File:
     """Add the row of stored bytes; of content that the project has already, one object is kept."""
+    quotas.check_bytes(session, caller.project_id, stored.bytes)
     trainable = upload.purpose == files.TRAINABLE
     same = files.find_same(session, caller.project_id, stored.sha256, stored.bytes)
     if same is not None:
@@ -140,6 +150,7 @@ def add_file(
             status=FileStatus.UPLOADED if trainable else FileStatus.PROCESSED,
         ),
     )
+    note(session, caller, "file.created", file.id, filename=file.filename, bytes=file.bytes)
     if trainable:
         services.bell.ring_after_commit(session)
     return file
@@ -161,6 +172,7 @@ def display_name(filename: str) -> str:
 
 def delete_file(session: Session, services: Services, caller: Caller, file_id: str) -> None:
     discard(session, services, files.delete(session, caller.project_id, file_id))
+    note(session, caller, "file.deleted", file_id)
 
 
 def discard(session: Session, services: Services, freed: Freed) -> None:
@@ -185,10 +197,18 @@ def find_start(session: Session, caller: Caller, model: str) -> Start:
 
     Raises:
         NotFoundError: this project has no such fine-tuned model.
+        InvalidRequestError: it came from outside.
     """
     if not model.startswith("ft:"):
         return Start(model)
-    resolved = adapters.resolve(session, caller.project_id, model)
+    resolved = adapters.resolve_own(session, caller.project_id, model)
+    if resolved.job_id is None:
+        raise InvalidRequestError(
+            f"{model!r} came from outside: nobody knows how it was trained, so a job cannot go on "
+            "from it. Start from its base model.",
+            param="model",
+            code="model_not_trainable",
+        )
     job = session.get_one(Job, resolved.job_id)
     return Start(resolved.base_model, resolved.adapter, TrainingSpec.model_validate(job.spec))
 
@@ -204,9 +224,11 @@ def submit_job(
 
     Raises:
         InvalidRequestError, NotFoundError: as `check_job`.
+        QuotaError: the project's limits do not allow it.
     """
     check_job(session, services, caller, spec)
-    job = jobs.create(session, caller.project_id, spec, metadata or None)
+    job = jobs.create(session, caller.project_id, spec, metadata or None, caller.key_id)
+    quotas.reserve(session, job)
     services.bell.ring_after_commit(session)
     return job
 
@@ -219,7 +241,12 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
             than a worker gives to a job (names `param`).
         NotFoundError: a file that does not exist.
     """
-    base_models.get(session, spec.model)
+    base = base_models.get(session, spec.model)
+    # Without a shape, no process has seen the model's files yet.
+    shape = None if base.shape is None else BaseShape.model_validate(base.shape)
+    methods.require_fit(spec.peft, spec.precision.type, shape)
+    if shape is not None:
+        objectives.get_objective(spec.objective["type"]).require_base(shape.family)
     if spec.num_devices > (most := services.settings.worker.devices_per_job):
         raise InvalidRequestError(
             f"num_devices is {spec.num_devices}; the workers of this service give a job at most "
@@ -246,6 +273,7 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
 def delete_model(session: Session, services: Services, caller: Caller, name: str) -> None:
     """Delete a fine-tuned model; its objects go too unless another name stands for them."""
     orphan = adapters.delete(session, caller.project_id, name)
+    note(session, caller, "model.deleted", name)
     if orphan is not None:
         after_commit(
             session,

@@ -8,15 +8,33 @@ from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
+from api import openapi
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
-from api.deps import ServicesDep
+from api.batches import BatchRunner
+from api.deps import ServicesDep, bearer, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
-from api.keys import projects
+from api.keys import audit_logs, projects
 from api.keys import routes as keys
+from api.methods import routes as methods
 from api.middleware import RequestId
-from api.openai import chat, completions, estimates, files, fine_tuning, models, progress, uploads
+from api.openai import (
+    batches,
+    chat,
+    completions,
+    encoders,
+    estimates,
+    files,
+    fine_tuning,
+    models,
+    permissions,
+    progress,
+    stored,
+    uploads,
+    webhooks,
+)
+from api.operations import routes as operations
 from api.services import Services
 from api.ui import serve as page
 from models.registry import base_models
@@ -34,9 +52,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         services = Services.from_settings(settings)
         await run_in_threadpool(_sync_catalog, services)
         app.state.services = services
+        runner = BatchRunner(app, services)
         try:
             yield
         finally:
+            await runner.aclose()
             await services.aclose()
 
     app = FastAPI(
@@ -48,33 +68,46 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)
-    app.include_router(_v1(settings))
+    _include_v1(app, settings)
     page.install(app)
     app.include_router(_health)
+    openapi.install(app)
     return app
 
 
-def _v1(settings: Settings) -> APIRouter:
-    """Return all of ``/v1``: each group with its scopes and the largest body it takes."""
+def _include_v1(app: FastAPI, settings: Settings) -> None:
+    """Add all of ``/v1``: each group with its scopes and the largest body it takes.
+
+    What is asked for most stands first, since routes are tried one after the other.
+    """
     limits = settings.api
     groups = [
+        (fine_tuning.router, TRAINING, limits.max_body_bytes),
+        (chat.router, INFERENCE, limits.max_body_bytes),
         (files.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
         (uploads.router, TRAINING, limits.max_part_bytes + FORM_OVERHEAD),
-        (fine_tuning.router, TRAINING, limits.max_body_bytes),
         (progress.router, TRAINING, limits.max_body_bytes),
         (estimates.router, TRAINING, limits.max_body_bytes),
+        (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
-        (adapters.router, TRAINING, limits.max_body_bytes),
-        (chat.router, INFERENCE, limits.max_body_bytes),
+        (adapters.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),
+        (methods.router, TRAINING, limits.max_body_bytes),
+        (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),
+        (operations.router, TRAINING, limits.max_body_bytes),
+        (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
+        (stored.router, INFERENCE, limits.max_body_bytes),
+        (batches.router, INFERENCE, limits.max_body_bytes),
+        (webhooks.router, ADMINISTRATION, limits.max_body_bytes),
         (keys.router, ADMINISTRATION, limits.max_body_bytes),
         (projects.router, ADMINISTRATION, limits.max_body_bytes),
     ]
-    v1 = APIRouter(prefix="/v1")
     for router, access, max_body_size in groups:
         # On the routes and not on the application, whose own answer would have no OpenAI body.
-        v1.include_router(router, max_body_size=max_body_size, dependencies=[Depends(access)])
-    return v1
+        needed = [Depends(bearer), Depends(access)]
+        if access is INFERENCE:
+            needed.append(Depends(require_tokens))
+        app.include_router(router, prefix="/v1", max_body_size=max_body_size, dependencies=needed)
 
 
 def _sync_catalog(services: Services) -> None:

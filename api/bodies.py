@@ -1,7 +1,10 @@
 """Rows as the objects of the API, in OpenAI's form with Tunery's fields after it."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TypeVar
+
+import orjson
 
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
@@ -18,7 +21,6 @@ from models.tables import (
     Event,
     File,
     Job,
-    Project,
     Upload,
     UploadPart,
 )
@@ -76,9 +78,23 @@ def part_body(part: UploadPart) -> JsonObject:
     }
 
 
+@lru_cache(4096)
+def _spec(text: bytes) -> TrainingSpec:
+    """Return a stored specification; those that are asked for again and again are kept."""
+    return TrainingSpec.model_validate_json(text)
+
+
+def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
+    """Return OpenAI's ``method``: dpo, or supervised for whatever else."""
+    if spec.objective.get("type") == "dpo":
+        numbers = {**hyperparameters, "beta": spec.objective["beta"]}
+        return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
 def job_body(job: Job, organization: str) -> JsonObject:
     """Return OpenAI's job object, then Tunery's fields with their resolved values."""
-    spec = TrainingSpec.model_validate(job.spec)
+    spec = _spec(orjson.dumps(job.spec))
     hyperparameters = spec.hyperparameters.model_dump()
     error = None
     if job.error_code is not None:
@@ -94,7 +110,7 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "organization_id": organization,
         "status": job.status,
         "hyperparameters": hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": _method_body(spec, hyperparameters),
         "training_file": job.training_file,
         "validation_file": job.validation_file,
         "result_files": [job.result_file] if job.result_file else [],
@@ -211,6 +227,7 @@ def made_body(adapter: Adapter) -> JsonObject:
         "precision": manifest["precision"],
         "step": manifest["step"],
         "versions": manifest["versions"],
+        "archived_at": _seconds(adapter.archived_at),
     }
 
 
@@ -253,13 +270,6 @@ def key_body(key: ApiKey) -> JsonObject:
         "created_at": int(key.created_at),
         "expires_at": _seconds(key.expires_at),
         "revoked_at": _seconds(key.revoked_at),
-    }
-
-
-def project_body(project: Project) -> JsonObject:
-    return {
-        "id": project.id,
-        "object": "project",
-        "name": project.name,
-        "created_at": int(project.created_at),
+        "requests_per_minute": key.requests_per_minute,
+        "tokens_per_minute": key.tokens_per_minute,
     }

@@ -1,21 +1,29 @@
 """Dependencies of routes: the services, the caller, and the one transaction of a request."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fastapi import Depends, Query, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
 from api import page_session
+from api.rates import Verdict
 from api.services import Services
 from models.errors import AuthenticationError
-from models.registry import tenancy
+from models.registry import quotas, tenancy
+from models.registry.usage import User
 from models.tables import ApiKey
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:  # async: it needs no thread
+    return _services(request)
+
+
+def _services(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
@@ -24,14 +32,23 @@ def get_services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(get_services)]
 
 
-def _write_session(services: ServicesDep) -> Iterator[Session]:
-    with services.database.write() as session:
+# These take the request, not `ServicesDep`: a dependency of a dependency is solved each time that
+# one is named, which costs more than a query.
+def _write_session(request: Request) -> Iterator[Session]:
+    with _services(request).database.write() as session:
         yield session
 
 
-def _read_session(services: ServicesDep) -> Iterator[Session]:
-    with services.database.read() as session:
-        yield session
+async def _read_session(request: Request) -> AsyncIterator[Session]:
+    """Give a session that connects when it is used; only closing it may need a thread."""
+    services = _services(request)
+    with ExitStack() as stack:
+        session = stack.enter_context(services.database.read())
+        try:
+            yield session
+        finally:
+            if session.in_transaction() and not services.database.is_embedded:
+                await run_in_threadpool(session.close)
 
 
 # scope="function": the commit happens before the response is sent, so that a client never holds
@@ -47,39 +64,114 @@ class Caller:
     project_id: str
     key_id: str
     scopes: tuple[str, ...]
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+
+    def using(self, model: str) -> User:
+        """Return whom the use of a model is counted for."""
+        return User(self.project_id, self.key_id, model)
 
 
-_bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
+INTERNAL_CALLER = "tunery.caller"
+"""Key of an ASGI scope: who calls, when the service itself asks for somebody (no client can)."""
+
+bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
 
 
-def get_caller(
-    request: Request,
-    services: ServicesDep,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-) -> Caller:
+async def get_caller(request: Request) -> Caller:
     """Return who calls: by a bearer key, or from the page by its cookie.
 
     Raises:
         AuthenticationError: neither, or not a valid one.
         PermissionDeniedError: a change by cookie that does not come from the page itself.
+        CapacityError: the key has used up the requests of its minute.
     """
+    internal = request.scope.get(INTERNAL_CALLER)
+    if isinstance(internal, Caller):
+        return internal
+    services = _services(request)
+    secret = _secret(request)
+    known = services.callers.get(secret) if secret else None
+    if isinstance(known, Caller):
+        caller = known
+    else:
+        caller = await run_in_threadpool(_identify, request, services, secret)
+        if secret:
+            services.callers.put(secret, caller)
+    if caller.requests_per_minute is not None:  # only then the broker is asked
+        admit = services.rates.admit
+        verdict = await run_in_threadpool(admit, caller.key_id, caller.requests_per_minute)
+        obey(request, verdict)
+    return caller
+
+
+def obey(request: Request, verdict: Verdict) -> None:
+    """Have the response tell a key's limits; raises the refusal if there is one."""
+    request.state.headers.update(verdict.headers)
+    if verdict.refusal is not None:
+        raise verdict.refusal
+
+
+def _secret(request: Request) -> str | None:
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return secret.strip() if scheme.lower() == "bearer" else None
+
+
+def _identify(request: Request, services: Services, secret: str | None) -> Caller:
     with services.database.read() as session:
-        if credentials is not None:
-            key = tenancy.authenticate(session, credentials.credentials)
-            return _caller(key)
+        if secret:
+            return _caller(tenancy.authenticate(session, secret), services)
         page = page_session.read_cookie(session, request.cookies.get(page_session.COOKIE, ""))
         if page is None:
             raise AuthenticationError(
                 "You didn't provide an API key. Send it in the header: 'Authorization: Bearer KEY'."
             )
         page_session.require_own_page(request, page)
-        return _caller(page.key)
+        return _caller(page.key, services)
 
 
-def _caller(key: ApiKey) -> Caller:
-    return Caller(project_id=key.project_id, key_id=key.id, scopes=tuple(key.scopes))
+def caller_of(services: Services, key_id: str, scopes: tuple[str, ...]) -> Caller:
+    """Return who a key stands for, with other scopes, for what the service does in its name."""
+    with services.database.read() as session:
+        caller = _caller(session.get_one(ApiKey, key_id), services)
+    return replace(caller, scopes=scopes)
+
+
+def _caller(key: ApiKey, services: Services) -> Caller:
+    """Return a caller with the limits of the key, else of its project, else of the service."""
+    project, defaults = key.project, services.settings.api
+    return Caller(
+        project_id=key.project_id,
+        key_id=key.id,
+        scopes=tuple(key.scopes),
+        requests_per_minute=(
+            key.requests_per_minute or project.requests_per_minute or defaults.requests_per_minute
+        ),
+        tokens_per_minute=(
+            key.tokens_per_minute or project.tokens_per_minute or defaults.tokens_per_minute
+        ),
+        tokens_per_day=project.tokens_per_day,
+    )
 
 
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
+
+def require_tokens(request: Request, services: ServicesDep, caller: CallerDep) -> None:
+    """Refuse a key or a project that has used up its tokens (of the minute, of the day).
+
+    Raises:
+        CapacityError, QuotaError: it has.
+    """
+    obey(request, services.rates.admit_tokens(caller.key_id, caller.tokens_per_minute))
+    if caller.tokens_per_day is not None:
+        with services.database.read() as session:
+            unwritten = services.meter.pending(caller.project_id)
+            quotas.check_serving(session, caller.project_id, unwritten)
+
+
+MAX_TEXT = 200
+"""Longest text to look for in a list."""
+Text = Annotated[str, Query(max_length=MAX_TEXT, description="A text in the name or the id.")]
 After = Annotated[str | None, Query(description="Id of the last item of the previous page.")]

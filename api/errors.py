@@ -14,6 +14,7 @@ from models.errors import (
     InvalidRequestError,
     NotFoundError,
     PayloadTooLargeError,
+    QuotaError,
     TuneryError,
     UnavailableError,
 )
@@ -40,6 +41,8 @@ def error_response(error: TuneryError) -> JSONResponse:
         headers["retry-after"] = str(error.retry_after)
     if error.status_code == 409 and error.retry_after is None:
         headers["x-should-retry"] = "false"  # the SDK retries every 409 unless told not to
+    if isinstance(error, QuotaError):
+        headers["x-should-retry"] = "false"
     if error.status_code == 401:
         headers["www-authenticate"] = "Bearer"
     return JSONResponse(error_body(error), error.status_code, headers)

@@ -1,13 +1,17 @@
 """News of running jobs for many readers: one query for all of them, however many there are.
 
-A reader holds no thread and no database connection. One task of the process asks twice a second
-what is new in the jobs that somebody reads, and hands it to all their readers.
+A reader holds no thread and no database connection. One task of the process asks many times a
+second, with one query, which of the jobs that somebody reads have changed; only of those it reads
+what is new, renders it once, and hands the same bytes to all their readers.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
+from functools import cached_property
 
+import orjson
 import structlog
 from fastapi.concurrency import run_in_threadpool
 
@@ -19,7 +23,9 @@ from models.tables import Job
 
 log = structlog.get_logger(__name__)
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.02
+MAX_SHARE = 0.1
+"""Share of the time that asking may take; above it, it is done less often."""
 KEEP_ALIVE_SECONDS = 15.0
 """Proxies close a stream that is silent for longer (nginx after 60 s)."""
 MAX_WAITING = 100
@@ -45,7 +51,7 @@ class Position:
         return cls(*numbers[:3])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class News:
     """What has come after a position, and the position after it."""
 
@@ -60,11 +66,30 @@ class News:
     def is_empty(self) -> bool:
         return not (self.job or self.metrics or self.events or self.checkpoints)
 
+    @cached_property
+    def sse(self) -> bytes:
+        """The server-sent events of this news; the last one carries the position."""
+        found: list[tuple[str, object]] = []
+        if self.metrics:
+            found.append(("metrics", self.metrics))
+        found += [("event", each) for each in self.events]
+        found += [("checkpoint", each) for each in self.checkpoints]
+        if self.job is not None:
+            found.append(("job", self.job))
+        if self.has_ended and self.job is not None:
+            found.append(("end", {"status": self.job["status"]}))
+        if not found:
+            return b": still here\n\n"
+        parts = [f"event: {name}\ndata: ".encode() + orjson.dumps(data) for name, data in found]
+        parts[-1] = f"id: {self.position}\n".encode() + parts[-1]
+        return b"".join(part + b"\n\n" for part in parts)
+
 
 @dataclass(slots=True)
 class _Watched:
     position: Position
     job: JsonObject
+    mark: tuple[str, int] | None = None
     readers: set["asyncio.Queue[News | None]"] = field(default_factory=set)
 
 
@@ -106,10 +131,7 @@ class JobFeed:
                 yield await run_in_threadpool(self._look, job_id, history.position, "")
                 return
             while True:
-                try:
-                    news = await asyncio.wait_for(queue.get(), KEEP_ALIVE_SECONDS)
-                except TimeoutError:
-                    news = News(watched.position)
+                news = await queue.get()
                 yield news
                 if news is None or news.has_ended:
                     return
@@ -118,26 +140,49 @@ class JobFeed:
             if not watched.readers:
                 self._watched.pop(job_id, None)
 
+    @property
+    def n_readers(self) -> int:
+        """How many streams are open at this process."""
+        return sum(len(watched.readers) for watched in self._watched.values())
+
     async def aclose(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
     async def _poll(self) -> None:
+        pause = POLL_SECONDS
+        told_at = time.monotonic()
         while self._watched:
-            await asyncio.sleep(POLL_SECONDS)
-            for job_id, watched in list(self._watched.items()):
-                seen = str(watched.job.get("status"))
-                try:
-                    news = await run_in_threadpool(self._look, job_id, watched.position, seen)
-                except Exception:
-                    log.exception("feed_failed", job_id=job_id)
-                    continue
-                if news.is_empty:
-                    continue
+            await asyncio.sleep(pause)
+            started = time.monotonic()
+            try:
+                await self._tell_news()
+            except Exception:
+                log.exception("feed_failed")
+            now = time.monotonic()
+            pause = max(POLL_SECONDS, (now - started) / MAX_SHARE)
+            if now - told_at > KEEP_ALIVE_SECONDS:
+                told_at = now
+                for watched in self._watched.values():
+                    _hand_over(watched, News(watched.position))
+
+    async def _tell_news(self) -> None:
+        marks = await run_in_threadpool(self._marks, list(self._watched))
+        for job_id, mark in marks.items():
+            watched = self._watched.get(job_id)
+            if watched is None or watched.mark == mark:
+                continue
+            seen = str(watched.job.get("status"))
+            news = await run_in_threadpool(self._look, job_id, watched.position, seen)
+            watched.mark = mark
+            if not news.is_empty:
                 watched.position = news.position
                 watched.job = news.job or watched.job
-                for reader in list(watched.readers):
-                    _hand_over(reader, news)
+                _hand_over(watched, news)
+
+    def _marks(self, job_ids: list[str]) -> dict[str, tuple[str, int]]:
+        with self._database.read() as session:
+            return events.marks(session, job_ids)
 
     def _look(
         self, job_id: str, after: Position, status: str, until: Position | None = None
@@ -168,8 +213,9 @@ class JobFeed:
             )
 
 
-def _hand_over(reader: "asyncio.Queue[News | None]", news: News) -> None:
-    if reader.qsize() < MAX_WAITING - 1:
-        reader.put_nowait(news)
-    elif not reader.full():
-        reader.put_nowait(None)
+def _hand_over(watched: _Watched, news: News) -> None:
+    for reader in watched.readers:
+        if reader.qsize() < MAX_WAITING - 1:
+            reader.put_nowait(news)
+        elif not reader.full():
+            reader.put_nowait(None)

@@ -7,7 +7,9 @@ import orjson
 from pydantic import ValidationError
 
 from models.domain.base import JsonObject
+from models.domain.encoding import EncodeAnswer, EncodeRequest
 from models.domain.generation import (
+    AdapterRef,
     Failed,
     Finished,
     GenerateEvent,
@@ -79,6 +81,32 @@ class InferenceClient:
             raise _refusal(response.status_code, response.content)
         body: JsonObject = response.json()
         return body
+
+    async def encode(self, url: str, request: EncodeRequest) -> EncodeAnswer:
+        """Return what an encoder says of some texts; raises as `preview` does."""
+        try:
+            response = await self._client.post(
+                f"{url}/encode", json=request.model_dump(mode="json")
+            )
+            if response.status_code != 200:
+                raise _refusal(response.status_code, response.content)
+            return EncodeAnswer.model_validate_json(response.content)
+        except (httpx.HTTPError, ValidationError) as error:
+            raise _lost(type(error).__name__) from error
+
+    async def warm(self, url: str, adapter: AdapterRef) -> None:
+        """Have a server load an adapter, which it refuses unless every tensor fits its base.
+
+        Raises:
+            TuneryError: what the server answered.
+            UnavailableError: it cannot be reached.
+        """
+        try:
+            response = await self._client.post(f"{url}/warm", json=adapter.model_dump(mode="json"))
+        except httpx.HTTPError as error:
+            raise _lost(type(error).__name__) from error
+        if response.status_code != 200:
+            raise _refusal(response.status_code, response.content)
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
+from pydantic import BaseModel
+
 from models.domain.base import JsonObject
+from models.domain.training import Optimizer, Precision
+from worker.training import methods, objectives
 
 OWN = frozenset(
     {
@@ -40,3 +44,37 @@ def _flat(value: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
             yield from _flat(item, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", item
+
+
+def default_differences(job: JsonObject) -> list[str]:
+    """Return the dotted names of a job's settings whose value is not the usual one.
+
+    Those without a usual value, such as the data, are not among them.
+    """
+    usual: JsonObject = {
+        "precision": Precision().model_dump(),
+        "validation_split": 0.0,
+        "validation_file": None,
+        "max_seq_length": 2048,
+        "on_error": "fail",
+        "on_overlong": "error",
+        "early_stopping": None,
+        "priority": 0,
+        "num_devices": 1,
+        "peft": _defaults(methods.get_method(job["peft"]["type"]).Params),
+        "objective": _defaults(objectives.get_objective(job["objective"]["type"]).Params),
+        "optimizer": Optimizer().model_dump(exclude={"learning_rate"}),
+    }
+    given = {name: job.get(name) for name in usual}
+    flat = dict(_flat(given))
+    return [name for name, value in _flat(usual) if name in flat and flat[name] != value]
+
+
+def _defaults(params: type[BaseModel]) -> JsonObject:
+    """Return the values that parameters have by themselves, those without one left out."""
+    given = {
+        name: field.get_default(call_default_factory=True)
+        for name, field in params.model_fields.items()
+        if not field.is_required()
+    }
+    return params.model_construct(**given).model_dump(mode="json", include=set(given))

@@ -31,8 +31,10 @@ class RequestId:
             await self.app(scope, receive, send)
             return
         request_id = new_id("req_")
-        scope.setdefault("state", {})["request_id"] = request_id
-        reply = _Reply(send, request_id)
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        state["headers"] = {}  # what the routes want every answer to carry, refusals included
+        reply = _Reply(send, request_id, state["headers"])
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self.app(scope, receive, reply.send)
@@ -57,11 +59,12 @@ class RequestId:
 class _Reply:
     """The response on its way out."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
+    def __init__(self, send: Send, request_id: str, added: dict[str, str]) -> None:
         self.status: int | None = None
         self.withheld = False
         self._send = send
         self._request_id = request_id
+        self._added = added
         self._started = time.perf_counter()
 
     @property
@@ -81,6 +84,7 @@ class _Reply:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
+            headers.update(self._added)
             headers["x-request-id"] = self._request_id
             headers["x-content-type-options"] = "nosniff"
             headers["openai-processing-ms"] = str(round(1000 * self.seconds))

@@ -19,8 +19,11 @@ def model_card(session: Session, project_id: str, name: str) -> JsonObject:
         NotFoundError: this project has no such model.
         InvalidRequestError: the name is that of a base model.
     """
-    model = adapters.resolve(session, project_id, name)
+    model = adapters.resolve_own(session, project_id, name)
     chain = lineage.ancestry(session, project_id, model)
+    adapter = session.get(Adapter, name)
+    if adapter is not None and adapter.job_id is None:
+        return bodies.made_body(adapter) | {"is_checkpoint": False, "lineage": [], "successors": []}
     if not chain or (job := chain[0].job) is None:
         raise InvalidRequestError(
             f"{name!r} is a base model, which no job has made. Ask for it at /v1/models.",
@@ -28,7 +31,6 @@ def model_card(session: Session, project_id: str, name: str) -> JsonObject:
             code="model_not_fine_tuned",
         )
     spec = TrainingSpec.model_validate(job.spec)
-    adapter = session.get(Adapter, name)
     step = adapters.step_of(session, name)
     point = metrics.at(session, job.id, step)
     return bodies.resolved_body(model, project_id) | {

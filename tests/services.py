@@ -33,6 +33,7 @@ import redis
 from obstore.store import S3Store
 from pydantic import SecretStr
 
+from api.cli.migrate import upgrade
 from api.cli.valkey import valkey_command
 from api.cli.valkey import valkey_url as embedded_valkey_url
 from models.processes import die_with_parent
@@ -275,13 +276,54 @@ def postgres_directory() -> Iterator[Path]:
 @pytest.fixture
 def postgres_url(postgres_directory: Path) -> Iterator[str]:
     """The SQLAlchemy URL of a fresh, empty database, dropped at the end."""
+    with _postgres_database(postgres_directory) as url:
+        yield url
+
+
+@contextmanager
+def _postgres_database(directory: Path, template: str = "template1") -> Iterator[str]:
     name = f"test_{uuid.uuid4().hex}"
     with psycopg.connect(
-        host=str(postgres_directory), user="postgres", dbname="postgres", autocommit=True
+        host=str(directory), user="postgres", dbname="postgres", autocommit=True
     ) as admin:
-        admin.execute(f"CREATE DATABASE {name}".encode())
-        yield _postgres_url(postgres_directory, name)
+        admin.execute(f"CREATE DATABASE {name} TEMPLATE {template}".encode())
+        yield _postgres_url(directory, name)
         admin.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+@pytest.fixture(scope="session")
+def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty SQLite database with the schema; each test copies it, which is much faster."""
+    path = tmp_path_factory.mktemp("migrated") / "tunery.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_directory: Path) -> Iterator[str]:
+    """The name of an empty PostgreSQL database with the schema, to be used as a template."""
+    with _postgres_database(postgres_directory) as url:
+        upgrade(url)
+        yield url.partition("?")[0].rpartition("/")[2]
+
+
+MigratedUrl = Callable[[str], str]
+
+
+@pytest.fixture
+def migrated_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[MigratedUrl]:
+    """Makes a database with the schema: the URL of a copy, for ``sqlite`` or ``postgresql``."""
+    with ExitStack() as stack:
+
+        def make(kind: str) -> str:
+            if kind == "sqlite":
+                source: Path = request.getfixturevalue("migrated_sqlite")
+                return f"sqlite:///{shutil.copy(source, tmp_path / 'tunery.db')}"
+            directory: Path = request.getfixturevalue("postgres_directory")
+            template: str = request.getfixturevalue("migrated_postgres")
+            return stack.enter_context(_postgres_database(directory, template))
+
+        yield make
 
 
 @pytest.fixture(scope="session")

@@ -4,33 +4,24 @@ An adapter in the object store is ``adapters/{digest}/`` with the files of `ADAP
 LoRA layout) and ``manifest.json``. The trainer writes this form and the inference server reads it.
 """
 
-import hashlib
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from models.domain.adapter_files import ADAPTER_FILES, digest_of_files
 from models.domain.reports import AdapterManifest, ManifestFile
 from models.errors import UnprocessableError
 from models.storage import MANIFEST, ObjectStore, adapter_prefix, fetch_file, put_file, sha256_file
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+__all__ = ["ADAPTER_FILES", "digest_of_files"]  # defined where the API can read them too
+
 _DIGEST = re.compile(r"[0-9a-f]{40}")
 
 
 def is_digest(value: str) -> bool:
     """Tell whether `value` has the form of an adapter digest: 40 lower-case hexadecimal digits."""
     return _DIGEST.fullmatch(value) is not None
-
-
-def digest_of_files(files: Iterable[ManifestFile]) -> str:
-    """Return the adapter's identity: sha256 over the lines ``name:sha256`` in order of the names.
-
-    The first 40 hexadecimal digits are kept: 160 bits, the length of a git object name.
-    """
-    lines = "\n".join(f"{file.name}:{file.sha256}" for file in sorted(files, key=lambda f: f.name))
-    return hashlib.sha256(lines.encode()).hexdigest()[:40]
 
 
 def digest_of(directory: Path) -> tuple[str, list[ManifestFile]]:

@@ -29,6 +29,8 @@ from models.settings import ModelSettings
 from models.storage import ObjectStore, fetch_file, fsync_directory, sha256_file
 from worker.base_shape import read_shape
 from worker.chat_template import DEFAULT_TEMPLATE
+from worker.heads import Head
+from worker.heads import load as load_headed
 
 if TYPE_CHECKING:
     import torch
@@ -256,9 +258,16 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_model(
-    directory: Path, *, precision: str, double_quant: bool = True, device: str = "cpu"
+    directory: Path,
+    *,
+    precision: str,
+    double_quant: bool = True,
+    device: str = "cpu",
+    head: Head | None = None,
 ) -> "PreTrainedModel":
-    """Load frozen weights for causal language modelling, held in `precision`.
+    """Load frozen weights, held in `precision`, for causal language modelling or another `head`.
+
+    What is new of the head is float32 and wants gradients; all else is frozen.
 
     For ``nf4`` every linear layer but the head becomes bitsandbytes' ``Linear4bit`` (block size 64,
     compute dtype bfloat16), with the guard against finding 3 of the methods specification: on a CPU
@@ -269,7 +278,7 @@ def load_model(
     """
     import bitsandbytes as bnb
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     if precision not in PRECISIONS:
         raise ValueError(f"Precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
@@ -281,14 +290,11 @@ def load_model(
             bnb_4bit_use_double_quant=double_quant,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, device_map={"": device}, trust_remote_code=False, use_safetensors=True, **options
-    )
+    model = load_headed(directory, head or Head(), device, options)
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-    model.requires_grad_(False)
-    return model.eval()
+    return model
 
 
 def dequantise_(model: "PreTrainedModel") -> None:

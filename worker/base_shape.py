@@ -1,9 +1,12 @@
 """The shape of a base model, read from the headers of its weights: no tensor is loaded."""
 
+import math
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from models.domain.estimates import BaseShape, LayerShape
+from models.domain.estimates import BaseShape, Family, LayerShape
+from worker.heads import family_of
 
 
 def read_shape(directory: Path) -> BaseShape:
@@ -12,21 +15,31 @@ def read_shape(directory: Path) -> BaseShape:
     Matrices inside a numbered block count as linear layers; embeddings, head and norms do not.
     """
     from safetensors import safe_open
+    from transformers import AutoConfig
 
-    kinds: Counter[tuple[str, int, int]] = Counter()
-    n_all = 0
+    sizes: dict[str, Sequence[int]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with safe_open(file, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                size = tensors.get_slice(name).get_shape()
-                n_elements = 1
-                for dimension in size:
-                    n_elements *= dimension
-                n_all += n_elements
-                path, _, kind = name.rpartition(".")
-                in_block = any(part.isdigit() for part in path.split("."))
-                if kind == "weight" and len(size) == 2 and in_block:
-                    kinds[path.rpartition(".")[2], size[0], size[1]] += 1
+                sizes[name] = tensors.get_slice(name).get_shape()
+    family = family_of(AutoConfig.from_pretrained(directory, trust_remote_code=False))
+    return _shape_of(sizes, family)
+
+
+def _shape_of(sizes: Mapping[str, Sequence[int]], family: Family) -> BaseShape:
+    kinds: Counter[tuple[str, int, int]] = Counter()
+    norms: Counter[int] = Counter()
+    blocks = set()
+    for name, size in sizes.items():
+        path, _, kind = name.rpartition(".")
+        block = _block(path)
+        if block is None:
+            continue
+        blocks.add(block)
+        if kind == "weight" and len(size) == 2:
+            kinds[path.rpartition(".")[2], size[0], size[1]] += 1
+        elif kind == "weight" and len(size) == 1:
+            norms[size[0]] += 1
     # Layers of one name and several sizes become one of their most common size.
     layers: dict[str, LayerShape] = {}
     for (name, outputs, inputs), count in kinds.most_common():
@@ -35,5 +48,30 @@ def read_shape(directory: Path) -> BaseShape:
             layers[name] = LayerShape(outputs=outputs, inputs=inputs, count=count)
         else:
             layers[name] = known.model_copy(update={"count": known.count + count})
-    n_linear = sum(outputs * inputs * count for (_, outputs, inputs), count in kinds.items())
-    return BaseShape(layers=layers, n_other=n_all - n_linear)
+    n_linear = sum(layer.n_parameters for layer in layers.values())
+    [(width, n_weights)] = norms.most_common(1) or [(0, 0)]
+    beside_weights = sum(
+        1
+        for name, size in sizes.items()
+        if name.endswith(".bias")
+        and f"{name[:-4]}weight" in sizes
+        and list(size) == [width]
+        and len(sizes[f"{name[:-4]}weight"]) == 1
+        and _block(name) is not None
+    )
+    return BaseShape(
+        layers=layers,
+        n_other=sum(math.prod(size) for size in sizes.values()) - n_linear,
+        family=family,
+        n_blocks=len(blocks),
+        width=width,
+        n_norms=width * (n_weights + beside_weights),
+        n_biases=sum(math.prod(size) for name, size in sizes.items() if name.endswith(".bias")),
+    )
+
+
+def _block(path: str) -> str | None:
+    """Return the path up to its first number, if it has one."""
+    parts = path.split(".")
+    numbers = [at for at, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else None

@@ -1,27 +1,39 @@
-"""The threads of a worker: one housekeeper, one linter, and one slot for each device.
+"""The threads of a worker: a housekeeper, a linter, a postman, and one slot for each device.
 
 Each looks in the database when it is rung and every few seconds anyway, so a lost bell costs a
 short delay and never a job.
 """
 
+import os
 import random
 import secrets
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
+from importlib.metadata import version
 
 import structlog
+from sqlalchemy.exc import SQLAlchemyError
 
 from models.db import Database
-from models.registry import job_runs
-from models.settings import Settings, WorkerSettings
+from models.registry import job_runs, workers
+from models.settings import Settings, WebhookSettings, WorkerSettings
 from models.storage import ObjectStore, open_store
-from worker import tasks
+from models.webhook_sender import WebhookSender
+from worker import machine, tasks
+from worker.deliveries import deliver_due
 from worker.launch import TrainerProcess
 from worker.lint_files import FileLinter
 from worker.measure import measure_next
 
+POSTMAN_SECONDS = 2.0
+"""How often a worker looks for events to send: what writes them rings no bell."""
+
 log = structlog.get_logger(__name__)
+
+SWEEPS_ALIVE = 4
+"""A worker that has not said for so many sweeps that it lives is taken off the list."""
 
 
 class _Looker(threading.Thread, ABC):
@@ -62,16 +74,26 @@ class _Looker(threading.Thread, ABC):
 
 
 class _Housekeeper(_Looker):
+    """Takes over lost jobs, moves jobs on, clears away, and says that this worker lives."""
+
     def __init__(
-        self, database: Database, store: ObjectStore, settings: WorkerSettings, slots: list["_Slot"]
+        self,
+        database: Database,
+        store: ObjectStore,
+        settings: WorkerSettings,
+        slots: list["_Slot"],
+        worker: str,
     ) -> None:
         super().__init__("housekeeper", settings.sweep_seconds)
         self._database = database
         self._store = store
         self._settings = settings
         self._slots = slots
+        self._worker = worker
+        self._announced_at = float("-inf")
 
     def look(self) -> bool:
+        self._announce()
         n_queued = tasks.requeue_lost_jobs(self._database, self._settings)
         n_queued += tasks.advance_jobs(self._database)
         tasks.expire_uploads(self._database, self._store)
@@ -79,6 +101,29 @@ class _Housekeeper(_Looker):
             for slot in self._slots:
                 slot.ring()
         return False
+
+    def _announce(self) -> None:
+        """Say that this worker lives; not at every bell, since it asks the driver of the GPUs."""
+        if time.monotonic() - self._announced_at < self._settings.sweep_seconds / 2:
+            return
+        self._announced_at = time.monotonic()
+        announcement = workers.Announcement(
+            worker_id=self._worker,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            version=version("tunery"),
+            slots=len(self._slots),
+            machine=machine.look(),
+        )
+        with self._database.write() as session:
+            workers.announce(session, announcement, SWEEPS_ALIVE * self._settings.sweep_seconds)
+
+    def close(self) -> None:
+        try:
+            with self._database.write() as session:
+                workers.withdraw(session, self._worker)
+        except SQLAlchemyError as error:  # the list forgets it by itself, a little later
+            log.warning("worker_not_withdrawn", error=str(error))
 
 
 class _Linter(_Looker):
@@ -96,6 +141,19 @@ class _Linter(_Looker):
         if has_linted:
             self._housekeeper.ring()
         return has_linted
+
+
+class _Postman(_Looker):
+    """Sends what lies in the outbox of webhooks."""
+
+    def __init__(self, database: Database, settings: WebhookSettings) -> None:
+        super().__init__("postman", POSTMAN_SECONDS)
+        self._database = database
+        self._sender = WebhookSender(settings)
+        self._lease_seconds = 2 * settings.timeout_seconds
+
+    def look(self) -> bool:
+        return deliver_due(self._database, self._sender, self._lease_seconds) > 0
 
 
 class _Slot(_Looker):
@@ -138,14 +196,15 @@ class Dispatcher:
         store = open_store(settings.storage)
         worker = f"{socket.gethostname()}:{secrets.token_hex(4)}"
         self._slots = [
-            _Slot(self._database, settings.worker, f"{worker}:{index}")
+            _Slot(self._database, settings.worker, workers.slot_owner(worker, index))
             for index in range(settings.worker.slots)
         ]
-        housekeeper = _Housekeeper(self._database, store, settings.worker, self._slots)
+        housekeeper = _Housekeeper(self._database, store, settings.worker, self._slots, worker)
         linter = FileLinter(self._database, store, settings.worker)
         self._threads: list[_Looker] = [
             housekeeper,
             _Linter(linter, settings.worker, housekeeper),
+            _Postman(self._database, settings.webhooks),
             *self._slots,
         ]
 

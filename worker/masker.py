@@ -13,14 +13,38 @@ MAX_TAILS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """One row as token ids; ``trained[i]`` says that ``input_ids[i]`` is a target of the loss."""
+    """One row as token ids; ``trained[i]`` says that ``input_ids[i]`` is a target of the loss.
+
+    A row of several sequences has them one after another, `parts` being their lengths. `labels` are
+    what is to be told of the row, as numbers: of each id if `per_token`. `weight` is the row's
+    part in the mean loss where that is not its trained tokens, or the `share` of them that counts.
+    `frame` says how many of the first and last ids stay around a row that is cut; if it `splits`,
+    a row that is too long becomes several. `n_first` are the ids of the first of two texts in one
+    sequence.
+    """
 
     input_ids: list[int]
     trained: list[bool]
+    parts: tuple[int, ...] = ()
+    labels: tuple[float, ...] = ()
+    per_token: bool = False
+    weight: int | None = None
+    share: float = 1.0
+    frame: tuple[int, int] | None = None
+    splits: bool = False
+    n_first: int | None = None
 
     @property
     def n_trained(self) -> int:
-        return sum(self.trained)
+        return self.weigh(sum(self.trained))
+
+    def weigh(self, n_trained: int) -> int:
+        """Return the row's part in the mean loss if so many of its ids are trained."""
+        if self.weight is not None:
+            return self.weight
+        return (
+            n_trained if self.share == 1 else min(n_trained, max(1, round(self.share * n_trained)))
+        )
 
 
 @dataclass(frozen=True, slots=True)

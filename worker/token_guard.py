@@ -31,10 +31,14 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a text, and the half-open span of its characters that each stands for."""
+    """Token ids of a text, and the half-open span of its characters that each stands for.
+
+    `words` numbers the words (of the tokenizer's pre-tokenizer) that they are part of.
+    """
 
     ids: list[int]
     offsets: list[tuple[int, int]]
+    words: Sequence[int | None] = ()
 
 
 class TokenGuard:
@@ -99,6 +103,24 @@ class TokenGuard:
         tokenizer = self._renamed if guarded else self._plain
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [Encoded(encoding.ids, encoding.offsets) for encoding in encodings]
+
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded]:
+        """Encode plain texts, with their words; special tokens named in them are text.
+
+        The offsets of a text that names one are those of another text.
+        """
+        found: dict[int, Encoded] = {}
+        for guarded in (False, True):
+            chosen = {
+                at: self.swap(self.mask(text)) if guarded else text
+                for at, text in enumerate(texts)
+                if self.found_in(text) is guarded
+            }
+            tokenizer = self._renamed if guarded and chosen else self._plain
+            encodings = tokenizer.encode_batch(list(chosen.values()), add_special_tokens=False)
+            for at, each in zip(chosen, encodings, strict=True):
+                found[at] = Encoded(each.ids, each.offsets, each.word_ids)
+        return [found[at] for at in range(len(texts))]
 
     def last_special(self, encoding: Encoded, start: int, end: int) -> int | None:
         """Return the index in `start` … `end` (half open) of the last special token, if any."""

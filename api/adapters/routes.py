@@ -1,15 +1,27 @@
 """``/v1/adapters``: fine-tuned models with how they were made and where they come from."""
 
+import re
+from collections.abc import Iterator
 from typing import Annotated
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, File, Form, Query, UploadFile
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
 
 from api import bodies
-from api.deps import After, CallerDep, ReadSession
+from api.adapters import imports
+from api.adapters.archive import pack
+from api.adapters.imports import Import
+from api.audit import note
+from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, Text, WriteSession
 from api.model_card import model_card
+from api.services import Services
 from models.domain.base import JsonObject
+from models.errors import InvalidRequestError
 from models.registry import adapters
 from models.registry.page import Cursor
+
+SUFFIX = r"^[A-Za-z0-9_-]{0,64}$"
 
 router = APIRouter(prefix="/adapters", tags=["models"])
 
@@ -20,10 +32,73 @@ def list_adapters(
     caller: CallerDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    base_model: str | None = None,
+    q: Text = "",
 ) -> JsonObject:
-    """List the published adapters of the project, newest first."""
-    page = adapters.list_page(session, caller.project_id, Cursor(after, limit))
+    """List the published adapters of the project, newest first; ``q`` is a part of the name."""
+    page = adapters.list_page(
+        session, caller.project_id, Cursor(after, limit), base_model=base_model, text=q
+    )
     return bodies.list_body(page, bodies.made_body)
+
+
+@router.post("")
+async def import_adapter(
+    services: ServicesDep,
+    caller: CallerDep,
+    file: Annotated[UploadFile, File(description="Zip archive of PEFT's two files.")],
+    model: Annotated[str, Form(min_length=1, max_length=200, description="Its base model.")],
+    suffix: Annotated[str, Form(pattern=SUFFIX, description="Part of its new name.")] = "",
+) -> JsonObject:
+    """Take in an adapter that was trained elsewhere.
+
+    An inference server loads it strictly: unless every tensor fits the base model and is used, it
+    is refused with the reason.
+    """
+    given = Import(file.file, model, suffix)
+    return bodies.made_body(await imports.import_adapter(services, caller, given))
+
+
+@router.get("/{model:path}/download")
+async def download_adapter(
+    model: str, services: ServicesDep, caller: CallerDep
+) -> StreamingResponse:
+    """Download an adapter or a checkpoint as a zip archive of what PEFT reads."""
+    content = await run_in_threadpool(_packed, services, caller, model)
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", model)
+    return StreamingResponse(
+        content,
+        media_type="application/zip",
+        headers={"content-disposition": f'attachment; filename="{name}.zip"'},
+    )
+
+
+def _packed(services: Services, caller: Caller, model: str) -> Iterator[bytes]:
+    with services.database.read() as session:
+        found = adapters.resolve_own(session, caller.project_id, model)
+    if found.adapter is None:
+        raise InvalidRequestError(
+            f"{model!r} is a base model; only adapters can be downloaded.",
+            param="model",
+            code="model_not_fine_tuned",
+        )
+    return pack(services.store, found.adapter.digest)
+
+
+@router.post("/{model:path}/archive")
+def archive_adapter(model: str, session: WriteSession, caller: CallerDep) -> JsonObject:
+    """Take an adapter out of use and keep it: it cannot be called, and is in no list of models."""
+    adapter = adapters.set_archived(session, caller.project_id, model, archived=True)
+    note(session, caller, "model.archived", model)
+    return bodies.made_body(adapter)
+
+
+@router.post("/{model:path}/restore")
+def restore_adapter(model: str, session: WriteSession, caller: CallerDep) -> JsonObject:
+    """Put an archived adapter back into use."""
+    adapter = adapters.set_archived(session, caller.project_id, model, archived=False)
+    note(session, caller, "model.restored", model)
+    return bodies.made_body(adapter)
 
 
 @router.get("/{model:path}")

@@ -32,6 +32,9 @@ class Client:
             trust_env=False,
         )
 
+    def close(self) -> None:
+        self._http.close()
+
     def get(self, path: str, **query: Any) -> JsonObject:
         return self._json("GET", path, params=query)
 

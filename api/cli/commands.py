@@ -2,10 +2,6 @@
 
 import os
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -18,15 +14,14 @@ from api.cli import migrate as migrations
 from api.cli import tune as tuning
 from api.cli import up as embedded
 from api.cli.chat import converse, say
-from api.cli.common import HomeOption, console, errors, give_up, reported, service
+from api.cli.common import HomeOption, console, errors, reported, service
 from api.cli.estimate import show, wait_for_estimate
 from api.cli.home import Home
 from api.cli.job_commands import diff_jobs, jobs_app, watch_to_end
-from models.db import Database
-from models.domain.access import Scope
+from api.cli.methods import list_methods
+from api.cli.operations import list_workers, show_usage
+from api.cli.tenancy import key_app, project_app
 from models.logs import configure_logging
-from models.registry import tenancy
-from models.settings import DatabaseSettings
 
 app = typer.Typer(
     help="Train adapters on your own machines and call them by name.",
@@ -36,14 +31,15 @@ app = typer.Typer(
 )
 models_app = typer.Typer(help="List base and fine-tuned models, delete fine-tuned ones.")
 data_app = typer.Typer(help="Check data files; no service is needed.", no_args_is_help=True)
-key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
-project_app = typer.Typer(help="Make and list projects.", no_args_is_help=True)
 app.add_typer(jobs_app, name="jobs")
 app.command("diff")(diff_jobs)
+app.command("methods")(list_methods)
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
 app.add_typer(project_app, name="project")
+app.command("workers")(list_workers)
+app.command("usage")(show_usage)
 
 
 TrainingArgument = Annotated[
@@ -216,85 +212,6 @@ def preview_data(
     _become("worker.data", "preview", *options, "--max-length", str(max_length), "--", str(file))
 
 
-@contextmanager
-def _database(home: Path | None) -> Iterator[Database]:
-    with reported() as settings:
-        here = Home(home or settings.client.home)
-        embedded_one = home is not None or "database" not in settings.model_fields_set
-        chosen = DatabaseSettings(url=here.database_url) if embedded_one else settings.database
-        if embedded_one and not (here.path / "tunery.db").is_file():
-            give_up(f"There is no service in {here.path}; start it once with 'tunery up'.")
-        database = Database(chosen)
-        try:
-            yield database
-        finally:
-            database.close()
-
-
-@key_app.command("create")
-def create_key(
-    name: str,
-    project: Annotated[str, typer.Option(help="Its project.")] = tenancy.DEFAULT_PROJECT,
-    scope: Annotated[
-        list[Scope] | None, typer.Option(help="What it may do; may be repeated (default: admin).")
-    ] = None,
-    days: Annotated[
-        int | None, typer.Option(min=1, max=36500, help="When it ends (default: never).")
-    ] = None,
-    home: HomeOption = None,
-) -> None:
-    """Make a key named NAME; it is shown this once."""
-    expires_at = None if days is None else time.time() + days * 86400
-    with _database(home) as database, database.write() as session:
-        owner = tenancy.project_named(session, project)
-        scopes = scope or [Scope.ADMIN]
-        key, secret = tenancy.create_key(session, owner.id, name, scopes, expires_at)
-    console.print(f"{key.id}  {secret}", highlight=False, soft_wrap=True)
-
-
-@key_app.command("list")
-def list_keys(home: HomeOption = None) -> None:
-    """List keys by their prefixes."""
-    table = Table("id", "project", "name", "key", "scopes", "ends", "state")
-    with _database(home) as database, database.read() as session:
-        names = {project.id: project.name for project in tenancy.list_projects(session)}
-        for key in tenancy.list_keys(session):
-            state = "active" if key.revoked_at is None else "revoked"
-            end = "never"
-            if key.expires_at is not None:
-                end = datetime.fromtimestamp(key.expires_at, UTC).isoformat(" ", "minutes")
-            scopes = " ".join(key.scopes)
-            owner = names[key.project_id]
-            table.add_row(key.id, owner, key.name, f"{key.prefix}…", scopes, end, state)
-    console.print(table)
-
-
-@key_app.command("revoke")
-def revoke_key(key_id: str, home: HomeOption = None) -> None:
-    """Make a key useless from now on."""
-    with _database(home) as database, database.write() as session:
-        tenancy.revoke_key(session, key_id)
-    console.print(f"Revoked {key_id}.", highlight=False)
-
-
-@project_app.command("create")
-def create_project(name: str, home: HomeOption = None) -> None:
-    """Make a project named NAME; `tunery key create --project NAME` gives it a key."""
-    with _database(home) as database, database.write() as session:
-        project = tenancy.create_project(session, name)
-    console.print(project.id, highlight=False)
-
-
-@project_app.command("list")
-def list_projects(home: HomeOption = None) -> None:
-    """List projects."""
-    table = Table("id", "name")
-    with _database(home) as database, database.read() as session:
-        for project in tenancy.list_projects(session):
-            table.add_row(project.id, project.name)
-    console.print(table)
-
-
 @app.command()
 def api() -> None:
     """Run one API process (settings come from the environment)."""
@@ -306,6 +223,7 @@ def api() -> None:
             create_app(settings),
             host=settings.api.host,
             port=settings.api.port,
+            root_path=settings.api.root_path,
             log_config=None,
             access_log=False,
             server_header=False,

@@ -1,7 +1,7 @@
 """What the commands of ``tunery`` share: the console, the service, errors as sentences."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -44,5 +44,5 @@ def give_up(message: str) -> NoReturn:
 
 @contextmanager
 def service(home: Path | None) -> Iterator[Client]:
-    with reported() as settings:
-        yield connect(settings.client, home)
+    with reported() as settings, closing(connect(settings.client, home)) as client:
+        yield client

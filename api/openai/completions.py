@@ -44,7 +44,10 @@ async def create_completion(
     model, url = await run_in_threadpool(resolve, services, caller, body.model)
     requests = translate.completion_requests(body, model, request.state.request_id)
     answer = _Answer(body, len(requests), requests[0].sampling.n)
-    streams = [services.inference.generate(url, each) for each in requests]
+    user = caller.using(model.name)
+    streams = [
+        services.meter.watch(user, services.inference.generate(url, each)) for each in requests
+    ]
     if not body.stream:
         if not await unless_disconnected(request, _collect(answer, streams)):
             return Response(status_code=CLIENT_CLOSED_REQUEST)

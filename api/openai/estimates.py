@@ -18,7 +18,7 @@ from models.domain.reports import DatasetReport
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, UnavailableError, UnprocessableError
 from models.registry import base_models, files, inference_servers, probes
-from worker.training import methods
+from worker.training import methods, objectives
 
 router = APIRouter(prefix="/fine_tuning", tags=["fine-tuning"], route_class=StrictJsonRoute)
 
@@ -43,8 +43,10 @@ async def estimate_job(body: JobCreate, services: ServicesDep, caller: CallerDep
     )
     rows = _row_lengths(spec, known, counted["statistics"])
     shape = known.shape
-    spec = spec.resolved(rows.n_rows, shape.n_linear + shape.n_other)
+    objective = objectives.get_objective(spec.objective["type"])
     method = methods.get_method(spec.peft["type"])
+    scale = objective.rate_scale * method.rate_scale
+    spec = spec.resolved(rows.n_rows, shape.n_linear + shape.n_other, scale)
     n_adapter = method.count_parameters(shape, methods.parse_params(spec.peft))
     found = estimate(spec, shape, n_adapter, rows, known.probe, known.corrections)
     return {"object": "fine_tuning.estimate", "model": spec.model} | found.model_dump()

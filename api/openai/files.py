@@ -1,5 +1,6 @@
 """``/v1/files``."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 from urllib.parse import quote
 
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
 from api import actions, bodies
-from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, WriteSession
+from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, Text, WriteSession
 from api.openai.schemas import PURPOSES
 from api.services import Services
 from models.domain.base import JsonObject
@@ -19,11 +20,14 @@ from models.domain.reports import DataOptions, DatasetReport
 from models.errors import InvalidRequestError, NotFoundError
 from models.explain import explain
 from models.registry import base_models, files, inference_servers
+from models.registry.files import SortFiles
 from models.registry.page import Cursor
 from models.storage import CHUNK, ObjectNotFoundError
 from models.tables import File
 
 router = APIRouter(prefix="/files", tags=["files"])
+
+MAX_OFFSET = 2**31 - 1
 
 
 def _data_options(
@@ -76,15 +80,24 @@ def create_file(
 
 
 @router.get("")
-def list_files(
+def list_files(  # noqa: PLR0913 (one argument for each parameter of the query)
     session: ReadSession,
     caller: CallerDep,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=10000)] = 10000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
+    q: Text = "",
+    sort: SortFiles = "created_at",
 ) -> JsonObject:
-    page = files.list_page(session, caller.project_id, Cursor(after, limit, order), purpose=purpose)
+    page = files.list_page(
+        session,
+        caller.project_id,
+        Cursor(after, limit, order),
+        purpose=purpose,
+        text=q,
+        sort=sort,
+    )
     return bodies.list_body(page, bodies.file_body)
 
 
@@ -129,21 +142,31 @@ def retrieve_cleaned(
     return _download(services, file, file.cleaned_key, f"{file.filename}.cleaned.jsonl")
 
 
+@dataclass(frozen=True, slots=True)
+class _RowsAsked:
+    """Which rows of a preview, and the longest a row may be."""
+
+    rows: Annotated[int, Query(ge=0, le=100)] = 5
+    offset: Annotated[int, Query(ge=0, le=MAX_OFFSET, description="Rows to skip.")] = 0
+    max_length: Annotated[int, Query(ge=1, le=131072)] = 2048
+
+
 @router.get("/{file_id}/preview")
 async def preview_rows(
     file_id: str,
     services: ServicesDep,
     caller: CallerDep,
     model: str,
-    rows: Annotated[int, Query(ge=0, le=100)] = 5,
-    max_length: Annotated[int, Query(ge=1, le=131072)] = 2048,
+    asked: Annotated[_RowsAsked, Depends()],
 ) -> JsonObject:
-    """The first rows as a base model sees them: text, tokens, what is trained; and statistics.
+    """Rows as a base model sees them: text, tokens, what is trained; and statistics.
 
     The base model's own inference server renders them, with the code that trains.
     """
     rows_key, url = await run_in_threadpool(_preview_source, services, caller, file_id, model)
-    request = PreviewRequest(rows_key=rows_key, n_rows=rows, max_length=max_length)
+    request = PreviewRequest(
+        rows_key=rows_key, n_rows=asked.rows, offset=asked.offset, max_length=asked.max_length
+    )
     shown = await services.inference.preview(url, request)
     return {"object": "file.preview", "file_id": file_id, "model": model} | shown
 

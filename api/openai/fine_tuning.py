@@ -1,18 +1,21 @@
 """``/v1/fine_tuning/jobs``."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 
 from api import actions, bodies
-from api.deps import After, CallerDep, ReadSession, ServicesDep, WriteSession
+from api.audit import note
+from api.deps import MAX_TEXT, After, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai import translate
+from api.openai.filters import metadata_filter
 from api.openai.schemas import JobCreate
 from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
+from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.errors import InvalidRequestError
 from models.registry import checkpoints, events, jobs
+from models.registry.jobs import JobFilter, SortJobs
 from models.registry.page import Cursor
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
@@ -29,42 +32,43 @@ def create_job(
     start = actions.find_start(session, caller, body.model)
     spec = translate.training_spec(body, start)
     job = actions.submit_job(session, services, caller, spec, body.metadata)
+    note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
     return bodies.job_body(job, services.settings.api.organization)
+
+
+def _cursor(
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Literal["asc", "desc"] = "desc",
+) -> Cursor:
+    return Cursor(after, limit, order)
+
+
+def _filter(
+    request: Request,
+    status: JobStatus | None = None,
+    q: Annotated[str, Query(max_length=MAX_TEXT)] = "",
+) -> JobFilter:
+    metadata, without_metadata = metadata_filter(request)
+    return JobFilter(status, q, metadata, without_metadata)
 
 
 @router.get("")
 def list_jobs(
-    request: Request,
     session: ReadSession,
     services: ServicesDep,
     caller: CallerDep,
-    after: After = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    wanted: Annotated[JobFilter, Depends(_filter)],
+    cursor: Annotated[Cursor, Depends(_cursor)],
+    sort: SortJobs = "created_at",
 ) -> JsonObject:
-    """List jobs, newest first, optionally by ``metadata[key]=value`` or ``metadata=null``."""
-    metadata, without_metadata = _metadata_filter(request)
-    page = jobs.list_page(
-        session,
-        caller.project_id,
-        Cursor(after, limit),
-        metadata=metadata,
-        without_metadata=without_metadata,
-    )
+    """List jobs, newest first, optionally by ``metadata[key]=value`` or ``metadata=null``.
+
+    ``q`` is a text in the id, the suffix, or the name of the base or of the result.
+    """
+    page = jobs.list_page(session, caller.project_id, cursor, wanted, sort)
     organization = services.settings.api.organization
     return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
-
-
-def _metadata_filter(request: Request) -> tuple[dict[str, str], bool]:
-    pairs: dict[str, str] = {}
-    without_metadata = False
-    for name, value in request.query_params.multi_items():
-        if name == "metadata" and value == "null":
-            without_metadata = True
-        elif name == "metadata":
-            raise InvalidRequestError("Use 'metadata[key]=value' or 'metadata=null'.", param=name)
-        elif name.startswith("metadata[") and name.endswith("]"):
-            pairs[name.removeprefix("metadata[").removesuffix("]")] = value
-    return pairs, without_metadata
 
 
 @router.get("/{job_id}")
@@ -81,6 +85,7 @@ def cancel_job(
 ) -> JsonObject:
     """Cancel a waiting job at once, a running one at its next step."""
     job = jobs.cancel(session, caller.project_id, job_id)
+    note(session, caller, "fine_tuning.job.cancelled", job.id)
     return bodies.job_body(job, services.settings.api.organization)
 
 
@@ -90,6 +95,7 @@ def pause_job(
 ) -> JsonObject:
     """Pause a waiting job at once; a running one saves a checkpoint at its next step and stops."""
     job = jobs.pause(session, caller.project_id, job_id)
+    note(session, caller, "fine_tuning.job.paused", job.id)
     return bodies.job_body(job, services.settings.api.organization)
 
 
@@ -99,6 +105,7 @@ def resume_job(
 ) -> JsonObject:
     """Put a paused job back into the queue; it goes on exactly where it stopped."""
     job = jobs.resume(session, caller.project_id, job_id)
+    note(session, caller, "fine_tuning.job.resumed", job.id)
     services.bell.ring_after_commit(session)
     return bodies.job_body(job, services.settings.api.organization)
 
@@ -115,6 +122,7 @@ def rerun_job(
     spec = TrainingSpec.model_validate(job.spec)
     again = actions.submit_job(session, services, caller, spec, job.request_metadata)
     events.append(session, again.id, f"Rerun of job {job_id}")
+    note(session, caller, "fine_tuning.job.created", again.id, rerun_of=job_id)
     return bodies.job_body(again, services.settings.api.organization)
 
 

@@ -5,15 +5,18 @@ from fastapi import APIRouter
 from api import actions, bodies
 from api.deps import CallerDep, ReadSession, ServicesDep, WriteSession
 from models.domain.base import JsonObject
-from models.registry import adapters, base_models
+from models.registry import adapters, base_models, permissions
 
 router = APIRouter(prefix="/models", tags=["models"])
 
 
 @router.get("")
 def list_models(session: ReadSession, caller: CallerDep) -> JsonObject:
+    """List base models, the project's adapters, and those that other projects let it call."""
     data = [bodies.base_model_body(model) for model in base_models.active(session)]
     data += [bodies.adapter_body(row) for row in adapters.live(session, caller.project_id)]
+    lent = permissions.adapters_for(session, caller.project_id)
+    data += [bodies.adapter_body(row) | {"owned_by": None, "job_id": None} for row in lent]
     return {"object": "list", "data": data}
 
 

@@ -3,13 +3,12 @@
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Header, Query
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from api.deps import Caller, CallerDep, ReadSession, ServicesDep
-from api.feed import News, Position
+from api.feed import Position
 from api.services import Services
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError
@@ -79,23 +78,4 @@ async def _events(services: Services, job_id: str, position: Position) -> AsyncI
     async for news in services.feed.read(job_id, position):
         if news is None:
             return  # too slow: the browser comes back with the last id that it has seen
-        for part in _parts(news):
-            yield part
-
-
-def _parts(news: News) -> list[bytes]:
-    """Return the events of some news; the last one carries the position."""
-    found: list[tuple[str, object]] = []
-    if news.metrics:
-        found.append(("metrics", news.metrics))
-    found += [("event", each) for each in news.events]
-    found += [("checkpoint", each) for each in news.checkpoints]
-    if news.job is not None:
-        found.append(("job", news.job))
-    if news.has_ended and news.job is not None:
-        found.append(("end", {"status": news.job["status"]}))
-    if not found:
-        return [b": still here\n\n"]
-    parts = [f"event: {name}\ndata: ".encode() + orjson.dumps(data) for name, data in found]
-    parts[-1] = f"id: {news.position}\n".encode() + parts[-1]
-    return [part + b"\n\n" for part in parts]
+        yield news.sse

@@ -31,14 +31,48 @@ MAX_PROMPTS = 128
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 
 
+class DpoHyperparameters(Hyperparameters):
+    """OpenAI's numbers of preference optimisation; ``"auto"`` is the objective's default."""
+
+    beta: Auto | Annotated[Strict, Field(gt=0, le=2)] = "auto"
+
+
 class MethodBody(Parameters):
-    """OpenAI's ``method``; only ``supervised`` can be trained here so far."""
+    """OpenAI's ``method``: ``supervised`` is objective `sft` (or another of ours), or ``dpo``."""
 
     class Supervised(Parameters):
         hyperparameters: Hyperparameters | None = None
 
-    type: Literal["supervised"]
+    class Dpo(Parameters):
+        hyperparameters: DpoHyperparameters | None = None
+
+    type: Literal["supervised", "dpo"]
     supervised: Supervised | None = None
+    dpo: Dpo | None = None
+
+    @property
+    def hyperparameters(self) -> Hyperparameters | None:
+        """The numbers of the method that `type` names."""
+        chosen = self.dpo if self.type == "dpo" else self.supervised
+        return chosen.hyperparameters if chosen else None
+
+    @property
+    def beta(self) -> float | None:
+        """DPO's β, if one was given."""
+        numbers = self.dpo.hyperparameters if self.dpo else None
+        return None if numbers is None or numbers.beta == "auto" else numbers.beta
+
+    @model_validator(mode="after")
+    def _only_the_chosen_one(self) -> "MethodBody":
+        other = "supervised" if self.type == "dpo" else "dpo"
+        if getattr(self, other) is not None:
+            raise ValueError(f"'{other}' is given, but 'type' is '{self.type}'; send only one")
+        return self
+
+
+def _three(given: Hyperparameters) -> Hyperparameters:
+    """Return the three numbers that every method has."""
+    return Hyperparameters(**{name: getattr(given, name) for name in Hyperparameters.model_fields})
 
 
 def _check_metadata(pairs: dict[str, str]) -> dict[str, str]:
@@ -89,11 +123,11 @@ class JobCreate(Parameters):
 
     @model_validator(mode="after")
     def _one_set_of_hyperparameters(self) -> "JobCreate":
-        nested = self.method and self.method.supervised and self.method.supervised.hyperparameters
-        if nested and self.hyperparameters and nested != self.hyperparameters:
+        nested = self.method and self.method.hyperparameters
+        if nested and self.hyperparameters and _three(nested) != self.hyperparameters:
             raise ValueError(
-                "'hyperparameters' and 'method.supervised.hyperparameters' differ; "
-                "send only the latter"
+                f"'hyperparameters' and 'method.{self.method and self.method.type}.hyperparameters'"
+                " differ; send only the latter"
             )
         return self
 
@@ -107,8 +141,8 @@ class JobCreate(Parameters):
 
     @property
     def resolved_hyperparameters(self) -> Hyperparameters:
-        if self.method and self.method.supervised and self.method.supervised.hyperparameters:
-            return self.method.supervised.hyperparameters
+        if self.method and self.method.hyperparameters:
+            return _three(self.method.hyperparameters)
         return self.hyperparameters or Hyperparameters()
 
 
@@ -301,8 +335,8 @@ class ChatRequest(SamplingFields):
     prompt_cache_retention: Any = None
     safety_identifier: Any = None
     service_tier: Any = None
-    store: Any = None
-    metadata: Any = None
+    store: StrictBool | None = None
+    metadata: Metadata | None = None
     moderation: Any = None
 
     @field_validator("messages", mode="before")

@@ -13,7 +13,7 @@ from api.openai.schemas import (
 )
 from models.domain.base import JsonObject
 from models.domain.generation import GenerateRequest, SamplingParams, ToolName
-from models.domain.training import TrainingSpec
+from models.domain.training import Precision, TrainingSpec
 from models.errors import InvalidRequestError
 from models.registry.adapters import ResolvedModel
 from worker.training import methods, objectives
@@ -47,6 +47,9 @@ def training_spec(body: JobCreate, start: Start) -> TrainingSpec:
     }
     if start.spec is not None:
         given.setdefault("precision", start.spec.precision)
+    peft = _peft(body.peft, start)
+    if "nf4" not in methods.get_method(peft["type"]).precisions:
+        given.setdefault("precision", Precision(type="bf16"))
     return TrainingSpec(
         model=start.base_model,
         init_adapter=start.adapter,
@@ -55,10 +58,24 @@ def training_spec(body: JobCreate, start: Start) -> TrainingSpec:
         suffix=body.suffix or "",
         seed=body.seed if body.seed is not None else secrets.randbelow(2**31),
         hyperparameters=body.resolved_hyperparameters,
-        objective=objectives.parse_params(body.objective or {"type": "sft"}).model_dump(),
-        peft=_peft(body.peft, start),
+        objective=_objective(body),
+        peft=peft,
         **given,
     )
+
+
+def _objective(body: JobCreate) -> JsonObject:
+    given = dict(body.objective or {})
+    if body.method is not None and body.method.type == "dpo":
+        if given.get("type", "dpo") != "dpo":
+            raise InvalidRequestError(
+                f"'method' is dpo, but 'objective' is {given['type']!r}. Send only one of them.",
+                param="objective.type",
+            )
+        given["type"] = "dpo"
+        if body.method.beta is not None:
+            given["beta"] = body.method.beta
+    return objectives.parse_params(given).model_dump()
 
 
 def _peft(given: JsonObject | None, start: Start) -> JsonObject:
@@ -66,7 +83,15 @@ def _peft(given: JsonObject | None, start: Start) -> JsonObject:
         return methods.parse_params(given or {"type": "lora"}).model_dump()
     own = methods.parse_params(start.spec.peft).model_dump()  # with what is newer than the job
     wanted = methods.parse_params(own | (given or {})).model_dump()
-    free = methods.get_method(own["type"]).may_change
+    method = methods.get_method(own["type"])
+    if not method.goes_on:
+        raise InvalidRequestError(
+            f"No job can go on from an adapter of {method.title}: what it was made from is not in "
+            "its file. Start from the base model.",
+            param="model",
+            code="start_not_usable",
+        )
+    free = method.may_change
     for name, value in wanted.items():
         if name not in free and value != own.get(name):
             raise InvalidRequestError(

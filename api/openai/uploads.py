@@ -17,7 +17,7 @@ from models.db import after_commit
 from models.domain.base import JsonObject, Parameters, Text
 from models.domain.status import UploadStatus
 from models.errors import InvalidRequestError, PayloadTooLargeError
-from models.registry import files, uploads
+from models.registry import files, quotas, uploads
 from models.storage import CHUNK, part_key
 from models.tables import Upload, UploadPart, new_id
 
@@ -56,6 +56,7 @@ def create_upload(
         raise PayloadTooLargeError(
             f"The file is larger than {limit:,} bytes, the limit of this service.", param="bytes"
         )
+    quotas.check_bytes(session, caller.project_id, body.bytes)
     upload = Upload(
         project_id=caller.project_id,
         purpose=body.purpose,
@@ -146,7 +147,7 @@ def _complete(
                 yield chunk
 
     sent = actions.Upload(content(), upload.filename, upload.purpose)
-    stored = actions.store_content(services, sent.content)
+    stored = actions.store_content(services, sent.content, services.settings.api.max_upload_bytes)
     with actions.adding(services, stored.key) as session:
         if body.md5 is not None and md5.hexdigest() != body.md5.lower():
             raise InvalidRequestError(
@@ -155,9 +156,9 @@ def _complete(
                 code="checksum_mismatch",
             )
         upload = uploads.get_pending(session, caller.project_id, upload_id)
-        file = actions.add_file(session, services, caller, sent, stored)
-        for key in uploads.finish(session, upload, UploadStatus.COMPLETED, file.id):
+        for key in uploads.finish(session, upload, UploadStatus.COMPLETED, stored.file_id):
             after_commit(session, f"delete {key}", partial(services.store.delete, key))
+        file = actions.add_file(session, services, caller, sent, stored)
         return bodies.upload_body(upload) | {"file": bodies.file_body(file)}
 
 

@@ -1,8 +1,11 @@
 """How numbers, sizes and times are written on the page."""
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 
+from jinja2 import pass_context
+from jinja2.runtime import Context
 from markupsafe import Markup
 
 THIN_SPACE = "\u202f"
@@ -45,15 +48,27 @@ def duration(seconds: float | None) -> str:
     return f"{hours // 24} d {hours % 24} h"
 
 
-def moment(when: float | None) -> Markup:
+def moment(when: float | None, t: Callable[..., str] = str.format) -> Markup:
     """Write how long ago a moment is, with the exact time as a tooltip."""
     if when is None:
         return Markup("–")
     exact = datetime.fromtimestamp(when, UTC)
     ago = duration(time.time() - when).split(" ")
-    return Markup('<time datetime="{}" title="{} UTC">{} ago</time>').format(
-        exact.isoformat(), exact.strftime("%Y-%m-%d %H:%M:%S"), " ".join(ago[:2])
+    return Markup('<time datetime="{}" title="{} UTC">{}</time>').format(
+        exact.isoformat(),
+        exact.strftime("%Y-%m-%d %H:%M:%S"),
+        t("{time} ago", time=" ".join(ago[:2])),
     )
 
 
-ALL = {"number": number, "size": size, "duration": duration, "moment": moment}
+@pass_context
+def _moment(context: Context, when: float | None) -> Markup:
+    return moment(when, context["t"])
+
+
+def day(when: float) -> str:
+    """Write the day of a moment (UTC)."""
+    return datetime.fromtimestamp(when, UTC).strftime("%Y-%m-%d")
+
+
+ALL = {"number": number, "size": size, "duration": duration, "moment": _moment, "day": day}

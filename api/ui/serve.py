@@ -5,9 +5,10 @@ from urllib.parse import quote
 from fastapi import FastAPI, Request
 from fastapi.responses import RedirectResponse, Response
 from starlette.datastructures import MutableHeaders
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.ui import pages
+from api.ui import frame, pages
 
 POLICY = "; ".join(
     (
@@ -26,12 +27,13 @@ POLICY = "; ".join(
 
 def install(app: FastAPI) -> None:
     """Add the pages to an application."""
-    app.mount("/ui/static", pages.assets, name="static")
+    app.mount("/ui/static", frame.assets, name="static")
     app.include_router(pages.router)
     app.add_middleware(PageHeaders)
+    app.add_middleware(PageCompression)
 
-    @app.exception_handler(pages.LoginNeeded)
-    async def on_login_needed(request: Request, _: pages.LoginNeeded) -> Response:
+    @app.exception_handler(frame.LoginNeeded)
+    async def on_login_needed(request: Request, _: frame.LoginNeeded) -> Response:
         root = request.scope.get("root_path", "")
         here = request.url.path.removeprefix(root)
         if request.url.query:
@@ -59,6 +61,18 @@ class PageHeaders:
             await send(message)
 
         await self.app(scope, receive, send_with_policy)
+
+
+class PageCompression:
+    """Compresses what is under ``/ui``; answers of ``/v1``, such as streams, pass as they are."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        self.compressed = GZipMiddleware(app, minimum_size=1000, compresslevel=5)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_page = scope["type"] == "http" and _is_page(scope)
+        await (self.compressed if is_page else self.app)(scope, receive, send)
 
 
 def _is_page(scope: Scope) -> bool:

@@ -1,11 +1,25 @@
 """The page's words: English in the templates, other languages in one catalogue each."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 
+from markupsafe import Markup, escape
+
+from models.domain.status import FileStatus, JobStatus
+
 FOLDER = Path(__file__).parent / "texts"
+SCRIPTS = Path(__file__).parent / "static" / "js"
+WORDS = frozenset(
+    {
+        *(str(each).replace("_", " ") for each in (*JobStatus, *FileStatus)),
+        *("active", "revoked", "online", "offline", "busy", "idle"),
+        *("preparing", "training", "done", "system", "light", "dark"),
+    }
+)
+"""What templates and scripts translate by a variable: states, stages, themes."""
 ENGLISH = "en"
 
 
@@ -37,7 +51,33 @@ def choose(accept_language: str) -> str:
     )
 
 
-def translator(language: str) -> Callable[[str], str]:
-    """Return what turns an English sentence into the language; what is not there stays English."""
+def translator(language: str) -> Callable[..., Markup]:
+    """Return what turns an English sentence into the language; what is not there stays English.
+
+    Its further arguments take the places of ``{name}`` in the sentence; text is escaped.
+    """
     known = catalogue(language)
-    return lambda sentence: known.get(sentence, sentence)
+
+    def translate(sentence: str, **values: object) -> Markup:
+        found = escape(known.get(sentence, sentence))
+        return found.format(**values) if values else found
+
+    return translate
+
+
+@cache
+def of_scripts(language: str) -> Mapping[str, str]:
+    """Return the translations of the sentences that the page's scripts say."""
+    known = catalogue(language)
+    return {each: known[each] for each in sorted(script_sentences() | WORDS) if each in known}
+
+
+@cache
+def script_sentences() -> frozenset[str]:
+    scripts = sorted(SCRIPTS.glob("*.js"))
+    return frozenset(each for path in scripts for each in sentences(path.read_text()))
+
+
+def sentences(source: str) -> list[str]:
+    """Return what a template or a script hands to `translator`, in order."""
+    return re.findall(r'\bt\("([^"]+)"', source)

@@ -8,6 +8,7 @@ since (`Corrections`).
 from collections.abc import Sequence
 from math import ceil
 from statistics import median
+from typing import Literal
 
 from pydantic import Field
 
@@ -41,11 +42,24 @@ class LayerShape(Frozen):
         return self.outputs * self.inputs * self.count
 
 
+Family = Literal["decoder", "encoder", "encoder_decoder"]
+
+
 class BaseShape(Frozen):
-    """A base model in numbers: its linear layers by the last part of their names, and the rest."""
+    """A base model in numbers: its linear layers by the last part of their names, and the rest.
+
+    `family` tells which objectives it can be trained with.
+    `width` is that of the residual stream; `n_norms` counts the parameters of norms of that width
+    inside of blocks, `n_biases` all biases. Both are part of `n_other`.
+    """
 
     layers: dict[str, LayerShape]
     n_other: int
+    family: Family = "decoder"
+    n_blocks: int = 0
+    width: int = 0
+    n_norms: int = 0
+    n_biases: int = 0
 
     @property
     def n_linear(self) -> int:

@@ -26,12 +26,14 @@ class AdapterRef(Frozen):
 class PreviewRequest(Frozen):
     """Rows of a data set to be shown as a base model sees them.
 
-    `rows_key` is where the lint has put the usable rows; the first `n_rows` are shown, the tokens
-    of the first `n_counted` are counted, as if `max_length` were the job's limit.
+    `rows_key` is where the lint has put the usable rows; `n_rows` are shown from row `offset` on
+    (counted from 0), the tokens of the first `n_counted` are counted, as if `max_length` were the
+    job's limit.
     """
 
     rows_key: Text
     n_rows: Annotated[int, Field(ge=0, le=100)] = 5
+    offset: Annotated[int, Field(ge=0)] = 0
     n_counted: Annotated[int, Field(ge=0, le=10_000)] = 1000
     max_length: Annotated[int, Field(ge=1)] = 2048
 

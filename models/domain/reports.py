@@ -105,7 +105,10 @@ class AdapterManifest(Frozen):
     `digest` is the sha256 over the adapter's own files (see ``worker/training/publish.py``); it is
     the adapter's identity everywhere: slot, cache directory, ``system_fingerprint``.
     `chat_template` is the source that its rows were rendered with (of several named ones, JSON);
-    it and the tokenizer's digest tell for ever what text the adapter was taught in.
+    it and the tokenizer's digest tell for ever what text the adapter was taught in. `served` says
+    whether it runs in one batch with others, merged into a base of its own, or beside its modules.
+    `objective_params` has the labels of a classifier, in the order of its outputs. Of an adapter
+    that came from outside, all that is not known is empty, and `objective` is ``imported``.
     """
 
     format: Literal["tunery-adapter-1"] = "tunery-adapter-1"
@@ -118,7 +121,9 @@ class AdapterManifest(Frozen):
     chat_template: str = ""
     tokenizer_sha256: str = ""
     method: str
+    served: Literal["batched", "merged", "own"] = "batched"
     objective: str
+    objective_params: JsonObject = Field(default_factory=dict)
     precision: JsonObject
     step: int
     spec_sha256: str

@@ -85,12 +85,13 @@ class TrainingSpec(Frozen):
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
     num_devices: Annotated[StrictInt, Field(ge=1, le=64)] = 1
 
-    def resolved(self, n_rows: int, n_parameters: int) -> "TrainingSpec":
+    def resolved(self, n_rows: int, n_parameters: int, rate_scale: float = 1.0) -> "TrainingSpec":
         """Return a copy in which every ``"auto"`` is a number.
 
         Args:
             n_rows: Rows that will be trained in one epoch.
             n_parameters: Parameters of the base model.
+            rate_scale: The objective's and the method's factor of the learning rate.
 
         The rules, also in ``docs/jobs.md``: batch 8 (less below 64 rows); as many epochs as give
         about 100 steps, between 3 and 10; the learning rate of `base_learning_rate`.
@@ -108,7 +109,7 @@ class TrainingSpec(Frozen):
             multiplier = 1.0
         learning_rate = self.optimizer.learning_rate
         if learning_rate == "auto":
-            learning_rate = min(1.0, base_learning_rate(n_parameters) * multiplier)
+            learning_rate = min(1.0, base_learning_rate(n_parameters) * rate_scale * multiplier)
         checkpoint_steps = self.checkpoint_steps
         if checkpoint_steps == "auto":
             checkpoint_steps = min(100, max(1, steps_per_epoch))

@@ -1,7 +1,7 @@
 """Adapters: publishing, resolving a name to content, deleting a name."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session
@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session
 from models.db import db_now
 from models.domain.generation import AdapterRef
 from models.errors import InvalidRequestError, NotFoundError
+from models.registry import permissions
 from models.registry.page import Cursor, Page, page
 from models.tables import Adapter, BaseModel, Checkpoint, Job, new_id
 
@@ -34,36 +35,76 @@ def publish(session: Session, adapter: Adapter) -> None:
     session.flush()
 
 
-def resolve(session: Session, project_id: str, name: str) -> ResolvedModel:
-    """Turn a model name into base and adapter, once for a request.
+@dataclass(frozen=True, slots=True)
+class _Owned:
+    """A fine-tuned model with its owner, whoever asks."""
 
-    Names of base models, of published adapters and of checkpoints are one namespace.
+    project_id: str
+    model: ResolvedModel
+    is_archived: bool = False
+
+
+def resolve(session: Session, project_id: str, name: str) -> ResolvedModel:
+    """Turn a model name into base and adapter, once for a request, for calling it.
+
+    Names of base models, of published adapters and of checkpoints are one namespace. A model of
+    another project is found if that has given leave (see ``permissions``); its job is not told.
 
     Raises:
-        NotFoundError: nothing of this project has the name; never the base in its stead.
+        NotFoundError: nothing that this project may call has the name; never the base in its stead.
     """
-    if not name.startswith("ft:"):
-        base = session.get(BaseModel, name)
-        if base is not None and not base.retired:
-            return ResolvedModel(name, base.name, None, base.created_at)
+    if (base := _base(session, name)) is not None:
+        return base
+    owned = _owned(session, name)
+    if owned is not None and not owned.is_archived:
+        if owned.project_id == project_id:
+            return owned.model
+        if permissions.may_call(session, project_id, name):
+            return replace(owned.model, job_id=None)
+    raise _unknown(name)
+
+
+def resolve_own(session: Session, project_id: str, name: str) -> ResolvedModel:
+    """Like `resolve`, for what an owner alone may do; an archived model is found too."""
+    if (base := _base(session, name)) is not None:
+        return base
+    owned = _owned(session, name)
+    if owned is None or owned.project_id != project_id:
+        raise _unknown(name)
+    return owned.model
+
+
+def _base(session: Session, name: str) -> ResolvedModel | None:
+    base = None if name.startswith("ft:") else session.get(BaseModel, name)
+    if base is None or base.retired:
+        return None
+    return ResolvedModel(name, base.name, None, base.created_at)
+
+
+def _owned(session: Session, name: str) -> _Owned | None:
     adapter = session.get(Adapter, name)
-    if adapter is not None and adapter.project_id == project_id and adapter.deleted_at is None:
-        return _of_adapter(adapter)
+    if adapter is not None and adapter.deleted_at is None:
+        return _Owned(adapter.project_id, _of_adapter(adapter), adapter.archived_at is not None)
     row = session.execute(
         select(Checkpoint, Job)
         .join(Job, Checkpoint.job_id == Job.id)
-        .where(Checkpoint.name == name, Job.project_id == project_id)
+        .where(Checkpoint.name == name)
     ).first()
-    if row is not None:
-        checkpoint, job = row
-        reference = AdapterRef(
-            name=name,
-            digest=checkpoint.adapter_digest,
-            base_model=job.base_model,
-            base_fingerprint=checkpoint.base_fingerprint,
-        )
-        return ResolvedModel(name, job.base_model, reference, checkpoint.created_at, job.id)
-    raise NotFoundError(
+    if row is None:
+        return None
+    checkpoint, job = row
+    reference = AdapterRef(
+        name=name,
+        digest=checkpoint.adapter_digest,
+        base_model=job.base_model,
+        base_fingerprint=checkpoint.base_fingerprint,
+    )
+    model = ResolvedModel(name, job.base_model, reference, checkpoint.created_at, job.id)
+    return _Owned(job.project_id, model)
+
+
+def _unknown(name: str) -> NotFoundError:
+    return NotFoundError(
         f"The model {name!r} does not exist or you do not have access to it.",
         param="model",
         code="model_not_found",
@@ -83,16 +124,43 @@ def _of_adapter(adapter: Adapter) -> ResolvedModel:
 
 
 def live(session: Session, project_id: str) -> Sequence[Adapter]:
+    """Return the adapters of a project that can be called, newest first."""
     return session.scalars(
         select(Adapter)
-        .where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+        .where(
+            Adapter.project_id == project_id,
+            Adapter.deleted_at.is_(None),
+            Adapter.archived_at.is_(None),
+        )
         .order_by(Adapter.created_at.desc(), Adapter.name)
     ).all()
 
 
-def list_page(session: Session, project_id: str, cursor: Cursor) -> Page[Adapter]:
+def list_page(
+    session: Session,
+    project_id: str,
+    cursor: Cursor,
+    *,
+    base_model: str | None = None,
+    text: str = "",
+) -> Page[Adapter]:
+    """Return published adapters, newest first unless the cursor says otherwise."""
     query = select(Adapter).where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+    if base_model is not None:
+        query = query.where(Adapter.base_model == base_model)
+    if text:
+        query = query.where(Adapter.name.icontains(text, autoescape=True))
     return page(session, query, Adapter, (Adapter.created_at, Adapter.name), cursor)
+
+
+def count_by_base(session: Session, project_id: str) -> dict[str, int]:
+    """Return how many published adapters there are on each base model that has any."""
+    rows = session.execute(
+        select(Adapter.base_model, func.count())
+        .where(Adapter.project_id == project_id, Adapter.deleted_at.is_(None))
+        .group_by(Adapter.base_model)
+    )
+    return {name: count for name, count in rows}  # noqa: C416 (rows, not pairs)
 
 
 def step_of(session: Session, name: str) -> int:
@@ -110,20 +178,43 @@ def delete(session: Session, project_id: str, name: str) -> str | None:
         NotFoundError: there is no such model in this project.
         InvalidRequestError: the name is that of a base model or of a checkpoint.
     """
-    resolved = resolve(session, project_id, name)
-    adapter = session.get(Adapter, name)
-    if resolved.adapter is None or adapter is None:
-        raise InvalidRequestError(
-            f"{name!r} is not a fine-tuned model; only those can be deleted.",
-            param="model",
-            code="model_not_deletable",
-        )
+    adapter = _own_adapter(session, project_id, name, "deleted", "model_not_deletable")
     session.execute(
         update(Adapter)
         .where(Adapter.name == name, Adapter.deleted_at.is_(None))
         .values(deleted_at=db_now())
     )
     return None if is_referenced(session, adapter.digest) else adapter.digest
+
+
+def set_archived(session: Session, project_id: str, name: str, *, archived: bool) -> Adapter:
+    """Take an adapter out of use without losing it, or put it back; twice is no error.
+
+    Raises:
+        NotFoundError: there is no such model in this project.
+        InvalidRequestError: the name is that of a base model or of a checkpoint.
+    """
+    adapter = _own_adapter(session, project_id, name, "archived", "model_not_archivable")
+    is_now = Adapter.archived_at.is_(None) if archived else Adapter.archived_at.is_not(None)
+    session.execute(
+        update(Adapter)
+        .where(Adapter.name == name, is_now)
+        .values(archived_at=db_now() if archived else None)
+    )
+    session.refresh(adapter)
+    return adapter
+
+
+def _own_adapter(session: Session, project_id: str, name: str, what_for: str, code: str) -> Adapter:
+    resolved = resolve_own(session, project_id, name)
+    adapter = session.get(Adapter, name)
+    if resolved.adapter is None or adapter is None:
+        raise InvalidRequestError(
+            f"{name!r} is not a fine-tuned model; only those can be {what_for}.",
+            param="model",
+            code=code,
+        )
+    return adapter
 
 
 def is_referenced(session: Session, digest: str) -> bool:

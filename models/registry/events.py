@@ -22,7 +22,7 @@ def append(
     """Add one event; `data` makes it an event of type ``metrics``, else it is a ``message``."""
     # The lock on the job row makes the next number ours until the commit.
     session.execute(select(Job.id).where(Job.id == job_id).with_for_update())
-    last = session.scalar(select(func.max(Event.sequence)).where(Event.job_id == job_id)) or 0
+    last = last_sequence(session, job_id)
     session.add(
         Event(
             id=new_id("ftevent-"),
@@ -37,10 +37,33 @@ def append(
     session.flush()
 
 
+def marks(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Return status and newest event number of jobs: whatever is news of a job changes them."""
+    newest = (
+        select(func.max(Event.sequence)).where(Event.job_id == Job.id).correlate(Job)
+    ).scalar_subquery()
+    rows = session.execute(select(Job.id, Job.status, newest).where(Job.id.in_(job_ids)))
+    return {job_id: (status, sequence or 0) for job_id, status, sequence in rows}
+
+
 def list_page(session: Session, job_id: str, cursor: Cursor) -> Page[Event]:
     """Return events newest first; the cursor's `after` is an event id."""
     query = select(Event).where(Event.job_id == job_id)
     return page(session, query, Event, (Event.sequence, Event.id), cursor)
+
+
+def messages(session: Session, job_id: str, limit: int) -> Sequence[Event]:
+    """Return the newest events that are no metrics, newest first."""
+    return session.scalars(
+        select(Event)
+        .where(Event.job_id == job_id, Event.type == "message")
+        .order_by(Event.sequence.desc())
+        .limit(limit)
+    ).all()
+
+
+def last_sequence(session: Session, job_id: str) -> int:
+    return session.scalar(select(func.max(Event.sequence)).where(Event.job_id == job_id)) or 0
 
 
 def after(session: Session, job_id: str, sequence: int, limit: int) -> Sequence[Event]:

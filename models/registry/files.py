@@ -1,6 +1,7 @@
 """Files: created once their bytes are stored, linted by a worker, deleted when unused."""
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from sqlalchemy import CursorResult, func, or_, select, update
 from sqlalchemy import delete as sql_delete
@@ -10,11 +11,14 @@ from models.db import db_now
 from models.domain.reports import DataOptions, DatasetReport
 from models.domain.status import FileStatus, JobStatus
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
+from models.registry import batches
 from models.registry.page import Cursor, Page, page
 from models.storage import token_prefix
 from models.tables import File, Job
 
 TRAINABLE = "fine-tune"
+BATCH = "batch"
+BATCH_OUTPUT = "batch_output"
 MAX_DETAILS = 8000
 
 
@@ -60,13 +64,58 @@ def get(session: Session, project_id: str, file_id: str, *, param: str = "file_i
     return file
 
 
+SortFiles = Literal["created_at", "filename", "bytes"]
+
+
 def list_page(
-    session: Session, project_id: str, cursor: Cursor, *, purpose: str | None = None
+    session: Session,
+    project_id: str,
+    cursor: Cursor,
+    *,
+    purpose: str | None = None,
+    text: str = "",
+    sort: SortFiles = "created_at",
 ) -> Page[File]:
+    """Return files, newest first unless `sort` or the cursor says otherwise; `text` is in a name
+    or an id.
+    """
     query = select(File).where(File.project_id == project_id)
     if purpose is not None:
         query = query.where(File.purpose == purpose)
-    return page(session, query, File, (File.created_at, File.id), cursor)
+    if text:
+        places = (File.id, File.filename)
+        query = query.where(or_(*(place.icontains(text, autoescape=True) for place in places)))
+    return page(session, query, File, (getattr(File, sort), File.id), cursor)
+
+
+def with_rows(session: Session, project_id: str, *file_ids: str | None) -> str | None:
+    """Return the first of these files that is still there and has usable rows."""
+    found = session.scalars(
+        select(File.id).where(
+            File.project_id == project_id, File.id.in_(file_ids), File.rows_key.is_not(None)
+        )
+    ).all()
+    return next((each for each in file_ids if each in found), None)
+
+
+@dataclass(frozen=True, slots=True)
+class FileChoice:
+    """What a form needs of a file to offer it."""
+
+    id: str
+    filename: str
+    bytes: int
+
+
+def newest(session: Session, project_id: str, purpose: str, limit: int) -> list[FileChoice]:
+    """Return the newest files without their reports, which may be long."""
+    rows = session.execute(
+        select(File.id, File.filename, File.bytes)
+        .where(File.project_id == project_id, File.purpose == purpose)
+        .order_by(File.created_at.desc(), File.id.desc())
+        .limit(limit)
+    )
+    return [FileChoice(*row) for row in rows]
 
 
 def delete(session: Session, project_id: str, file_id: str) -> Freed:
@@ -80,7 +129,7 @@ def delete(session: Session, project_id: str, file_id: str) -> Freed:
     user = _unfinished_user(session, file)
     if user is not None:
         raise InvalidRequestError(
-            f"File {file_id} is used by job {user}, which has not ended. Cancel the job first.",
+            f"File {file_id} is used by {user}, which has not ended. Cancel that first.",
             param="file_id",
             code="file_in_use",
         )
@@ -91,8 +140,9 @@ def delete(session: Session, project_id: str, file_id: str) -> Freed:
 
 
 def _unfinished_user(session: Session, file: File) -> str | None:
+    """Return the job or batch that still needs a file, with its kind."""
     unfinished = [status for status in JobStatus if not status.is_terminal]
-    return session.scalar(
+    job = session.scalar(
         select(Job.id)
         .where(
             or_(Job.training_file == file.id, Job.validation_file == file.id),
@@ -100,6 +150,10 @@ def _unfinished_user(session: Session, file: File) -> str | None:
         )
         .limit(1)
     )
+    if job is not None:
+        return f"job {job}"
+    batch = batches.user_of(session, file.id)
+    return None if batch is None else f"batch {batch}"
 
 
 def read_anew(
@@ -121,7 +175,7 @@ def read_anew(
     user = _unfinished_user(session, file)
     if user is not None:
         raise InvalidRequestError(
-            f"File {file_id} is used by job {user}, which has not ended. Cancel the job first.",
+            f"File {file_id} is used by {user}, which has not ended. Cancel that first.",
             param="file_id",
             code="file_in_use",
         )

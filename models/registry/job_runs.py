@@ -16,23 +16,19 @@ from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
-from models.registry import events
+from models.registry import events, quotas, turns, usage
 from models.registry.jobs import end_as_failed, move, to_queue
-from models.tables import Checkpoint, Job, JobAttempt
+from models.registry.usage import Used, User
+from models.tables import Checkpoint, Job, JobAttempt, Project
 
 
 def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
-    """Take the next queued job: highest priority first, then the oldest.
+    """Take the next queued job: that of the project whose turn it is (see ``turns``), of its jobs
+    the one with the highest priority, then the oldest.
 
     Returns the job with its new attempt number, or None when nothing waits.
     """
-    job = session.scalar(
-        select(Job)
-        .where(Job.status == JobStatus.QUEUED)
-        .order_by(Job.priority.desc(), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    job = next(filter(None, (_next_of(session, project) for project in turns.order(session))), None)
     if job is None:
         return None
     attempt = job.attempt + 1
@@ -58,6 +54,23 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     events.append(session, job.id, message)
     session.refresh(job)
     return job
+
+
+def _next_of(session: Session, project_id: str) -> Job | None:
+    """Return the next queued job of a project, locked, unless as many run as it may have."""
+    project = session.get_one(Project, project_id)
+    if project.max_running_jobs is not None:
+        # One claim at a time counts what runs, so that two never take the last place together.
+        session.refresh(project, with_for_update={"key_share": True})
+        if quotas.n_running(session, project_id) >= (project.max_running_jobs or 0):
+            return None
+    return session.scalar(
+        select(Job)
+        .where(Job.project_id == project_id, Job.status == JobStatus.QUEUED)
+        .order_by(Job.priority.desc(), Job.created_at, Job.id)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
 
 
 def has_queued(session: Session) -> bool:
@@ -127,7 +140,17 @@ def record_spec(session: Session, job_id: str, attempt: int, spec: TrainingSpec)
 
 
 def record_estimate(session: Session, job_id: str, attempt: int, estimate: Estimate) -> None:
-    fence(session, job_id, attempt, estimate=estimate.model_dump(mode="json"))
+    """Store what a job is expected to take; its reservations and its end follow from it."""
+    job = session.get_one(Job, job_id)
+    fence(
+        session,
+        job_id,
+        attempt,
+        estimate=estimate.model_dump(mode="json"),
+        reserved_tokens=estimate.total_tokens,
+        reserved_device_seconds=estimate.seconds * int(job.spec.get("num_devices", 1)),
+        estimated_finish=db_now() + estimate.seconds,
+    )
 
 
 def record_measured(session: Session, job_id: str, attempt: int, measured: Measured) -> None:
@@ -150,12 +173,25 @@ def record_trainer(session: Session, job_id: str, attempt: int, pid: int) -> Non
 def end_attempt(
     session: Session, job_id: str, attempt: int, outcome: str, exit_code: int | None
 ) -> None:
-    """Note how an attempt ended; history only, so it needs no fence."""
-    session.execute(
+    """Note how an attempt ended; history only, so it needs no fence.
+
+    The first to do so ends it: its time on devices is then counted as used, once.
+    """
+    this = (JobAttempt.job_id == job_id, JobAttempt.attempt == attempt)
+    started_at = session.scalar(
         update(JobAttempt)
-        .where(JobAttempt.job_id == job_id, JobAttempt.attempt == attempt)
-        .values(ended_at=db_now(), outcome=outcome, exit_code=exit_code)
+        .where(*this, JobAttempt.ended_at.is_(None))
+        .values(ended_at=db_now())
+        .returning(JobAttempt.started_at)
     )
+    session.execute(update(JobAttempt).where(*this).values(outcome=outcome, exit_code=exit_code))
+    if started_at is None:
+        return
+    job = session.get_one(Job, job_id)
+    now = session.scalar(select(db_now())) or started_at
+    seconds = max(0.0, now - started_at) * int(job.spec.get("num_devices", 1))
+    user = User(job.project_id, job.key_id, job.base_model)
+    usage.add(session, [(user, Used(device_seconds=seconds))])
 
 
 def release(session: Session, job_id: str, attempt: int, reason: str) -> JobStatus:

@@ -1,29 +1,37 @@
 """Jobs as their owner sees them: create, find, cancel. The worker's side is ``job_runs``."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, CursorResult, select, update
+from sqlalchemy import ColumnElement, CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
 from models.domain.base import JsonObject
 from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
+from models.domain.webhooks import job_event
 from models.errors import InvalidRequestError, NotFoundError
-from models.registry import events, job_files
+from models.registry import events, job_files, usage, webhooks
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
+from models.registry.usage import Used, User
 from models.tables import Job, new_id
 
 
 def create(
-    session: Session, project_id: str, spec: TrainingSpec, metadata: JsonObject | None
+    session: Session,
+    project_id: str,
+    spec: TrainingSpec,
+    metadata: JsonObject | None,
+    key_id: str | None = None,
 ) -> Job:
     """Add a job in state ``validating_files``; a worker moves it on once its files are linted."""
     job = Job(
         id=new_id("ftjob-"),
         project_id=project_id,
+        key_id=key_id,
         base_model=spec.model,
         training_file=spec.training_file,
         validation_file=spec.validation_file,
@@ -43,8 +51,8 @@ def create(
 
 def get(session: Session, project_id: str, job_id: str) -> Job:
     """Return a job of this project, or raise `NotFoundError` as for an id that never existed."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
-    if job is None:
+    job = session.get(Job, job_id)
+    if job is None or job.project_id != project_id:
         raise NotFoundError(
             f"Could not find fine-tuning job: {job_id!r}.",
             param="fine_tuning_job_id",
@@ -57,24 +65,43 @@ def has_ended(job: Job) -> bool:
     return JobStatus(job.status).is_terminal
 
 
+SortJobs = Literal["created_at", "base_model", "status"]
+
+
+@dataclass(frozen=True, slots=True)
+class JobFilter:
+    """Which jobs are wanted: in a status, with metadata that holds all pairs, with a text.
+
+    `text` is looked for in the id, the suffix, and the names of the base and of the result.
+    """
+
+    status: JobStatus | None = None
+    text: str = ""
+    metadata: dict[str, str] = field(default_factory=dict)
+    without_metadata: bool = False
+
+
 def list_page(
     session: Session,
     project_id: str,
     cursor: Cursor,
-    *,
-    metadata: dict[str, str] | None = None,
-    without_metadata: bool = False,
-    status: JobStatus | None = None,
+    wanted: JobFilter = JobFilter(),
+    sort: SortJobs = "created_at",
 ) -> Page[Job]:
-    """Return jobs newest first: all, those in a status, those whose metadata holds all pairs."""
+    """Return jobs, newest first unless `sort` or the cursor's order says otherwise."""
     query = select(Job).where(Job.project_id == project_id)
-    if status is not None:
-        query = query.where(Job.status == status)
-    for key, value in (metadata or {}).items():
+    if wanted.status is not None:
+        query = query.where(Job.status == wanted.status)
+    if wanted.text:
+        places = (Job.id, Job.spec["suffix"].as_string(), Job.base_model, Job.fine_tuned_model)
+        query = query.where(
+            or_(*(place.icontains(wanted.text, autoescape=True) for place in places))
+        )
+    for key, value in wanted.metadata.items():
         query = query.where(Job.request_metadata[key].as_string() == value)
-    if without_metadata:
+    if wanted.without_metadata:
         query = query.where(Job.request_metadata.is_(None))
-    return page(session, query, Job, (Job.created_at, Job.id), cursor)
+    return page(session, query, Job, (getattr(Job, sort), Job.id), cursor)
 
 
 def move(
@@ -86,7 +113,8 @@ def move(
 ) -> bool:
     """Change a job's status if the moves allow it and `conditions` hold; say whether it happened.
 
-    This is the only place that writes ``jobs.status``.
+    This is the only place that writes ``jobs.status``. What a job has trained counts as used when
+    it ends.
     """
     if target.is_terminal:
         values |= {
@@ -94,6 +122,8 @@ def move(
             "lease_owner": None,
             "lease_until": None,
             "estimated_finish": None,
+            "reserved_tokens": 0,
+            "reserved_device_seconds": 0.0,
         }
     result = session.execute(
         update(Job)
@@ -101,7 +131,15 @@ def move(
         .values(status=target, **values)
     )
     assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+    moved = result.rowcount == 1
+    if moved and target.is_terminal:
+        job = session.get_one(Job, job_id, populate_existing=True)
+        if job.trained_tokens:
+            user = User(job.project_id, job.key_id, job.base_model)
+            usage.add(session, [(user, Used(trained_tokens=job.trained_tokens))])
+        if (event := job_event(target)) is not None:
+            webhooks.emit(session, job.project_id, event, job_id)
+    return moved
 
 
 def cancel(session: Session, project_id: str, job_id: str) -> Job:

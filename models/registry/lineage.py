@@ -18,8 +18,8 @@ class Ancestor:
     """One training on the way from the base model to a model.
 
     `name` and `digest` are those of its result; `is_live` says whether that can still be called.
-    `job` is None when the result was a checkpoint
-    that has been cleared away since; what came before it is then unknown. `training_file` and
+    `job` is None when the result was a checkpoint that has been cleared away since, or came from
+    outside; what came before it is then unknown. `training_file` and
     `validation_file` are None when the file was deleted, or there was none.
     """
 
@@ -58,7 +58,8 @@ def _maker(session: Session, project_id: str, name: str) -> tuple[Job | None, bo
     """Return the job that made an adapter or a checkpoint, and whether that is still there."""
     adapter = session.get(Adapter, name)
     if adapter is not None and adapter.project_id == project_id:
-        return session.get_one(Job, adapter.job_id), adapter.deleted_at is None
+        made_by = None if adapter.job_id is None else session.get_one(Job, adapter.job_id)
+        return made_by, adapter.deleted_at is None
     job = session.scalar(
         select(Job)
         .join(Checkpoint, Checkpoint.job_id == Job.id)

@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import func, select, union
+from sqlalchemy.orm import Session, aliased
 
 from models.domain.reports import StepMetrics
 from models.registry import events
-from models.tables import Metric
+from models.tables import Job, Metric
 
 
 def record(
@@ -16,7 +16,15 @@ def record(
     """Store the metrics of some steps and the events that OpenAI's clients read them from."""
     for point in points:
         values = point.model_dump(exclude_none=True)
-        session.merge(Metric(job_id=job_id, step=point.step, attempt=attempt, values=values))
+        session.merge(
+            Metric(
+                job_id=job_id,
+                step=point.step,
+                attempt=attempt,
+                is_judged=point.full_valid_loss is not None,
+                values=values,
+            )
+        )
         parts = [f"training loss={point.train_loss:.2f}"]
         if point.valid_loss is not None:
             parts.append(f"validation loss={point.valid_loss:.2f}")
@@ -54,9 +62,12 @@ def sample(
     query = select(Metric).where(*of_job).order_by(Metric.step)
     if n_all > max_points:
         every = -(-n_all // max_points)
-        last = select(func.max(Metric.step)).where(Metric.job_id == job_id).scalar_subquery()
-        judged = Metric.values["full_valid_loss"].as_float().is_not(None)
-        query = query.where(or_(Metric.step % every == 0, Metric.step == last, judged))
+        steps = union(
+            select(Metric.step).where(*of_job, Metric.step % every == 0),
+            select(Metric.step).where(*of_job, Metric.is_judged),
+            select(func.max(Metric.step)).where(*of_job),
+        )
+        query = query.where(Metric.step.in_(steps))
     rows = session.scalars(query)
     return [StepMetrics.model_validate(row.values) for row in rows], n_all
 
@@ -68,15 +79,12 @@ def at(session: Session, job_id: str, step: int) -> StepMetrics | None:
 
 def latest(session: Session, job_ids: Sequence[str]) -> dict[str, StepMetrics]:
     """Return the metrics of the newest step of each job that has any."""
-    newest = (
-        select(Metric.job_id, func.max(Metric.step).label("step"))
-        .where(Metric.job_id.in_(job_ids))
-        .group_by(Metric.job_id)
-        .subquery()
-    )
+    of_job = aliased(Metric)
+    # For each job one look at the end of the primary key, however many steps it has.
+    newest = select(func.max(of_job.step)).where(of_job.job_id == Job.id).scalar_subquery()
     rows = session.scalars(
-        select(Metric).join(
-            newest, (Metric.job_id == newest.c.job_id) & (Metric.step == newest.c.step)
-        )
+        select(Metric)
+        .join(Job, Metric.job_id == Job.id)
+        .where(Job.id.in_(job_ids), Metric.step == newest)
     )
     return {row.job_id: StepMetrics.model_validate(row.values) for row in rows}

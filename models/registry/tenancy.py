@@ -10,8 +10,9 @@ from sqlalchemy.orm import Session
 
 from models.db import db_now
 from models.domain.access import Scope
+from models.domain.limits import KeyRates, ProjectLimits
 from models.errors import AuthenticationError, InvalidRequestError, NotFoundError
-from models.tables import ApiKey, Project, new_id
+from models.tables import ApiKey, Organization, Project, new_id
 
 DEFAULT_PROJECT = "default"
 KEY_PREFIX = "sk-tunery-"
@@ -28,8 +29,8 @@ def default_project(session: Session) -> Project:
     return project
 
 
-def create_project(session: Session, name: str) -> Project:
-    """Add a project.
+def create_project(session: Session, name: str, organization: str | None = None) -> Project:
+    """Add a project, and its organisation if that is new.
 
     Raises:
         InvalidRequestError: there is one of this name.
@@ -40,10 +41,38 @@ def create_project(session: Session, name: str) -> Project:
             param="name",
             code="project_exists",
         )
-    project = Project(id=new_id("proj_"), name=name)
+    owner = None if organization is None else _organization(session, organization)
+    project = Project(id=new_id("proj_"), name=name, organization_id=owner and owner.id)
     session.add(project)
     session.flush()
     return project
+
+
+def _organization(session: Session, name: str) -> Organization:
+    found = session.scalar(select(Organization).where(Organization.name == name))
+    if found is None:
+        found = Organization(id=new_id("org_"), name=name)
+        session.add(found)
+        session.flush()
+    return found
+
+
+def organization_names(session: Session) -> dict[str, str]:
+    """Return the names of all organisations by their ids."""
+    return {each.id: each.name for each in session.scalars(select(Organization))}
+
+
+def limits_of(project: Project) -> ProjectLimits:
+    return ProjectLimits.model_validate(
+        {name: getattr(project, name) for name in ProjectLimits.model_fields}
+    )
+
+
+def set_limits(session: Session, project: Project, limits: ProjectLimits) -> None:
+    """Change those limits that were given; what is used already stays."""
+    for name in limits.model_fields_set:
+        setattr(project, name, getattr(limits, name))
+    session.flush()
 
 
 def get_project(session: Session, project_id: str) -> Project:
@@ -74,11 +103,17 @@ def create_key(
     name: str,
     scopes: Sequence[Scope] = (Scope.ADMIN,),
     expires_at: float | None = None,
+    rates: KeyRates = KeyRates(),  # noqa: B008 (immutable)
 ) -> tuple[ApiKey, str]:
     """Make a key; return its row and the secret, which is shown this once and never stored.
 
     Args:
+        session: The caller's.
+        project_id: Its project.
+        name: For people.
+        scopes: What it may do.
         expires_at: When it ends, in seconds since 1970; None is never.
+        rates: Its own limits.
 
     Raises:
         InvalidRequestError: no scope is given, or the end is not in the future.
@@ -101,6 +136,7 @@ def create_key(
         scopes=list(dict.fromkeys(scopes)),
         expires_at=expires_at,
         secret_sha256=_hash(secret),
+        **rates.model_dump(),
     )
     session.add(key)
     session.flush()

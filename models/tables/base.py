@@ -16,7 +16,7 @@ _JSON = JSON(none_as_null=True)  # else None is stored as JSON's null, which IS 
 
 def new_id(prefix: str, length: int = 24) -> str:
     """Return an unguessable identifier such as ``ftjob-…`` (5 bits a character)."""
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+    return prefix + "".join(_ALPHABET[byte % 32] for byte in secrets.token_bytes(length))
 
 
 class Base(DeclarativeBase):
@@ -32,6 +32,7 @@ class Base(DeclarativeBase):
     type_annotation_map = {  # noqa: RUF012
         JsonObject: _JSON,
         list[str]: _JSON,
+        list[dict[str, Any]]: _JSON,
         float: Double,
         dict[str, Any]: _JSON,
     }
@@ -41,3 +42,12 @@ class Created:
     """When a row came to be, in seconds since 1970 by the database's clock."""
 
     created_at: Mapped[float] = mapped_column(default=db_now(), index=True)
+
+
+class Listed:
+    """Like `Created`, for long tables that are listed by project: their own index has the time.
+
+    One on the time alone would tempt PostgreSQL to read other projects' rows along it.
+    """
+
+    created_at: Mapped[float] = mapped_column(default=db_now())

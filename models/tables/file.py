@@ -5,10 +5,10 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from models.domain.base import JsonObject
 from models.domain.status import FileStatus, UploadStatus
-from models.tables.base import Base, Created
+from models.tables.base import Base, Created, Listed
 
 
-class File(Created, Base):
+class File(Listed, Base):
     """Bytes in the object store under `object_key`, which files of the same content share.
 
     Of a data set, `report` is a dumped ``DatasetReport``, `options` how its owner wants it read
@@ -17,7 +17,10 @@ class File(Created, Base):
     """
 
     __tablename__ = "files"
-    __table_args__ = (Index("ix_files_content", "project_id", "sha256"),)
+    __table_args__ = (
+        Index("ix_files_content", "project_id", "sha256"),
+        Index("ix_files_list", "project_id", "created_at", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)

@@ -5,25 +5,28 @@ from sqlalchemy.orm import Mapped, mapped_column
 
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
-from models.tables.base import Base, Created
+from models.tables.base import Base, Created, Listed
 
 
-class Job(Created, Base):
+class Job(Listed, Base):
     """The truth about one fine-tuning job.
 
     `attempt` is the fencing token: it grows with every claim, and a write of an older attempt
     affects no row. `spec` is a dumped ``TrainingSpec``; `estimate` and `measured` are an
-    ``Estimate`` and a ``Measured``.
+    ``Estimate`` and a ``Measured``. Until it ends, a job holds its reservations of the project's
+    quotas.
     """
 
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_claim", "status", "priority", "created_at"),
         Index("ix_jobs_list", "project_id", "created_at", "id"),
+        Index("ix_jobs_project", "project_id", "status"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    key_id: Mapped[str | None]
     status: Mapped[str] = mapped_column(default=JobStatus.VALIDATING_FILES)
     base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"), index=True)
     training_file: Mapped[str] = mapped_column(index=True)
@@ -43,6 +46,8 @@ class Job(Created, Base):
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    reserved_tokens: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    reserved_device_seconds: Mapped[float] = mapped_column(default=0.0, server_default="0")
     estimated_finish: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
@@ -65,7 +70,7 @@ class JobAttempt(Base):
     worker: Mapped[str]
     trainer_pid: Mapped[int | None]
     started_at: Mapped[float]
-    ended_at: Mapped[float | None]
+    ended_at: Mapped[float | None] = mapped_column(index=True)
     exit_code: Mapped[int | None]
     outcome: Mapped[str | None]
 
@@ -74,7 +79,10 @@ class Event(Created, Base):
     """What happened to a job, append-only; `sequence` counts from 1 without gaps."""
 
     __tablename__ = "events"
-    __table_args__ = (UniqueConstraint("job_id", "sequence"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "sequence"),
+        Index("ix_events_messages", "job_id", "type", "sequence"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))

@@ -1,5 +1,7 @@
 """Calls that many tests of the API make, and the check of its error bodies."""
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import httpx2
@@ -30,6 +32,27 @@ def upload(client: TestClient, content: bytes = ROW, purpose: str = "fine-tune")
 def new_job(client: TestClient, **fields: Any) -> httpx2.Response:
     body = {"model": "base", "training_file": upload(client).json()["id"], **fields}
     return client.post("/v1/fine_tuning/jobs", json=body)
+
+
+def batch_line(custom_id: str, **fields: Any) -> Any:
+    """Return one request of a batch."""
+    body = {"model": "base", "messages": [{"role": "user", "content": custom_id}], **fields}
+    url = "/v1/chat/completions"
+    return {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+
+
+def new_batch(client: TestClient, lines: Sequence[Any] = (), **fields: Any) -> httpx2.Response:
+    """Upload lines (bytes or objects) and make a batch of them."""
+    lines = lines or [batch_line("only")]
+    texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
+    file = upload(client, b"\n".join(texts), purpose="batch").json()["id"]
+    body = {
+        "input_file_id": file,
+        "endpoint": "/v1/chat/completions",
+        "completion_window": "24h",
+        **fields,
+    }
+    return client.post("/v1/batches", json=body)
 
 
 def chat(client: TestClient, **fields: Any) -> httpx2.Response:

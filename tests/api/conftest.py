@@ -1,6 +1,5 @@
 """The API on SQLite and a directory, with a broker that nobody runs: it must not matter."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,6 @@ import pytest
 from fastapi.testclient import TestClient
 
 from api.app import create_app
-from api.cli.migrate import upgrade
 from models.db import Database
 from models.domain.status import JobStatus
 from models.logs import configure_logging
@@ -19,6 +17,7 @@ from models.settings import Settings, WorkerSettings
 from models.storage import open_store
 from tests.api.calls import new_job
 from tests.api.fake_inference import FakeInference, running_fake
+from tests.services import MigratedUrl
 from worker.lint_files import FileLinter
 
 LIMIT = 2000
@@ -31,20 +30,11 @@ def _logging() -> None:
     configure_logging("WARNING", "test")
 
 
-@pytest.fixture(scope="session")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty SQLite database with the schema; each test copies it, which is much faster."""
-    path = tmp_path_factory.mktemp("migrated") / "tunery.db"
-    upgrade(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def settings(tmp_path: Path, migrated: Path) -> Settings:
-    url = f"sqlite:///{shutil.copy(migrated, tmp_path / 'tunery.db')}"
+def settings(tmp_path: Path, migrated_url: MigratedUrl) -> Settings:
     return Settings.model_validate(
         {
-            "database": {"url": url},
+            "database": {"url": migrated_url("sqlite")},
             "broker": {"url": f"redis+socket://{tmp_path / 'nobody.sock'}"},
             "storage": {"url": f"file:{tmp_path / 'objects'}"},
             "api": {"max_upload_bytes": LIMIT},

@@ -12,7 +12,8 @@ from pydantic import BaseModel
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from models.domain.base import JsonObject
-from models.domain.generation import Chunk, Finished, GenerateRequest, Started
+from models.domain.encoding import EncodeAnswer, EncodeRequest
+from models.domain.generation import AdapterRef, Chunk, Finished, GenerateRequest, Started
 from models.errors import TuneryError
 
 STARTED = Started(prompt_tokens=7, system_fingerprint="fp_fake")
@@ -35,13 +36,20 @@ class Hold(BaseModel):
 
 
 class FakeInference:
-    """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent."""
+    """Answers ``POST /generate`` with `events` or with `refusal`, and keeps what it was sent.
+
+    ``POST /encode`` is answered with `encoding` for each input.
+    ``POST /warm`` succeeds or is refused likewise.
+    """
 
     def __init__(self) -> None:
         self.url = ""
         self.events: list[Any] = list(HELLO)
         self.refusal: tuple[int, bytes] | None = None
         self.requests: list[GenerateRequest] = []
+        self.encoded: list[EncodeRequest] = []
+        self.encoding: JsonObject = {"embedding": [0.6, 0.8]}
+        self.warmed: list[AdapterRef] = []
         self.headers: list[dict[str, str]] = []
         self.holding = threading.Event()
         self.left = threading.Event()
@@ -50,8 +58,14 @@ class FakeInference:
         self.refusal = (error.status_code, json.dumps({"error": error.to_dict()}).encode())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        assert (scope["method"], scope["path"]) == ("POST", "/generate")
+        if scope["path"] == "/warm":
+            await self._warm(receive, send)
+            return
+        assert (scope["method"], scope["path"]) in (("POST", "/generate"), ("POST", "/encode"))
         self.headers.append({name.decode(): value.decode() for name, value in scope["headers"]})
+        if scope["path"] == "/encode":
+            await self._encode(await _body(receive), send)
+            return
         self.requests.append(GenerateRequest.model_validate_json(await _body(receive)))
         status, body = self.refusal or (200, b"")
         await send({"type": "http.response.start", "status": status, "headers": []})
@@ -66,6 +80,24 @@ class FakeInference:
                 return
             line = event if isinstance(event, bytes) else event.model_dump_json().encode()
             await send({"type": "http.response.body", "body": line + b"\n", "more_body": True})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _encode(self, body: bytes, send: Send) -> None:
+        request = EncodeRequest.model_validate_json(body)
+        self.encoded.append(request)
+        answer = EncodeAnswer(
+            results=[{**self.encoding, "n": at} for at, _ in enumerate(request.inputs)],
+            prompt_tokens=7,
+            system_fingerprint="fp_fake",
+        )
+        status, data = self.refusal or (200, answer.model_dump_json().encode())
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": data})
+
+    async def _warm(self, receive: Receive, send: Send) -> None:
+        self.warmed.append(AdapterRef.model_validate_json(await _body(receive)))
+        status, body = self.refusal or (200, b"{}")
+        await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": body})
 
 

@@ -24,7 +24,7 @@ RESOURCES = (
     "webhooks",
 )
 
-# Method: the test of tests/contract/test_contract.py that calls it, sync and async.
+# Method: the test in tests/contract (test_contract.py, test_background.py) that calls it.
 SERVED = {
     "files.create": "test_files",
     "files.list": "test_files",
@@ -46,56 +46,45 @@ SERVED = {
     "fine_tuning.jobs.pause": "test_jobs",
     "fine_tuning.jobs.resume": "test_jobs",
     "fine_tuning.jobs.cancel": "test_jobs",
+    "fine_tuning.checkpoints.permissions.create": "test_permissions",
+    "fine_tuning.checkpoints.permissions.list": "test_permissions",
+    "fine_tuning.checkpoints.permissions.retrieve": "test_permissions",
+    "fine_tuning.checkpoints.permissions.delete": "test_permissions",
     "models.list": "test_models",
     "models.retrieve": "test_models",
     "models.delete": "test_models",
     "chat.completions.create": "test_chat",
     "chat.completions.parse": "test_chat",
     "chat.completions.stream": "test_chat_stream_helper",
+    "embeddings.create": "test_embeddings",
+    "completions.create": "test_completions",
+    "chat.completions.list": "test_stored",
+    "chat.completions.retrieve": "test_stored",
+    "chat.completions.update": "test_stored",
+    "chat.completions.delete": "test_stored",
+    "chat.completions.messages.list": "test_stored",
+    "batches.create": "test_batches",
+    "batches.list": "test_batches",
+    "batches.retrieve": "test_batches",
+    "batches.cancel": "test_batches",
+    "webhooks.create": "test_webhooks",
+    "webhooks.list": "test_webhooks",
+    "webhooks.retrieve": "test_webhooks",
+    "webhooks.update": "test_webhooks",
+    "webhooks.rotate_secret": "test_webhooks",
+    "webhooks.test": "test_webhooks",
+    "webhooks.delete": "test_webhooks",
+    "webhooks.event_types.list": "test_webhooks",
+    "webhooks.unwrap": "test_webhooks",
+    "webhooks.verify_signature": "test_webhooks",
 }
 
 # Method: arguments for a call; the service answers with the status in NOT_SERVED_STATUS.
 NOT_SERVED: dict[str, dict[str, Any]] = {
     "fine_tuning.alpha.graders.run": {"grader": {}, "model_sample": "x"},
     "fine_tuning.alpha.graders.validate": {"grader": {}},
-    "fine_tuning.checkpoints.permissions.create": {
-        "fine_tuned_model_checkpoint": "ft:x",
-        "project_ids": ["proj_x"],
-    },
-    "fine_tuning.checkpoints.permissions.delete": {
-        "permission_id": "cp_x",
-        "fine_tuned_model_checkpoint": "ft:x",
-    },
-    "fine_tuning.checkpoints.permissions.list": {"fine_tuned_model_checkpoint": "ft:x"},
-    "fine_tuning.checkpoints.permissions.retrieve": {"fine_tuned_model_checkpoint": "ft:x"},
-    "chat.completions.delete": {"completion_id": "chatcmpl-x"},
-    "chat.completions.list": {},
-    "chat.completions.messages.list": {"completion_id": "chatcmpl-x"},
-    "chat.completions.retrieve": {"completion_id": "chatcmpl-x"},
-    "chat.completions.update": {"completion_id": "chatcmpl-x", "metadata": {}},
-    "completions.create": {"model": "base", "prompt": "x"},
-    "embeddings.create": {"model": "base", "input": "x"},
-    "batches.cancel": {"batch_id": "batch_x"},
-    "batches.create": {
-        "completion_window": "24h",
-        "endpoint": "/v1/chat/completions",
-        "input_file_id": "file-x",
-    },
-    "batches.list": {},
-    "batches.retrieve": {"batch_id": "batch_x"},
-    "webhooks.create": {"name": "x", "url": "https://x.example", "event_types": []},
-    "webhooks.delete": {"webhook_endpoint_id": "we_x"},
-    "webhooks.event_types.list": {},
-    "webhooks.list": {},
-    "webhooks.retrieve": {"webhook_endpoint_id": "we_x"},
-    "webhooks.rotate_secret": {"webhook_endpoint_id": "we_x"},
-    "webhooks.test": {"webhook_endpoint_id": "we_x", "event_type": "batch.completed"},
-    "webhooks.update": {"webhook_endpoint_id": "we_x"},
 }
-NOT_SERVED_STATUS = {"chat.completions.list": 405}
-
-# Methods that make no request.
-LOCAL = ("webhooks.unwrap", "webhooks.verify_signature")
+NOT_SERVED_STATUS: dict[str, int] = {}
 
 
 def sdk_methods() -> set[str]:
@@ -126,11 +115,9 @@ def document() -> str:
         "| method | answer | test |",
         "|---|---|---|",
     ]
-    for name in sorted([*SERVED, *NOT_SERVED, *LOCAL]):
+    for name in sorted([*SERVED, *NOT_SERVED]):
         if name in SERVED:
             row = ("served", f"`{SERVED[name]}`")
-        elif name in LOCAL:
-            row = ("makes no request", "")
         else:
             row = (f"not supported: {NOT_SERVED_STATUS.get(name, 404)}", "`test_not_served`")
         lines.append(f"| `{name}` | {row[0]} | {row[1]} |")

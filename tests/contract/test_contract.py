@@ -1,64 +1,25 @@
 """Each method of the unchanged `openai` SDK over a port: sync and async, on both databases."""
 
-import asyncio
-from collections.abc import Awaitable, Iterator
-from operator import attrgetter
 from typing import Any
 
 import openai
 import pytest
-from openai import AsyncOpenAI, OpenAI
+from openai import OpenAI, pydantic_function_tool
+from pydantic import BaseModel
 
-from api.app import create_app
 from models.db import Database
-from models.registry import adapters, inference_servers, tenancy
-from models.registry.inference_servers import Announcement
-from models.settings import Settings
+from models.domain.generation import Chunk, TokenLogprob, ToolCallDelta
+from models.registry import adapters, tenancy
 from models.tables import Adapter
 from tests.api.calls import ROW
-from tests.api.fake_inference import running_fake, serving
+from tests.api.fake_inference import (
+    FINISHED,
+    STARTED,
+)
 from tests.contract import coverage
+from tests.contract.conftest import Sdk
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
-
-
-class Sdk:
-    """Calls methods by dotted name, on a client of either kind."""
-
-    def __init__(self, client: OpenAI | AsyncOpenAI, runner: asyncio.Runner) -> None:
-        self.client = client
-        self._runner = runner
-
-    def __call__(self, method: str, /, *args: Any, **values: Any) -> Any:
-        result = attrgetter(method)(self.client)(*args, **values)
-        return self.wait(result) if isinstance(result, Awaitable) else result
-
-    def wait(self, result: Awaitable[Any]) -> Any:
-        async def wait() -> Any:
-            return await result
-
-        return self._runner.run(wait())
-
-
-@pytest.fixture(params=["sync", "async"])
-def sdk(request: pytest.FixtureRequest, settings: Settings, database: Database) -> Iterator[Sdk]:
-    """A client of a running API with an inference server for "base"."""
-    with database.write() as session:
-        project = tenancy.default_project(session)
-        _, secret = tenancy.create_key(session, project.id, "test")
-    with (
-        serving(create_app(settings), lifespan="on") as url,
-        running_fake() as fake,
-        asyncio.Runner() as runner,
-    ):
-        with database.write() as session:
-            server = Announcement("fake-1", "base", "f" * 64, "nf4", fake.url)
-            inference_servers.announce(session, server, 60)
-        kind = OpenAI if request.param == "sync" else AsyncOpenAI
-        client = kind(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=30)
-        made = Sdk(client, runner)
-        yield made
-        made("close")
 
 
 def upload(sdk: Sdk, purpose: str = "fine-tune") -> Any:
@@ -125,7 +86,8 @@ def test_jobs(sdk: Sdk) -> None:
     assert sdk("fine_tuning.jobs.checkpoints.list", job.id).data == []
 
 
-def test_models(sdk: Sdk, database: Database) -> None:
+def publish(sdk: Sdk, database: Database) -> str:
+    """Add an adapter, as a worker does at the end of a job; return its name."""
     job = sdk("fine_tuning.jobs.create", model="base", training_file=upload(sdk).id)
     name = "ft:base:local:mine:abcdefgh"
     with database.write() as session:
@@ -139,12 +101,40 @@ def test_models(sdk: Sdk, database: Database) -> None:
             manifest={"base_fingerprint": "f" * 64},
         )
         adapters.publish(session, adapter)
+    return name
+
+
+def test_models(sdk: Sdk, database: Database) -> None:
+    name = publish(sdk, database)
     assert [model.id for model in sdk("models.list").data] == ["base", name]
     assert sdk("models.retrieve", name).model_extra["root"] == "base"
     assert sdk("models.delete", name).deleted
     with pytest.raises(openai.NotFoundError) as caught:
         sdk("models.retrieve", name)
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_permissions(sdk: Sdk, database: Database) -> None:
+    name = publish(sdk, database)
+    with database.write() as session:
+        projects = [tenancy.create_project(session, each).id for each in ("first", "second")]
+    prefix = "fine_tuning.checkpoints.permissions"
+    made = sdk("fine_tuning.checkpoints.permissions.create", name, project_ids=projects).data
+    assert [each.project_id for each in made] == projects
+    newest = sdk("fine_tuning.checkpoints.permissions.list", name, limit=1)
+    assert ([each.id for each in newest.data], newest.has_more) == ([made[1].id], True)
+    rest = sdk(f"{prefix}.list", name, after=newest.last_id, order="descending").data
+    assert [each.id for each in rest] == [made[0].id]
+    own = sdk("fine_tuning.checkpoints.permissions.retrieve", name, project_id=projects[0])
+    assert [each.id for each in own.data] == [made[0].id]
+    gone = sdk(
+        "fine_tuning.checkpoints.permissions.delete",
+        made[0].id,
+        fine_tuned_model_checkpoint=name,
+    )
+    assert gone.deleted
+    assert [each.id for each in sdk(f"{prefix}.list", name).data] == [made[1].id]
 
 
 def test_chat(sdk: Sdk) -> None:
@@ -155,18 +145,94 @@ def test_chat(sdk: Sdk) -> None:
 
 
 def test_chat_stream_helper(sdk: Sdk) -> None:
-    entered = sdk("chat.completions.stream", model="base", messages=MESSAGES)
+    answer = final(sdk, sdk("chat.completions.stream", model="base", messages=MESSAGES))
+    assert answer.choices[0].message.content == "Hello"
+
+
+def final(sdk: Sdk, entered: Any) -> Any:
+    """The final completion that the SDK's helper puts together from a stream."""
     if isinstance(sdk.client, OpenAI):
         with entered as stream:
-            answer = stream.get_final_completion()
+            return stream.get_final_completion()
+
+    async def read() -> Any:
+        async with entered as stream:
+            return await stream.get_final_completion()
+
+    return sdk.wait(read())
+
+
+class Tide(BaseModel):
+    """What a caller wants to know."""
+
+    port: str
+
+
+def test_chat_formats_and_tools(sdk: Sdk) -> None:
+    def streamed(**fields: Any) -> Any:
+        fields |= {"model": "base", "messages": MESSAGES}
+        return final(sdk, sdk("chat.completions.stream", **fields))
+
+    tide = '{"port": "Kiel"}'
+    said = [STARTED, Chunk(text=tide[:9]), Chunk(text=tide[9:], finish_reason="stop"), FINISHED]
+    sdk.fake.events = said
+    parsed = sdk("chat.completions.parse", model="base", messages=MESSAGES, response_format=Tide)
+    assert parsed.choices[0].message.parsed == Tide(port="Kiel")
+    schema = sdk.fake.requests[-1].json_schema
+    assert schema is not None
+    assert schema["required"] == ["port"]
+    assert streamed(response_format=Tide).choices[0].message.parsed == Tide(port="Kiel")
+
+    tools = [pydantic_function_tool(Tide)]
+    begun = ToolCallDelta(index=0, id="call_1", name="Tide", arguments=tide[:9])
+    sdk.fake.events = [
+        STARTED,
+        Chunk(text="", tool_calls=(begun,)),
+        Chunk(text="", tool_calls=(ToolCallDelta(index=0, arguments=tide[9:]),)),
+        Chunk(text="", finish_reason="tool_calls"),
+        FINISHED,
+    ]
+    answers = [
+        sdk("chat.completions.parse", model="base", messages=MESSAGES, tools=tools),
+        streamed(tools=tools),
+    ]
+    for answer in answers:
+        [call] = answer.choices[0].message.tool_calls
+        assert (call.id, call.function.name) == ("call_1", "Tide")
+        assert call.function.parsed_arguments == Tide(port="Kiel")
+        assert answer.choices[0].finish_reason == "tool_calls"
+
+    scored = TokenLogprob(text="a", bytes=(97,), logprob=-0.5)
+    sdk.fake.events = [STARTED, Chunk(text="a", logprobs=(scored,), finish_reason="stop"), FINISHED]
+    answer = sdk("chat.completions.create", model="base", messages=MESSAGES, logprobs=True)
+    assert answer.choices[0].logprobs.content[0].logprob == -0.5
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+
+
+def test_completions(sdk: Sdk) -> None:
+    answer = sdk("completions.create", model="base", prompt=["a", "b"], max_tokens=3)
+    assert [choice.text for choice in answer.choices] == ["Hello", "Hello"]
+    assert answer.usage.prompt_tokens == 14
+    stream = sdk("completions.create", model="base", prompt="a", stream=True)
+    if isinstance(sdk.client, OpenAI):
+        pieces = [chunk.choices[0].text for chunk in stream]
     else:
 
-        async def read() -> Any:
-            async with entered as stream:
-                return await stream.get_final_completion()
+        async def read() -> list[str]:
+            return [chunk.choices[0].text async for chunk in stream]
 
-        answer = sdk.wait(read())
-    assert answer.choices[0].message.content == "Hello"
+        pieces = sdk.wait(read())
+    assert "".join(pieces) == "Hello"
+
+
+def test_embeddings(sdk: Sdk) -> None:
+    """The SDK asks for base64 by itself and unpacks it."""
+    answer = sdk("embeddings.create", model="base", input=["a", "b"])
+    assert [each.index for each in answer.data] == [0, 1]
+    assert answer.data[1].embedding == pytest.approx([0.6, 0.8])
+    plain = sdk("embeddings.create", model="base", input="a", encoding_format="float")
+    assert plain.data[0].embedding == [0.6, 0.8]
+    assert plain.usage.total_tokens == 7
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -9,18 +9,26 @@ from fastapi.testclient import TestClient
 
 from api.app import create_app
 from models.db import Database
-from models.registry import adapters, tenancy
+from models.registry import adapters, permissions, stored_completions, tenancy
 from models.settings import Settings
-from models.tables import Adapter
-from tests.api.calls import chat, new_job, upload
+from models.tables import Adapter, StoredCompletion
+from tests.api.calls import chat, new_batch, new_job, upload
 
 NAME = "ft:base:local:mine:abcdefgh"
+WEBHOOK = {"name": "x", "url": "https://example.com/", "event_types": ["batch.completed"]}
 # What a route needs to get as far as looking its object up.
 REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/uploads/{upload_id}/parts"): {"files": {"data": ("part", b"x")}},
     ("post", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_x"]}},
     ("get", "/v1/files/{file_id}/preview"): {"params": {"model": "base"}},
     ("post", "/v1/files/{file_id}/lint"): {"json": {}},
+    ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
+    ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
+    ("post", "/v1/chat/completions/{completion_id}"): {"json": {"metadata": None}},
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {}},
+    ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {
+        "json": {"event_type": "batch.completed"}
+    },
 }
 
 
@@ -50,6 +58,10 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             "model": NAME,
             "key_id": key.id,
             "project_id": project.id,
+            "webhook_endpoint_id": client.post("/v1/webhook_endpoints", json=WEBHOOK).json()["id"],
+            "delivery_id": "whd_x",
+            "completion_id": "chatcmpl-theirs",
+            "batch_id": new_batch(client).json()["id"],
         }
         with database.write() as session:
             adapter = Adapter(
@@ -62,6 +74,13 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
                 manifest={"base_fingerprint": "f" * 64},
             )
             adapters.publish(session, adapter)
+            third = tenancy.create_project(session, "third")
+            (permission,) = permissions.grant(session, project.id, NAME, [third.id])
+            ids["permission_id"] = permission.id
+            stored = StoredCompletion(
+                id="chatcmpl-theirs", project_id=project.id, model="base", request={}, completion={}
+            )
+            stored_completions.create(session, stored)
         client.headers["authorization"] = f"Bearer {own}"
         yield World(client, ids)
 
@@ -101,3 +120,8 @@ def test_anothers_objects_cannot_be_used(world: World) -> None:
     assert new_job(world.client, validation_file=file_id).status_code == 404
     assert new_job(world.client, model=NAME).status_code == 404
     assert chat(world.client, model=NAME).status_code == 404
+    for route in ("embeddings", "fill_mask", "classify"):
+        body = {"model": NAME, "input": "x"}
+        assert world.client.post(f"/v1/{route}", json=body).status_code == 404
+    text = {"model": NAME, "prompt": "a"}
+    assert world.client.post("/v1/completions", json=text).status_code == 404

@@ -1,9 +1,12 @@
 """The sentence of the product as one test: the newest `openai` SDK, unchanged, over a port."""
 
+import io
 import json
 import time
+import zipfile
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -140,6 +143,42 @@ def test_a_checkpoint_can_be_called_by_its_name(up: Up, tuned: FineTuningJob) ->
     assert (answer.choices[0].message.content or "").startswith("[TICKET] topic")
 
 
+def test_an_adapter_leaves_as_a_zip_archive_and_comes_back(up: Up, tuned: FineTuningJob) -> None:
+    assert tuned.fine_tuned_model is not None
+    http = httpx.Client(
+        base_url=f"{up.url}/v1", headers={"authorization": f"Bearer {up.key}"}, timeout=60
+    )
+
+    def bring(**changes: Any) -> httpx.Response:
+        packed = io.BytesIO()
+        config = json.loads(archive.read("adapter_config.json")) | changes
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as again:
+            again.writestr("mine/adapter_config.json", json.dumps(config))
+            again.writestr("mine/adapter_model.safetensors", weights)
+        form = {"model": BASE, "suffix": "back"}
+        return http.post("/adapters", files={"file": ("a.zip", packed.getvalue())}, data=form)
+
+    with http:
+        content = http.get(f"/adapters/{tuned.fine_tuned_model}/download").content
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        weights = archive.read("adapter_model.safetensors")
+        back = bring(base_model_name_or_path="elsewhere").json()
+        assert back["id"].startswith(f"ft:{BASE}:local:back:")
+        answers = [
+            up.client().chat.completions.create(
+                model=model, messages=QUESTION, temperature=0, max_tokens=12
+            )
+            for model in (tuned.fine_tuned_model, back["id"])
+        ]
+        texts = [answer.choices[0].message.content for answer in answers]
+        assert texts[0] == texts[1]
+        assert answers[0].system_fingerprint != answers[1].system_fingerprint
+        for changes in ({"r": 4}, {"use_dora": True}, {"target_modules": ["q_proj"]}):
+            refused = bring(**changes)
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "file")
+        assert http.delete(f"/models/{back['id']}").json()["deleted"]
+
+
 def test_a_deleted_model_is_gone_and_never_answered_by_the_base(
     up: Up, tuned: FineTuningJob
 ) -> None:
@@ -180,6 +219,8 @@ def test_a_data_set_is_shown_as_the_base_will_see_it(up: Up, tuned: FineTuningJo
     path = f"/files/{tuned.training_file}/preview{query}"
     shown: Any = up.client().get(path, cast_to=dict[str, object])
     assert [row["line"] for row in shown["rows"]] == [1, 2]
+    further: Any = up.client().get(f"{path}&offset=3", cast_to=dict[str, object])
+    assert [row["line"] for row in further["rows"]] == [4, 5]
     first = shown["rows"][0]
     assert first["truncated"]
     assert len(first["input_ids"]) == 40

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from playwright.sync_api import Browser, BrowserContext, Page
 
 from api.app import create_app
 from api.cli.migrate import upgrade
 from models.db import Database
+from models.domain.machine import Device, Machine
 from models.domain.reports import StepMetrics
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import adapters, checkpoints, events, job_runs, jobs, metrics, tenancy
+from models.registry import adapters, checkpoints, events, job_runs, jobs, metrics, tenancy, workers
 from models.settings import Settings, WorkerSettings
 from models.storage import open_store
 from models.tables import Adapter, Checkpoint, Job, new_id
@@ -40,6 +43,7 @@ class Site:
     settings: Settings
     scratch: Path
     faults: list[str] = field(default_factory=list)
+    app: FastAPI | None = None
 
     def job(self, suffix: str = "desk", **changes: Any) -> str:
         """Add a queued job."""
@@ -142,6 +146,20 @@ class Site:
         with self.database.read() as session:
             return session.get_one(Job, job_id)
 
+    def announce_worker(self, memory: int) -> None:
+        """Have a worker on a machine with so many bytes of memory, a quarter of it in use."""
+        used = memory // 4
+        device = Device(type="cpu", index=0, name="2 x CPU", memory_total=memory, memory_used=used)
+        machine = Machine(
+            devices=(device,),
+            memory_total=memory,
+            memory_available=memory - used,
+            memory_used=used,
+        )
+        about = workers.Announcement("worker", "desk-1", 7, "0.1.0", 1, machine)
+        with self.database.write() as session:
+            workers.announce(session, about, 600)
+
     def say(self, job_id: str, message: str) -> None:
         with self.database.write() as session:
             events.append(session, job_id, message)
@@ -153,30 +171,47 @@ class Site:
             pass
 
 
+@pytest.fixture(scope="session")
+def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database with the schema; each site copies it, which is much faster."""
+    path = tmp_path_factory.mktemp("migrated") / "tunery.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
 @pytest.fixture
-def site(tmp_path: Path) -> Iterator[Site]:
+def site(tmp_path: Path, migrated_database: Path) -> Iterator[Site]:
+    shutil.copy(migrated_database, tmp_path / "tunery.db")
     with running_site(tmp_path) as made:
         yield made
 
 
-@contextmanager
-def running_site(tmp_path: Path) -> Iterator[Site]:
-    """Run the API with its page until the block ends."""
-    url = f"sqlite:///{tmp_path / 'tunery.db'}"
-    upgrade(url)
-    settings = Settings.model_validate(
+def settings_in(folder: Path) -> Settings:
+    return Settings.model_validate(
         {
-            "database": {"url": url},
-            "broker": {"url": f"redis+socket://{tmp_path / 'nobody.sock'}"},
-            "storage": {"url": f"file:{tmp_path / 'objects'}"},
+            "database": {"url": f"sqlite:///{folder / 'tunery.db'}"},
+            "broker": {"url": f"redis+socket://{folder / 'nobody.sock'}"},
+            "storage": {"url": f"file:{folder / 'objects'}"},
             "models": {"catalog": {"base": "path:/nowhere"}},
+            "inference": {"token": "secret-between-servers"},
         }
     )
-    database = Database(settings.database)
+
+
+def new_key(database: Database) -> str:
     with database.write() as session:
-        _, key = tenancy.create_key(session, tenancy.default_project(session).id, "tester")
-    with serving(create_app(settings), lifespan="on") as address:
-        yield Site(address, key, database, settings, tmp_path / "scratch")
+        return tenancy.create_key(session, tenancy.default_project(session).id, "tester")[1]
+
+
+@contextmanager
+def running_site(tmp_path: Path) -> Iterator[Site]:
+    """Run the API with its page until the block ends; the folder holds a migrated database."""
+    settings = settings_in(tmp_path)
+    database = Database(settings.database)
+    app = create_app(settings)
+    with serving(app, lifespan="on") as address:
+        key = new_key(database)
+        yield Site(address, key, database, settings, tmp_path / "scratch", app=app)
     database.close()
 
 
@@ -198,7 +233,7 @@ def open_context(browser: Browser, site: Site, **options: Any) -> BrowserContext
         ),
     )
     page = context.new_page()
-    page.goto("/ui/login")
+    page.goto(f"{site.url}/ui/login")
     page.get_by_label("API key").fill(site.key)
     page.get_by_role("button", name="Log in").click()
     page.wait_for_url("**/ui/jobs")

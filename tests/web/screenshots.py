@@ -6,6 +6,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
+from api.cli.migrate import upgrade
 from tests.browser import chromium
 from tests.web.conftest import Site, open_context, rows, running_site
 from tests.web.test_pages import everything, upload
@@ -44,8 +45,10 @@ def take(site: Site) -> int:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, running_site(Path(folder)) as site:
-        sys.stdout.write(f"{take(site)} pictures in {FOLDER.name}/\n")
+    with tempfile.TemporaryDirectory() as folder:
+        upgrade(f"sqlite:///{Path(folder) / 'tunery.db'}")
+        with running_site(Path(folder)) as site:
+            sys.stdout.write(f"{take(site)} pictures in {FOLDER.name}/\n")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ def everything(site: Site) -> list[str]:
     site.start(running)
     site.steps(running, 1, 48)
     site.job("waiting")
+    site.announce_worker(8 * 10**9)
     return [
         "/ui/jobs",
         "/ui/jobs?status=failed",
@@ -45,13 +46,16 @@ def everything(site: Site) -> list[str]:
         f"/ui/models/{ADAPTER}",
         "/ui/playground",
         "/ui/keys",
+        "/ui/workers",
+        "/ui/usage",
+        "/ui/settings",
         "/ui/compare?ids=" + ",".join((done, running)),
     ]
 
 
 def upload(site: Site, context: BrowserContext, data: bytes) -> str:
     page = context.new_page()
-    page.goto("/ui/datasets")
+    page.goto(f"{site.url}/ui/datasets")
     page.locator("#file").set_input_files(
         FilePayload(name="rows.jsonl", mimeType="application/jsonl", buffer=data)
     )

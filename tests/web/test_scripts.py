@@ -10,12 +10,12 @@ import pytest
 from fastapi.routing import APIRoute
 
 from api.app import create_app
-from api.ui import pages
+from api.ui import frame, pages
 from models.settings import Settings
 
 HERE = Path(__file__).parent
-SCRIPTS = sorted((pages.HERE / "static" / "js").glob("*.js"))
-TEMPLATES = sorted((pages.HERE / "templates").glob("*.html"))
+SCRIPTS = sorted((frame.HERE / "static" / "js").glob("*.js"))
+TEMPLATES = sorted((frame.HERE / "templates").glob("*.html"))
 
 
 def test_the_pure_functions() -> None:
@@ -38,7 +38,7 @@ def test_every_call_of_a_script_is_a_route_of_the_api() -> None:
             r'(?:call|send|open)\(\s*"([A-Z]+)",\s*[`"](?:\$\{root\})?(/v1/[^`"?]*)', text
         ):
             called.add((method, path))
-        for path in re.findall(r"EventSource\(`\$\{root\}(/v1/[^`?]*)", text):
+        for path in re.findall(r"(?:EventSource|fetch)\(`\$\{root\}(/v1/[^`?]*)", text):
             called.add(("GET", path))
     assert len(called) >= 8
     for method, path in called:

@@ -22,6 +22,7 @@ def preview(
     """Print the first usable rows of a file and statistics of all; return the exit status."""
     from worker.base_models import load_tokenizer, materialise
     from worker.chat import ChatRenderer
+    from worker.encode.by_form import FormRenderer
 
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.arrow"
@@ -35,7 +36,7 @@ def preview(
             sys.stderr.write(f"{error.message}\n")
             return 1
         tokenizer = load_tokenizer(directory)
-        renderer = ChatRenderer(tokenizer)
+        renderer = FormRenderer(ChatRenderer(tokenizer))
         shown = [
             preview_row(line, row, renderer, tokenizer, max_length)
             for line, row in itertools.islice(read_rows(rows), n_rows)

@@ -22,6 +22,7 @@ from models.domain.base import Frozen, JsonObject
 from worker.training.objectives.base import Example
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 BATCH_TOKENS = 1 << 20
@@ -30,6 +31,10 @@ _CODE = (
     "models.domain.rows",
     "worker.chat",
     "worker.chat_template",
+    "worker.encode.choices",
+    "worker.encode.documents",
+    "worker.encode.encoder",
+    "worker.encode.pairs",
     "worker.masker",
     "worker.template_sandbox",
     "worker.token_guard",
@@ -43,7 +48,8 @@ _CODE = (
 class TokenKey(Frozen):
     """Everything that decides the tokens of a data set.
 
-    `part` is ``all``, or ``train`` or ``validation`` of a split with `split` and `seed`.
+    `part` is ``all``, or ``train`` or ``validation`` of a split with `split` and `seed`; `encoding`
+    is the objective's.
     """
 
     data_sha256: str
@@ -55,6 +61,7 @@ class TokenKey(Frozen):
     part: str = "all"
     split: float = 0.0
     seed: int = 0
+    encoding: str = ""
 
     def digest(self) -> str:
         """Return the name of the file: sha256 over all fields and over the code."""
@@ -96,6 +103,10 @@ class TokenWriter:
                 "line": pa.int64(),
                 "input_ids": pa.large_list(pa.int32()),
                 "trained": pa.large_list(pa.uint8()),
+                "n_trained": pa.int64(),
+                "parts": pa.list_(pa.int64()),
+                "labels": pa.list_(pa.float64()),
+                "n_first": pa.int64(),
             }
         )
         self._writer = pa.ipc.new_file(path, self._schema)
@@ -133,6 +144,10 @@ class TokenWriter:
             pa.array([example.line for example in self._examples], pa.int64()),
             pa.LargeListArray.from_arrays(offsets, pa.array(ids)),
             pa.LargeListArray.from_arrays(offsets, pa.array(trained.view(np.uint8))),
+            pa.array([example.n_trained for example in self._examples], pa.int64()),
+            pa.array([list(example.parts) for example in self._examples], pa.list_(pa.int64())),
+            pa.array([example.labels for example in self._examples], pa.list_(pa.float64())),
+            pa.array([example.n_first for example in self._examples], pa.int64()),
         ]
         self._writer.write_batch(
             pa.record_batch(columns, schema=self._schema), custom_metadata=notes
@@ -148,6 +163,17 @@ class _Chunk:
     offsets: np.ndarray
     input_ids: np.ndarray
     trained: np.ndarray
+    n_trained: np.ndarray
+    parts: "pa.ListArray"
+    labels: "pa.ListArray"
+    n_first: "pa.Int64Array"
+
+    def parts_of(self, at: int) -> tuple[int, ...]:
+        return tuple(self.parts[at].as_py())
+
+    def labels_of(self, at: int) -> np.ndarray | None:
+        found = self.labels[at].as_py()
+        return None if found is None else np.array(found, np.float64)
 
 
 class TokenFile(Sequence[Example]):
@@ -171,6 +197,10 @@ class TokenFile(Sequence[Example]):
                     batch.column("input_ids").offsets.to_numpy(),
                     batch.column("input_ids").values.to_numpy(),
                     batch.column("trained").values.to_numpy().view(np.bool_),
+                    batch.column("n_trained").to_numpy(),
+                    batch.column("parts"),
+                    batch.column("labels"),
+                    batch.column("n_first"),
                 )
             )
             self._starts.append(self._starts[-1] + batch.num_rows)
@@ -193,12 +223,14 @@ class TokenFile(Sequence[Example]):
         number = bisect_right(self._starts, row) - 1
         chunk, at = self._chunks[number], row - self._starts[number]
         start, end = chunk.offsets[at], chunk.offsets[at + 1]
-        trained = chunk.trained[start:end]
         return Example(
             line=int(chunk.lines[at]),
             input_ids=chunk.input_ids[start:end],
-            trained=trained,
-            n_trained=int(trained.sum()),
+            trained=chunk.trained[start:end],
+            n_trained=int(chunk.n_trained[at]),
+            parts=chunk.parts_of(at),
+            labels=chunk.labels_of(at),
+            n_first=chunk.n_first[at].as_py(),
         )
 
     @property

@@ -13,6 +13,7 @@ from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
 from worker.data.normalised import read_rows
 from worker.data.preview import count_tokens, preview_row
+from worker.encode.by_form import FormRenderer
 
 
 class Previewer:
@@ -28,10 +29,10 @@ class Previewer:
         self._base = base
         self._lock = Lock()
         self._tokenizer = load_tokenizer(directory)
-        self._renderer = ChatRenderer(self._tokenizer)
+        self._renderer = FormRenderer(ChatRenderer(self._tokenizer))
 
     def preview(self, request: PreviewRequest) -> JsonObject:
-        """Return the first rows, and statistics of the first `n_counted`.
+        """Return the rows that are asked for, and statistics of the first `n_counted`.
 
         Raises:
             NotFoundError: the rows are gone from the store.
@@ -47,9 +48,10 @@ class Previewer:
                     param="file_id",
                     code="file_not_found",
                 ) from None
+            end = request.offset + request.n_rows
             shown = [
                 preview_row(line, row, self._renderer, self._tokenizer, max_length)
-                for line, row in itertools.islice(read_rows(path), request.n_rows)
+                for line, row in itertools.islice(read_rows(path), request.offset, end)
             ]
             counted = itertools.islice(read_rows(path), request.n_counted)
             statistics = count_tokens(counted, self._renderer, max_length)

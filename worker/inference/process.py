@@ -4,8 +4,10 @@ import secrets
 import signal
 import socket
 import time
+from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import structlog
 import uvicorn
@@ -26,13 +28,20 @@ from worker.base_models import (
 )
 from worker.chat import ChatRenderer
 from worker.inference.adapter_store import AdapterStore
+from worker.inference.encoder_service import EncoderService
+from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.scheduler import Limits
 from worker.inference.metrics import Metrics
+from worker.inference.own_model import load_own_model
+from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.server import create_app
 from worker.inference.service import InferenceService
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEARTBEAT_SECONDS = 5.0
 TTL_SECONDS = 15.0
@@ -81,26 +90,8 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     store = open_store(settings.storage)
     directory, info = materialise(mine.model, settings.models, store)
     device = pick_device(mine.device)
-    model = load_model(directory, precision=mine.precision, device=device)
-    if device == "cpu" and mine.precision == "nf4":
-        dequantise_(model)
-    # Two tokenizers: the engine's thread decodes while another thread renders.
-    renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
-    engine = BatchingEngine(
-        model,
-        lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-        stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
-        fingerprint=info.fingerprint,
-        limits=Limits(
-            n_slots=mine.max_adapters,
-            max_waiting=mine.max_waiting,
-            cache_tokens=mine.cache_tokens,
-            prefix_tokens=mine.prefix_tokens,
-        ),
-        adapter_bytes=mine.adapter_memory_bytes,
-    )
+    description = {"precision": mine.precision, "device": device}
     metrics = Metrics()
-    metrics.watch(engine.stats)
     adapters = AdapterStore(
         store,
         mine.adapter_cache_dir,
@@ -108,11 +99,57 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         budget_bytes=mine.adapter_disk_bytes,
         metrics=metrics,
     )
+    family = info.shape.family if info.shape is not None else "decoder"
+    if family == "encoder":
+        encoder = EncoderEngine(
+            directory,
+            mine.precision,
+            device,
+            ChatRenderer(load_tokenizer(directory)),
+            max_adapters=mine.max_adapters,
+        )
+        encoders = EncoderService(encoder, adapters, info, description)
+        encoders.previewer = Previewer(store, directory, info)
+        return encoders, info
+    if family == "encoder_decoder":
+        raise UnavailableError(
+            f"{info.name!r} reads one text and writes another; such models can be trained here, "
+            "but not served yet. Download the adapter and use it with transformers."
+        )
+    model = load_model(directory, precision=mine.precision, device=device)
+    if device == "cpu" and mine.precision == "nf4":
+        dequantise_(model)
+    # Two tokenizers: the engine's thread decodes while another thread renders.
+    renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
+
+    def build_engine(model: "PreTrainedModel", fingerprint: str) -> BatchingEngine:
+        return BatchingEngine(
+            model,
+            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
+            stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
+            fingerprint=fingerprint,
+            limits=Limits(
+                n_slots=mine.max_adapters,
+                max_waiting=mine.max_waiting,
+                cache_tokens=mine.cache_tokens,
+                prefix_tokens=mine.prefix_tokens,
+            ),
+            adapter_bytes=mine.adapter_memory_bytes,
+        )
+
+    def build_own(adapter: Path, served: str) -> BatchingEngine:
+        own = load_own_model(directory, adapter, served, precision=mine.precision, device=device)
+        return build_engine(own, f"{info.fingerprint} {adapter.name}")
+
+    engine = build_engine(model, info.fingerprint)
+    metrics.watch(engine.stats)
     residency = Residency(engine, adapters, renderer.template_sha256, metrics=metrics)
-    description = {"precision": mine.precision, "device": device}
     service = InferenceService(engine, renderer, residency, info, description)
     service.metrics = metrics
     service.previewer = Previewer(store, directory, info)
+    service.own_models = OwnModels(
+        adapters, renderer.template_sha256, build_own, mine.max_own_models
+    )
     return service, info
 
 
@@ -202,10 +239,10 @@ class InferenceProcess:
         self, service: InferenceService, http: HttpThread, info: BaseModelInfo, url: str
     ) -> int:
         while not self.stop.wait(HEARTBEAT_SECONDS):
-            if not http.is_alive() or not service.engine.stats().alive:
+            if not http.is_alive() or not service.stats().alive:
                 logger.error("inference_broken", http=http.is_alive())
                 return 1
-            if lost := service.engine.audit():
+            if lost := service.audit():
                 logger.error("adapter_leases_lost", lost=lost)
             try:
                 self._announce(info, url)
@@ -238,7 +275,7 @@ def _drain(service: InferenceService) -> None:
     service.draining = True
     deadline = time.monotonic() + DRAIN_SECONDS
     while time.monotonic() < deadline:
-        stats = service.engine.stats()
+        stats = service.stats()
         if not stats.alive or stats.running + stats.waiting == 0:
             break
         time.sleep(0.05)

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from time import monotonic
 
 from models.domain.generation import AdapterRef
+from models.domain.reports import AdapterManifest
 from models.errors import (
     CapacityError,
     ConflictError,
@@ -132,14 +133,7 @@ class Residency:
 
     def _load(self, ref: AdapterRef) -> None:
         with self._adapters.open(ref) as (directory, manifest):
-            if manifest.template_sha256 != self._template_sha256:
-                raise ConflictError(
-                    f"Adapter {ref.name!r} was trained with chat template "
-                    f"{manifest.template_sha256}, but this server renders with "
-                    f"{self._template_sha256}. Train it again.",
-                    param="model",
-                    code="wrong_chat_template",
-                )
+            require_template(ref, manifest, self._template_sha256)
             try:
                 with self._metrics.load_seconds.labels("validate").time():
                     self._engine.load(ref.digest, directory).release()
@@ -152,6 +146,20 @@ class Residency:
         """Take no more loads; one in progress is left to end by itself."""
         self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+def require_template(ref: AdapterRef, manifest: AdapterManifest, sha256: str) -> None:
+    """Raise `ConflictError` unless an adapter was trained with the template of this digest.
+
+    What came from outside does not say what it was trained with.
+    """
+    if manifest.template_sha256 not in ("", sha256):
+        raise ConflictError(
+            f"Adapter {ref.name!r} was trained with chat template {manifest.template_sha256}, but "
+            f"this server renders with {sha256}. Train it again.",
+            param="model",
+            code="wrong_chat_template",
+        )
 
 
 def _no_room(ref: AdapterRef) -> CapacityError:

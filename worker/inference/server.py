@@ -1,5 +1,5 @@
-"""The inference server's HTTP face: ``POST /generate``, ``/warm``, ``/preview``, ``GET /health``
-and ``GET /metrics``.
+"""The inference server's HTTP face: ``POST /generate``, ``/encode``, ``/warm``, ``/preview`` and
+``GET /health``, ``/metrics``.
 
 ``/generate`` answers with one `GenerateEvent` a line. Until the first token there is a status to
 set, so an error has its own; afterwards it is a ``failed`` event, and a stream never just ends.
@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from models.domain.encoding import EncodeRequest
 from models.domain.generation import (
     AdapterRef,
     Chunk,
@@ -55,6 +56,10 @@ def create_app(service: InferenceService, token: str) -> Starlette:
         await service.warm(adapter)
         return JSONResponse({"digest": adapter.digest, "resident": True})
 
+    async def encode(request: Request) -> Response:
+        wanted = _parsed(EncodeRequest, await request.body())
+        return JSONResponse((await service.encode(wanted)).model_dump(mode="json"))
+
     async def preview(request: Request) -> Response:
         wanted = _parsed(PreviewRequest, await request.body())
         return JSONResponse(await service.preview(wanted))
@@ -71,6 +76,7 @@ def create_app(service: InferenceService, token: str) -> Starlette:
             Route("/generate", GenerateEndpoint(service), methods=["POST"]),
             Route("/warm", warm, methods=["POST"]),
             Route("/preview", preview, methods=["POST"]),
+            Route("/encode", encode, methods=["POST"]),
             Route("/health", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
         ],

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 
 from models.domain.base import JsonObject
+from models.domain.encoding import EncodeAnswer, EncodeRequest
 from models.domain.generation import (
     AdapterRef,
     GenerateRequest,
@@ -18,9 +19,11 @@ from worker.inference.answer import Answer, shutting_down
 from worker.inference.engine.engine import Engine, Request
 from worker.inference.engine.errors import EngineClosedError, EngineFullError
 from worker.inference.engine.grammar import Grammar, Vocabulary
-from worker.inference.engine.params import Sampling
+from worker.inference.engine.params import EngineStats, Sampling
+from worker.inference.engine.pool import AdapterLease
 from worker.inference.metrics import Metrics
 from worker.inference.output_format import grammar_of, names_of
+from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.tool_stream import ToolStream
@@ -59,6 +62,7 @@ class InferenceService:
         self.engine = engine
         self.draining = False
         self.previewer: Previewer | None = None
+        self.own_models: OwnModels | None = None
         self.metrics = Metrics()
         self._renderer = renderer
         self._rendering = asyncio.Lock()  # a tokenizer serves one thread at a time
@@ -87,8 +91,7 @@ class InferenceService:
         prompt = planned.prompt
         sampling = self._sampling(request, len(prompt))
         adapter = request.adapter
-        lease = None if adapter is None else await self._residency.acquire(adapter)
-        with lease or nullcontext():
+        async with self._place(adapter) as (engine, lease):
             answer = Answer(
                 n=request.sampling.n,
                 prompt_tokens=len(prompt),
@@ -96,7 +99,7 @@ class InferenceService:
                 writer=planned.writer,
             )
             try:
-                ticket = self.engine.submit(
+                ticket = engine.submit(
                     Request(
                         prompt,
                         sampling,
@@ -118,6 +121,20 @@ class InferenceService:
                 yield answer
             finally:
                 ticket.abort()
+
+    @asynccontextmanager
+    async def _place(
+        self, adapter: AdapterRef | None
+    ) -> AsyncIterator[tuple[Engine, AdapterLease | None]]:
+        """Give the engine that answers with `adapter`, and the lease that it needs for that."""
+        own_models = self.own_models
+        async with own_models.hold(adapter) if own_models else nullcontext() as own:
+            if own is not None:
+                yield own, None
+                return
+            lease = None if adapter is None else await self._residency.acquire(adapter)
+            with lease or nullcontext():
+                yield self.engine, lease
 
     def _plan(self, request: GenerateRequest) -> _Plan:
         """Render the prompt and prepare the output; takes a while, so not on the loop.
@@ -193,13 +210,29 @@ class InferenceService:
         """Bring an adapter into memory; raises what admitting a request for it would."""
         if self.draining:
             raise shutting_down()
-        (await self._residency.acquire(adapter)).release()
+        async with self._place(adapter):
+            pass
 
     async def preview(self, request: PreviewRequest) -> JsonObject:
         """Show rows of a data set; raises what ``Previewer.preview`` does."""
         if self.draining or self.previewer is None:
             raise shutting_down()
         return await asyncio.to_thread(self.previewer.preview, request)
+
+    async def encode(self, request: EncodeRequest) -> EncodeAnswer:
+        """Refuse: only an encoder fills masks, classifies and embeds."""
+        raise InvalidRequestError(
+            f"{self._base.name!r} is no encoder. Ask it at /v1/chat/completions, or name a model "
+            "on an encoder.",
+            param="model",
+            code="wrong_kind_of_model",
+        )
+
+    def stats(self) -> EngineStats:
+        return self.engine.stats()
+
+    def audit(self) -> dict[str, int]:
+        return self.engine.audit()
 
     def health(self) -> JsonObject:
         stats = self.engine.stats()
@@ -217,4 +250,6 @@ class InferenceService:
         """End what still runs, each stream with an error, and stop the engine."""
         self.draining = True
         self._residency.close()
+        if self.own_models is not None:
+            self.own_models.close()
         self.engine.close()

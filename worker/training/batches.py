@@ -6,8 +6,8 @@ the seed and the epoch, so that a resumed run sees what an uninterrupted one wou
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, islice, pairwise
 from typing import Literal, Protocol
 
 import numpy as np
@@ -130,8 +130,11 @@ class _Builder:
             self._refuse(rendered.finding(line))
             return
         limit = self._policy.max_length
-        n_ids = len(rendered.input_ids)
-        if n_ids > limit and self._policy.on_overlong == "drop":
+        n_ids = max(rendered.parts, default=len(rendered.input_ids))
+        if n_ids > limit and rendered.splits and self._policy.on_overlong == "error":
+            for window in _windows(rendered, rendered.frame or (0, 0), limit):
+                self._keep(line, window)
+        elif n_ids > limit and self._policy.on_overlong == "drop":
             self.counts.n_dropped += 1
         elif n_ids > limit and self._policy.on_overlong == "error":
             # Its own policy decides, so that "skip" never leaves out what "drop" was not asked to.
@@ -141,16 +144,20 @@ class _Builder:
 
     def _keep(self, line: int, rendered: Rendered) -> None:
         limit = self._policy.max_length
-        input_ids = np.array(rendered.input_ids[:limit], dtype=np.int32)
-        trained = np.array(rendered.trained[:limit], dtype=np.bool_)
+        cut = _cut(rendered, limit)
+        input_ids = np.array(cut.input_ids, dtype=np.int32)
+        trained = np.array(cut.trained, dtype=np.bool_)
         trained[:1] = False  # nothing predicts the first id
-        n_trained = int(trained.sum())
-        if n_trained == 0:
+        n_trained = cut.weigh(int(trained.sum()))
+        if n_trained == 0 or _lost_a_target(rendered, cut):
             self._refuse(_nothing_to_learn(line, len(rendered.input_ids), limit))
             return
-        self.counts.n_truncated += len(rendered.input_ids) > limit
+        self.counts.n_truncated += len(rendered.input_ids) > len(cut.input_ids)
         self.counts.n_examples += 1
-        self._sink.append(Example(line, input_ids, trained, n_trained))
+        labels = np.array(cut.labels, dtype=np.float64) if cut.labels else None
+        self._sink.append(
+            Example(line, input_ids, trained, n_trained, cut.parts, labels, cut.n_first)
+        )
 
     def _refuse(self, finding: RowFinding) -> None:
         if self._policy.on_error == "skip":
@@ -162,6 +169,59 @@ class _Builder:
         self.n_faults += 1
         if len(self.faults) < MAX_FINDINGS:
             self.faults.append(finding)
+
+
+def _spans(rendered: Rendered) -> list[tuple[int, int]]:
+    """Return where each sequence of a row begins and ends."""
+    ends = accumulate(rendered.parts or (len(rendered.input_ids),), initial=0)
+    return list(pairwise(ends))
+
+
+def _selected(rendered: Rendered, kept: Sequence[int], parts: tuple[int, ...]) -> Rendered:
+    labels = rendered.labels
+    return replace(
+        rendered,
+        input_ids=[rendered.input_ids[at] for at in kept],
+        trained=[rendered.trained[at] for at in kept],
+        labels=tuple(labels[at] for at in kept) if rendered.per_token else labels,
+        parts=parts,
+    )
+
+
+def _cut(rendered: Rendered, limit: int) -> Rendered:
+    """Return a row with at most `limit` ids in each sequence; a frame's last ids stay the last."""
+    if max(rendered.parts, default=len(rendered.input_ids)) <= limit:
+        return rendered
+    _, n_last = rendered.frame or (0, 0)
+    kept: list[int] = []
+    parts = []
+    for start, end in _spans(rendered):
+        if end - start > limit:
+            kept += [*range(start, start + limit - n_last), *range(end - n_last, end)]
+        else:
+            kept += range(start, end)
+        parts.append(min(limit, end - start))
+    return _selected(rendered, kept, tuple(parts) if rendered.parts else ())
+
+
+def _lost_a_target(before: Rendered, after: Rendered) -> bool:
+    """Tell whether a sequence that had trained ids has none left."""
+    return before is not after and any(
+        any(before.trained[slice(*one)]) and not any(after.trained[slice(*other)])
+        for one, other in zip(_spans(before), _spans(after), strict=True)
+    )
+
+
+def _windows(rendered: Rendered, frame: tuple[int, int], limit: int) -> Iterator[Rendered]:
+    """Cut a row that is too long into several, one after another, each in the row's frame."""
+    first, last = frame
+    n_ids = len(rendered.input_ids)
+    step = max(1, limit - first - last)
+    for start in range(first, n_ids - last, step):
+        stop = min(start + step, n_ids - last)
+        kept = [*range(first), *range(start, stop), *range(n_ids - last, n_ids)]
+        if any(rendered.trained[at] for at in kept[1:]):
+            yield _selected(rendered, kept, ())
 
 
 def _overlong(line: int, n_ids: int, limit: int) -> RowFinding:

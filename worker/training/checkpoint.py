@@ -18,8 +18,9 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from models.domain.base import Frozen
+from models.domain.base import Frozen, JsonObject
 from models.errors import TrainingFailedError
+from worker.heads import PEFT_TASKS, head_paths, head_settings
 from worker.training import optimizers
 from worker.training.loop import Trainer
 from worker.training.task import Progress
@@ -27,6 +28,9 @@ from worker.training.task import Progress
 ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 OPTIMIZER, RNG, TRAINER = "optimizer.safetensors", "rng.safetensors", "trainer.json"
 STATE_FILES = (OPTIMIZER, RNG, TRAINER)
+VALUE = "value"
+"""What the file of the states holds beside them where the adapter's file is no way back."""
+
 SMALL_FILES_BYTES = 1024**2
 
 
@@ -74,9 +78,14 @@ def save(trainer: Trainer, directory: Path, base_model: str) -> None:
     adapter.mkdir()
     state.mkdir()
     config = task.method.adapter_config(task.model, task.method_params, base_model, task.adapter)
+    config |= head_config(trainer, config)
     (adapter / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
-    save_file(adapter_tensors(trainer), adapter / ADAPTER_TENSORS, metadata={"format": "pt"})
-    save_file(_optimizer_tensors(trainer), state / OPTIMIZER)
+    save_file(published_tensors(trainer), adapter / ADAPTER_TENSORS, metadata={"format": "pt"})
+    tensors = _optimizer_tensors(trainer)
+    if task.method.taken_up({}, task.method_params) is None:
+        for name, parameter in trainer.parameters.items():
+            tensors[f"{name}:{VALUE}"] = parameter.detach().to("cpu", copy=True).contiguous()
+    save_file(tensors, state / OPTIMIZER)
     save_file(_rng_tensors(), state / RNG)
     (state / TRAINER).write_text(_trainer_state(trainer).model_dump_json())
 
@@ -89,11 +98,13 @@ def restore(trainer: Trainer, directory: Path) -> None:
     """
     state = directory / "state"
     try:
-        weights = load_file(directory / "adapter" / ADAPTER_TENSORS)
         moments = load_file(state / OPTIMIZER)
+        weights = _taken_up(trainer, directory / "adapter")
+        if weights is None:
+            weights = {name: moments.pop(f"{name}:{VALUE}") for name in trainer.parameters}
         rng = load_file(state / RNG)
         kept = _TrainerState.model_validate_json((state / TRAINER).read_bytes())
-    except (OSError, SafetensorError, ValidationError) as error:
+    except (OSError, SafetensorError, ValidationError, KeyError) as error:
         raise StateError(f"{type(error).__name__}: {error}") from error
     if kept.step > trainer.total_steps:
         raise StateError(f"step {kept.step} is beyond the last of this run")
@@ -127,9 +138,11 @@ def start_from(trainer: Trainer, adapter: Path) -> None:
         StateError: it has other parameters than this run trains; the trainer is left as it was.
     """
     try:
-        weights = load_file(adapter / ADAPTER_TENSORS)
+        weights = _taken_up(trainer, adapter)
     except (OSError, SafetensorError) as error:
         raise StateError(f"{type(error).__name__}: {error}") from error
+    if weights is None:
+        raise StateError("what it was made from is not in its file")
     own = {name: parameter.shape for name, parameter in trainer.parameters.items()}
     if {name: tensor.shape for name, tensor in weights.items()} != own:
         raise StateError("it has other parameters than this run trains")
@@ -145,12 +158,32 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def adapter_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """Return copies of the trained weights, float32 on the CPU, by PEFT's names."""
-    return {
+def published_tensors(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Return what the adapter file holds: float32 on the CPU, by PEFT's names."""
+    task = trainer.task
+    trained = {
         name: parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
         for name, parameter in trainer.parameters.items()
     }
+    return task.method.published(trained, task.method_params)
+
+
+def head_config(trainer: Trainer, config: JsonObject) -> JsonObject:
+    """Return what PEFT has to know of a head: what is put on the base, and what of it is stored."""
+    task = trainer.task
+    if task.objective.head == "causal_lm":
+        return {}
+    found: JsonObject = {"task_type": PEFT_TASKS[task.objective.head]}
+    heads = head_paths(task.model.get_base_model())
+    if heads:
+        found |= head_settings(heads, config.get("target_modules"))
+    return found
+
+
+def _taken_up(trainer: Trainer, adapter: Path) -> dict[str, torch.Tensor] | None:
+    """Return the trained tensors that the adapter in a directory was made from, if it tells."""
+    task = trainer.task
+    return task.method.taken_up(load_file(adapter / ADAPTER_TENSORS), task.method_params)
 
 
 def require_room(trainer: Trainer, directory: Path) -> None:

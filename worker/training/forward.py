@@ -23,11 +23,18 @@ from worker.training.model import autocast
 from worker.training.objectives.base import IGNORED, Batch, LanguageForward, LossSum
 from worker.training.packed import attention, layout
 from worker.training.packed.attention import UnsupportedAttentionError
-from worker.training.packed.head import summed_cross_entropies, summed_cross_entropy
+from worker.training.packed.head import (
+    log_probabilities,
+    summed_cross_entropies,
+    summed_cross_entropy,
+)
 from worker.training.packed.layout import Layout, Segment
 from worker.training.packed.rewire import rewire
 
 log = structlog.get_logger(__name__)
+
+NO_ADAPTER = ""
+"""No adapter's name: a segment of it goes through the frozen weights alone."""
 
 PROOF_LENGTHS = [5, 9, 2]
 PROOF_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -53,10 +60,27 @@ class PaddedForward:
         self._pad_id = pad_id
 
     def cross_entropy(self, batch: Batch) -> LossSum:
-        targets = _side_by_side(batch.targets, batch.lengths, IGNORED)
+        targets = side_by_side(batch.targets, batch.lengths, IGNORED)
         with self.autocast():
             logits = label_logits(self._model, targets != IGNORED, **self._inputs(batch))
-            return _loss_of(logits, targets[targets != IGNORED])
+            return loss_of(logits, targets[targets != IGNORED])
+
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        targets = side_by_side(batch.targets, batch.lengths, IGNORED)
+        with self.autocast():
+            logits = label_logits(self._model, targets != IGNORED, **self._inputs(batch))
+        return -functional.cross_entropy(
+            logits.float(), targets[targets != IGNORED], reduction="none"
+        )
+
+    def without_adapter(self) -> AbstractContextManager[None]:
+        return _frozen(self._model)
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N targets in order."""
+        targets = side_by_side(batch.targets, batch.lengths, IGNORED)
+        with self.autocast():
+            return label_logits(self._model, targets != IGNORED, **self._inputs(batch))
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D], padding left out."""
@@ -69,12 +93,12 @@ class PaddedForward:
     def _inputs(self, batch: Batch) -> dict[str, torch.Tensor]:
         ones = torch.ones_like(batch.input_ids)
         return {
-            "input_ids": _side_by_side(batch.input_ids, batch.lengths, self._pad_id),
-            "attention_mask": _side_by_side(ones, batch.lengths, 0),
+            "input_ids": side_by_side(batch.input_ids, batch.lengths, self._pad_id),
+            "attention_mask": side_by_side(ones, batch.lengths, 0),
         }
 
 
-def _side_by_side(values: torch.Tensor, lengths: list[int], fill: int) -> torch.Tensor:
+def side_by_side(values: torch.Tensor, lengths: list[int], fill: int) -> torch.Tensor:
     return pad_sequence(list(values.split(lengths)), batch_first=True, padding_value=fill)
 
 
@@ -112,9 +136,38 @@ class PackedForward:
         if self._head is None:
             with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
                 logits = label_logits(self._model, wanted[None], **self._inputs(batch))
-                return _loss_of(logits, targets)
+                return loss_of(logits, targets)
         hidden = self.hidden_states(batch)[wanted]
         return LossSum(*summed_cross_entropy(hidden, *self._head, targets))
+
+    def log_probs(self, batch: Batch) -> torch.Tensor:
+        wanted = batch.targets != IGNORED
+        targets = batch.targets[wanted]
+        if self._head is None:
+            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
+                logits = label_logits(self._model, wanted[None], **self._inputs(batch))
+            return -functional.cross_entropy(logits.float(), targets, reduction="none")
+        return log_probabilities(self.hidden_states(batch)[wanted], *self._head, targets)
+
+    @contextmanager
+    def without_adapter(self) -> Iterator[None]:
+        own = self._adapter
+        self._adapter = NO_ADAPTER
+        try:
+            with _frozen(self._model):  # for the modules that keep PEFT's own pass
+                yield
+        finally:
+            self._adapter = own
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Return the logits [N, vocabulary] of the N targets in order."""
+        wanted = batch.targets != IGNORED
+        if self._head is None:
+            with layout.active(Layout.of(batch.lengths, self._adapter)), self._around():
+                return label_logits(self._model, wanted[None], **self._inputs(batch))
+        weight, bias = self._head
+        hidden = self.hidden_states(batch)[wanted]
+        return functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the head reads, [T, D]."""
@@ -219,6 +272,18 @@ def _proof_batch(model: PeftModel) -> Batch:
 
 
 @contextmanager
+def _frozen(model: PeftModel) -> Iterator[None]:
+    """Switch the adapter and every dropout off for a while."""
+    was_training = model.training
+    model.eval()
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def _visible_adapters(model: PeftModel) -> Iterator[None]:
     """Give fresh adapters, whose B is 0, an effect for a while; every bit of them comes back."""
     kept = {each: each.detach().clone() for each in model.parameters() if each.requires_grad}
@@ -256,7 +321,7 @@ def label_logits(model: PeftModel, wanted: torch.Tensor, **inputs: torch.Tensor)
     return logits
 
 
-def _loss_of(logits: torch.Tensor, targets: torch.Tensor) -> LossSum:
+def loss_of(logits: torch.Tensor, targets: torch.Tensor) -> LossSum:
     logits = logits.float()
     loss = functional.cross_entropy(logits, targets, reduction="sum")
     return LossSum(loss, (logits.detach().argmax(-1) == targets).sum())

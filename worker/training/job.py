@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 from sqlalchemy.orm import Session
@@ -19,22 +20,27 @@ from models.settings import Settings
 from models.storage import ObjectNotFoundError, ObjectStore
 from models.tables import File, Job
 from worker.adapter_format import fetch_adapter
-from worker.base_models import BaseModelInfo, load_tokenizer, materialise, pick_device
+from worker.base_models import BaseModelInfo, load_model, load_tokenizer, materialise, pick_device
 from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
+from worker.heads import Head
 from worker.training import checkpoint, methods, objectives
 from worker.training.cost import CostMeter
 from worker.training.followers import gathered
 from worker.training.forward import choose_forward
+from worker.training.headed import headed_forward
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights
-from worker.training.model import build_model
-from worker.training.objectives.base import Example
+from worker.training.model import adapt
+from worker.training.objectives.base import Example, Facts
 from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
 from worker.training.publish import Publisher, RunIdentity
 from worker.training.report import DatabaseReporter, Silence
 from worker.training.stored_checkpoints import StoredCheckpoints
 from worker.training.task import Outcome, Stop, Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = structlog.get_logger(__name__)
 
@@ -140,11 +146,12 @@ class JobRun:
                 f"Base model {base.name} has no chat template; conversations are written in "
                 "Tunery's default one, which the adapter keeps and is served with."
             )
+        given = self._settled(source, base, tokenizer)
         train, valid = load_examples(
             source.training,
             source.validation,
-            source.spec,
-            min(source.spec.max_seq_length, base.max_length),
+            given,
+            min(given.max_seq_length, base.max_length, tokenizer.model_max_length),
             Tools(
                 around.store,
                 around.scratch,
@@ -154,7 +161,7 @@ class JobRun:
                 self._reporter.warn,
             ),
         )
-        spec = self._resolve(source.spec, len(train), base.n_parameters)
+        spec = self._resolve(source.spec, given, len(train), base.n_parameters)
         pad_id = int(tokenizer.pad_token_id or 0)
         task, reason = _task(directory, spec, train, valid, pad_id=pad_id, device=device)
         if reason is not None:
@@ -176,6 +183,19 @@ class JobRun:
         )
         return task, run
 
+    @staticmethod
+    def _settled(
+        source: Source, base: BaseModelInfo, tokenizer: "PreTrainedTokenizerBase"
+    ) -> TrainingSpec:
+        """Return the specification with what its objective learns from the data and the base."""
+        objective, params = objectives.resolve(source.spec.objective)
+        assert base.shape is not None
+        objective.require_base(base.shape.family)
+        mask_id = tokenizer.mask_token_id
+        facts = Facts(source.training.labels, None if mask_id is None else int(mask_id))
+        settled = objective.settled(params, facts).model_dump()
+        return source.spec.model_copy(update={"objective": settled})
+
     def load_source(self) -> Source:
         """Return the job as it is now. Raises `LeaseLostError` unless this attempt owns it."""
         with self._around.database.read() as session:
@@ -192,10 +212,15 @@ class JobRun:
                 validation,
             )
 
-    def _resolve(self, spec: TrainingSpec, n_rows: int, n_parameters: int) -> TrainingSpec:
-        if spec.is_resolved:
-            return spec
-        resolved = spec.resolved(n_rows, n_parameters)
+    def _resolve(
+        self, known: TrainingSpec, spec: TrainingSpec, n_rows: int, n_parameters: int
+    ) -> TrainingSpec:
+        """Return `spec` with numbers for all "auto"; recorded unless it is what the job has."""
+        objective = objectives.get_objective(spec.objective["type"])
+        scale = objective.rate_scale * methods.get_method(spec.peft["type"]).rate_scale
+        resolved = spec.resolved(n_rows, n_parameters, scale)
+        if resolved == known:
+            return known
         with self._around.database.write() as session:
             job_runs.record_spec(session, self._job_id, self._attempt, resolved)
         return resolved
@@ -249,16 +274,29 @@ def _task(
     """Return what is trained, and why not packed if so."""
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
-    model = build_model(directory, spec.precision, method, params, seed=spec.seed, device=device)
-    cache = can_cache_weights(model, device)
-    forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)
+    objective, objective_params = objectives.resolve(spec.objective)
+    head = Head(objective.head, objective.n_outputs(objective_params), spec.seed)
+    base = load_model(
+        directory,
+        precision=spec.precision.type,
+        double_quant=spec.precision.double_quant,
+        device=device,
+        head=head,
+    )
+    model = adapt(base, method, params, spec.seed)
+    reason: str | None = None
+    if head.kind == "causal_lm":
+        cache = can_cache_weights(model, device)
+        forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)
+    else:
+        forward = headed_forward(model, spec.precision, device, pad_id)
     task = Task(
         model=model,
-        forward=forward,
+        forward=method.wrap_forward(model, forward, params),
         method=method,
         method_params=params,
-        objective=objectives.get_objective(spec.objective["type"]),
-        objective_params=objectives.parse_params(spec.objective),
+        objective=objective,
+        objective_params=objective_params,
         spec=spec,
         train=train,
         valid=valid,
@@ -284,4 +322,5 @@ def _data_file(session: Session, file_id: str, param: Param) -> DataFile:
         raise RuntimeError(f"File {file_id} is not linted yet.")
     report = DatasetReport.model_validate(file.report)
     n_faulty = report.n_rows - report.n_valid_rows
-    return DataFile(file_id, param, file.rows_key, file.data_sha256, n_faulty, report.form)
+    labels = None if report.labels_are_cut else tuple(sorted(report.labels))
+    return DataFile(file_id, param, file.rows_key, file.data_sha256, n_faulty, report.form, labels)

@@ -70,19 +70,24 @@ class Trainer:
         self.steps_per_epoch = -(-len(task.train) // self.batch_size)
         self.total_steps = self.steps_per_epoch * numbers.n_epochs
         trainable = trainable_parameters(task.model, task.adapter)
-        factors = {name: task.method.rate_factor(name, task.method_params) for name in trainable}
+        method, decay = task.method, spec.optimizer.weight_decay
+        groups = {
+            name: (method.rate_factor(name, task.method_params), decay * method.decays(name))
+            for name in trainable
+        }
         # In the order of the optimizer's groups, by which a checkpoint knows them.
-        by_factor = sorted(trainable, key=lambda name: factors[name])
-        self.parameters = {name: trainable[name] for name in by_factor}
+        by_group = sorted(trainable, key=lambda name: groups[name])
+        self.parameters = {name: trainable[name] for name in by_group}
         self.learning_rate = spec.optimizer.learning_rate
-        groups = [
-            {
-                "params": [p for name, p in self.parameters.items() if factors[name] == factor],
-                "rate_factor": factor,
-            }
-            for factor in sorted(set(factors.values()))
-        ]
-        self.optimizer = optimizers.build(spec.optimizer, groups, self.learning_rate)
+        self.optimizer = optimizers.build(
+            spec.optimizer,
+            [
+                {"params": [trainable[n] for n in by_group if groups[n] == group]}
+                | {"rate_factor": group[0], "weight_decay": group[1]}
+                for group in sorted(set(groups.values()))
+            ],
+            self.learning_rate,
+        )
         self._first_token_budget = token_budget or TOKENS_PER_MICRO_BATCH.get(
             torch.device(task.device).type, TOKENS_PER_MICRO_BATCH["cpu"]
         )
@@ -174,7 +179,11 @@ class Trainer:
         largest = [self.task.train[int(row)] for row in rows]
         self.task.model.train()
         with torch.random.fork_rng():
-            self._fitting(largest, only_first=True)
+            remark = self.task.method.first_pass(
+                self.task.model, lambda: self._fitting(largest, only_first=True)
+            )
+        if remark is not None:
+            self._warn(remark)
         self.optimizer.zero_grad(set_to_none=True)
 
     def _fitting(self, examples: Sequence[Example], *, only_first: bool = False) -> Scores:

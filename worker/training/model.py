@@ -9,15 +9,19 @@ the memory of activations; only where one row is too much are they computed agai
 
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from models.domain.training import Precision
 from worker.base_models import load_model
+from worker.heads import COPIES
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
+from worker.training.tuners.attach import head_of, linear_layers
 
 PROBE_TOKENS = 16
 LOGITS_TOLERANCE = 1e-5
@@ -36,8 +40,16 @@ def build_model(
 ) -> PeftModel:
     """Load the base in `precision` and attach `method`; the result is in training mode."""
     base = load_model(
-        directory, precision=precision.type, double_quant=precision.double_quant, device=device
+        directory,
+        precision=precision.type,
+        double_quant=precision.double_quant,
+        device=device,
     )
+    return adapt(base, method, params, seed)
+
+
+def adapt(base: PreTrainedModel, method: Method, params: MethodParams, seed: int) -> PeftModel:
+    """Attach `method` to a base, new head or not; the result is in training mode."""
     model = method.attach(base, params, seed)
     guard_quantised_weights(model)
     model.train()
@@ -66,28 +78,26 @@ def trainable_parameters(
     model: nn.Module, adapter: str = DEFAULT_ADAPTER
 ) -> dict[str, nn.Parameter]:
     """Return what is trained, by its name in the adapter file (PEFT's, without the adapter's)."""
-    others = [f".{name}." for name in getattr(model, "peft_config", {}) if name != adapter]
-    return {
-        name.replace(f".{adapter}.", "."): parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and not any(other in name for other in others)
-    }
+    others = {name for name in getattr(model, "peft_config", {}) if name != adapter}
+    found = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if parameter.requires_grad and others.isdisjoint(parts):
+            found[".".join(part for part in parts if part not in (adapter, COPIES))] = parameter
+    return found
 
 
 def linear_shapes(model: PeftModel) -> dict[str, tuple[int, int, bool]]:
     """Return (inputs, outputs, is the head) of the base's linear layers by their own paths."""
-    base = model.get_base_model()
-    head = base.get_output_embeddings()  # type: ignore[operator]
+    head = head_of(model.get_base_model())
     shapes = {}
-    for path, module in base.named_modules():
-        if ".lora_" in path:
-            continue
-        own_path = path.removesuffix(".base_layer")
+    for path, module in linear_layers(model, with_head=True).items():
         if isinstance(module, nn.Linear):
-            shapes[own_path] = (module.in_features, module.out_features, module is head)
-        elif isinstance(module, Conv1D):
+            shapes[path] = (module.in_features, module.out_features, module is head)
+        else:
+            assert isinstance(module, Conv1D)
             inputs, outputs = module.weight.shape
-            shapes[own_path] = (inputs, outputs, module is head)
+            shapes[path] = (inputs, outputs, module is head)
     return shapes
 
 
@@ -105,16 +115,25 @@ def gives_same_logits(model: PeftModel, directory: Path) -> bool:
     model.eval()
     try:
         with torch.no_grad():
-            trained = model(input_ids=ids, use_cache=False).logits
+            trained = _answer(model, ids)
             model.load_adapter(str(directory), _READ_BACK, is_trainable=False)
             model.set_adapter(_READ_BACK)
-            found = model(input_ids=ids, use_cache=False).logits
+            found = _answer(model, ids)
     finally:
         model.set_adapter(own)
         if _READ_BACK in model.peft_config:
             model.delete_adapter(_READ_BACK)
     error = (found.float() - trained.float()).norm() / trained.float().norm()
     return bool(error <= LOGITS_TOLERANCE)
+
+
+def _answer(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits for `ids`, or the hidden states of a model without a head."""
+    config: Any = model.get_base_model().config
+    inputs = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    output = model(input_ids=ids, use_cache=False, **inputs)
+    answer: torch.Tensor = output.logits if "logits" in output else output.last_hidden_state
+    return answer
 
 
 def describe_device(device: str) -> str:

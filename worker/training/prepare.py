@@ -18,6 +18,7 @@ from models.storage import ObjectNotFoundError, ObjectStore, fetch_file, put_fil
 from worker.chat import ChatRenderer
 from worker.data import normalised, splits
 from worker.data.tokens import TokenFile, TokenKey
+from worker.training import objectives
 from worker.training.batches import RowCounts, RowPolicy
 from worker.training.objectives.base import Example
 from worker.training.tokenise import (
@@ -35,7 +36,10 @@ N_SHARED_SHOWN = 5
 
 @dataclass(frozen=True, slots=True)
 class DataFile:
-    """One linted file of a job: where its usable rows are, how many were not, and their form."""
+    """One linted file of a job: where its usable rows are, how many were not, and their form.
+
+    `labels` are those of its rows, in order of their names; None if there are too many.
+    """
 
     file_id: str
     param: Param
@@ -43,6 +47,7 @@ class DataFile:
     data_sha256: str
     n_faulty: int
     form: str
+    labels: tuple[str, ...] | None = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +111,7 @@ class _Loader:
         self._spec = spec
         self._policy = policy
         self._tools = tools
+        self._objective, self._params = objectives.resolve(spec.objective)
 
     def load(self, part: _Part) -> TokenFile:
         key = self._key(part)
@@ -135,6 +141,7 @@ class _Loader:
             part=part.name,
             split=self._spec.validation_split if is_split else 0.0,
             seed=self._spec.seed if is_split else 0,
+            encoding=self._objective.encoding(self._params),
         )
         return token_key(key.data_sha256, key.digest())
 
@@ -146,6 +153,7 @@ class _Loader:
             policy=self._policy,
             param=part.file.param,
             chosen=self._chosen(part, rows),
+            objective=self._spec.objective,
         )
         if rows.stat().st_size < CHILD_FROM_BYTES:
             tokenise(order, self._tools.renderer)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -37,8 +38,15 @@ from worker.base_models import BaseModelInfo
 from worker.inference.engine.adapters import read_adapter
 from worker.inference.engine.errors import AdapterFormatError
 from worker.inference.engine.params import LinearShape
-from worker.training.checkpoint import STATE_FILES, adapter_tensors, library_versions
+from worker.training import methods
+from worker.training.checkpoint import (
+    ADAPTER_TENSORS,
+    STATE_FILES,
+    library_versions,
+    published_tensors,
+)
 from worker.training.loop import Trainer
+from worker.training.methods.base import Served
 from worker.training.model import gives_same_logits, linear_shapes
 from worker.training.task import Progress
 
@@ -189,7 +197,9 @@ class Publisher:
             chat_template=run.chat_template,
             tokenizer_sha256=run.tokenizer_sha256,
             method=run.spec.peft["type"],
+            served=methods.served(run.spec.peft).value,
             objective=run.spec.objective["type"],
+            objective_params=run.spec.objective,
             precision=run.spec.precision.model_dump(mode="json"),
             step=step,
             spec_sha256=run.spec_sha256,
@@ -243,24 +253,26 @@ class Publisher:
 
     def _verify(self, trainer: Trainer, manifest: AdapterManifest, scratch: Path) -> None:
         """Read the adapter as an inference server would; it must be the trained weights exactly."""
+        task = trainer.task
         try:
             stored = fetch_adapter(self._store, manifest.digest, scratch)
-            shapes = {
-                path: LinearShape(*shape)
-                for path, shape in linear_shapes(trainer.task.model).items()
-            }
-            read = read_adapter(scratch, stored.digest, shapes)
+            batched = task.method.served(task.method_params) is Served.BATCHED
+            if batched and task.objective.head == "causal_lm":
+                shapes = {
+                    path: LinearShape(*shape) for path, shape in linear_shapes(task.model).items()
+                }
+                read_adapter(scratch, stored.digest, shapes)
+            found = load_file(scratch / ADAPTER_TENSORS)
         except (ValueError, AdapterFormatError) as error:
             raise _not_servable(str(error)) from error
-        trained = adapter_tensors(trainer)
-        for path, tensors in read.modules.items():
-            for name, tensor in tensors.items():
-                own = trained.pop(f"base_model.model.{path}.{name}", None)
-                if own is None or not torch.equal(own, tensor):
-                    raise _not_servable(f"{name} of {path} is not what was trained")
+        trained = published_tensors(trainer)
+        for name, tensor in found.items():
+            own = trained.pop(name, None)
+            if own is None or not torch.equal(own, tensor):
+                raise _not_servable(f"{name} is not what was trained")
         if trained:
             raise _not_servable(f"{len(trained)} trained tensors are not in the file")
-        if not gives_same_logits(trainer.task.model, scratch):
+        if not gives_same_logits(task.model, scratch):
             raise _not_servable("read back, it does not give the logits that were trained")
 
     def _put_results(self, last_step: int) -> File:

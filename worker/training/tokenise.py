@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
-from models.domain.base import Frozen
+from models.domain.base import Frozen, JsonObject
 from models.domain.rows import Row
 from models.errors import TrainingFailedError
 from models.processes import die_with_parent
@@ -26,6 +27,7 @@ from worker.base_models import load_tokenizer
 from worker.chat import ChatRenderer
 from worker.data import normalised
 from worker.data.tokens import TokenWriter
+from worker.training import objectives
 from worker.training.batches import RowPolicy, build_dataset
 
 CHILD_FROM_BYTES = 1 << 20
@@ -38,7 +40,7 @@ class TokeniseOrder(Frozen):
     """What to tokenise, how, and where to.
 
     `rows` is a file of `NormalisedWriter`; `chosen`, if given, an ``.npy`` file with a bool for
-    each of its rows; `param` the request field that errors name.
+    each of its rows; `param` the request field that errors name; `objective` that of the job.
     """
 
     rows: Path
@@ -46,6 +48,7 @@ class TokeniseOrder(Frozen):
     policy: RowPolicy
     param: Literal["training_file", "validation_file"]
     chosen: Path | None = None
+    objective: JsonObject = Field(default_factory=dict)
 
 
 class _Message(Frozen):
@@ -61,8 +64,10 @@ def tokenise(order: TokeniseOrder, renderer: ChatRenderer) -> None:
     Raises:
         TrainingFailedError: as `build_dataset`.
     """
+    objective, params = objectives.resolve(order.objective)
+    rows_renderer = objective.renderer(renderer, params)
     with TokenWriter(order.tokens) as writer:
-        counts = build_dataset(_rows(order), renderer, order.policy, order.param, writer)
+        counts = build_dataset(_rows(order), rows_renderer, order.policy, order.param, writer)
         writer.notes = asdict(counts)
 
 

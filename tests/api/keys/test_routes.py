@@ -78,3 +78,10 @@ def test_unknown_scopes_and_past_ends_are_refused(client: TestClient) -> None:
     expect(client.post(URL, json={"name": "ci", "scopes": []}), 400, "scopes", "invalid_value")
     past = client.post(URL, json={"name": "ci", "expires_at": 1})
     assert "future" in expect(past, 400, "expires_at", "invalid_value")
+
+
+def test_a_key_may_have_its_own_rates(client: TestClient) -> None:
+    made = client.post(URL, json={"name": "ci", "requests_per_minute": 5}).json()
+    assert (made["requests_per_minute"], made["tokens_per_minute"]) == (5, None)
+    wrong = client.post(URL, json={"name": "ci", "requests_per_minute": 0})
+    expect(wrong, 400, "requests_per_minute", "invalid_value")

@@ -133,6 +133,21 @@ def test_a_field_is_unsupported_only_where_it_changes_the_answer(
 
 
 @pytest.mark.parametrize(
+    "method",
+    [
+        {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0}}},
+        {"type": "dpo", "dpo": {"hyperparameters": {"beta": 2.5}}},
+        {"type": "dpo", "supervised": {}},
+        {"type": "supervised", "dpo": {"hyperparameters": {"beta": 0.1}}},
+        {"type": "supervised", "supervised": {"hyperparameters": {"beta": 0.1}}},
+    ],
+)
+def test_what_is_not_of_the_chosen_method_is_refused(method: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        JobCreate(**JOB, method=method)
+
+
+@pytest.mark.parametrize(
     "prompt", ["", "Once", ["Once", "Twice"], [1, 2], [[1, 2], [3]], ["a"] * MAX_PROMPTS]
 )
 def test_a_prompt_is_text_or_tokens_one_or_several(prompt: object) -> None:

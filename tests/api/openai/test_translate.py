@@ -193,3 +193,20 @@ def test_a_resolved_model_says_what_it_stands_on() -> None:
     assert (body["owned_by"], body["digest"], body["created"]) == ("proj_1", "d" * 64, 1)
     base = bodies.resolved_body(ResolvedModel("base", "base", None, 1.0), "proj_1")
     assert (base["owned_by"], base["parent"], base["digest"]) == ("tunery", None, None)
+
+
+def test_openais_dpo_is_our_objective() -> None:
+    numbers = {"beta": 0.3, "n_epochs": 2}
+    method = {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+    spec = translate.training_spec(JobCreate(**JOB, method=method), START)
+    assert spec.objective == {"type": "dpo", "beta": 0.3, "label_smoothing": 0.0}
+    assert spec.hyperparameters.n_epochs == 2
+    plain = translate.training_spec(JobCreate(**JOB, method={"type": "dpo"}), START)
+    assert plain.objective["beta"] == 0.1
+
+
+def test_two_objectives_in_one_job_are_refused() -> None:
+    body = JobCreate(**JOB, method={"type": "dpo"}, objective={"type": "sft"})
+    with pytest.raises(InvalidRequestError, match="method' is dpo") as caught:
+        translate.training_spec(body, START)
+    assert caught.value.param == "objective.type"

@@ -1,17 +1,20 @@
 """Rows to examples under every policy, and the order of batches."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pytest
 
-from models.domain.rows import ChatRow
+from models.domain.rows import ChatRow, Row, TextRow
 from models.errors import TrainingFailedError
 from tests.worker.training.tiny import make_examples
 from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
+from worker.masker import Rendered
+from worker.row_error import RowError
 from worker.training.batches import (
     RowCounts,
     RowPolicy,
@@ -20,6 +23,8 @@ from worker.training.batches import (
     micro_batches,
 )
 from worker.training.objectives.base import Example
+
+PARAM: Literal["training_file"] = "training_file"
 
 
 @pytest.fixture(scope="module")
@@ -183,3 +188,67 @@ def test_micro_batches_stay_within_the_budget_and_lose_nothing(pads: bool) -> No
 def test_an_example_beyond_the_budget_stands_alone() -> None:
     examples = make_examples(4)
     assert [len(group) for group in micro_batches(examples, 1, pads=False)] == [1, 1, 1, 1]
+
+
+def test_running_text_that_is_too_long_becomes_several_rows(renderer: ChatRenderer) -> None:
+    text = " ".join(f"The gate at lock {number} is shut." for number in range(20))
+    rendered = replace(renderer.render(TextRow(text=text)), frame=(0, 0), splits=True)
+    sink: list[Example] = []
+    policy = RowPolicy("fail", "error", 32)
+    counts = build_dataset([(1, TextRow(text=text))], Framed(rendered), policy, PARAM, sink)
+    assert counts.n_examples == len(sink) > 3
+    assert [each.line for each in sink] == [1] * len(sink)
+    ids = [int(token) for each in sink for token in each.input_ids]
+    assert ids == rendered.input_ids
+    assert max(len(each.input_ids) for each in sink) == 32
+    assert counts.n_truncated == 0
+
+
+def test_each_window_of_a_text_is_in_its_frame(renderer: ChatRenderer) -> None:
+    rendered = Rendered(
+        [1, *range(10, 20), 2], [False] + [True] * 10 + [False], frame=(1, 1), splits=True
+    )
+    sink: list[Example] = []
+    build_dataset(
+        [(1, TextRow(text="x"))], Framed(rendered), RowPolicy("fail", "error", 6), PARAM, sink
+    )
+    assert [each.input_ids.tolist() for each in sink] == [
+        [1, 10, 11, 12, 13, 2],
+        [1, 14, 15, 16, 17, 2],
+        [1, 18, 19, 2],
+    ]
+    sink.clear()
+    build_dataset(
+        [(1, TextRow(text="x"))], Framed(rendered), RowPolicy("fail", "truncate", 6), PARAM, sink
+    )
+    assert [each.input_ids.tolist() for each in sink] == [[1, 10, 11, 12, 13, 2]]
+
+
+def test_of_a_row_of_two_sequences_each_is_cut(renderer: ChatRenderer) -> None:
+    pair = Rendered(
+        [1, 2, 3, 4, 5, 1, 2, 9],
+        [False, False, True, True, True, False, False, True],
+        parts=(5, 3),
+        weight=1,
+    )
+    sink: list[Example] = []
+    build_dataset(
+        [(1, TextRow(text="x"))], Framed(pair), RowPolicy("fail", "truncate", 4), PARAM, sink
+    )
+    (example,) = sink
+    assert example.input_ids.tolist() == [1, 2, 3, 4, 1, 2, 9]
+    assert (example.parts, example.n_trained) == ((4, 3), 1)
+    with pytest.raises(TrainingFailedError, match="no trained token is left"):
+        build_dataset(
+            [(1, TextRow(text="x"))], Framed(pair), RowPolicy("fail", "truncate", 2), PARAM, []
+        )
+
+
+@dataclass
+class Framed:
+    """Renders every row as the same ids."""
+
+    rendered: Rendered
+
+    def render_all(self, rows: Sequence[Row]) -> list[Rendered | RowError]:
+        return [self.rendered for _ in rows]

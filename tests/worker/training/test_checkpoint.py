@@ -61,7 +61,7 @@ def interrupted_at(step: int, directory: Path) -> Losses:
 def whole_run() -> tuple[Losses, dict[str, torch.Tensor]]:
     checkpoint.seed_everything(SPEC.seed)
     trainer = new_trainer()
-    return train(trainer), checkpoint.adapter_tensors(trainer)
+    return train(trainer), checkpoint.published_tensors(trainer)
 
 
 @pytest.mark.parametrize("step", [1, 3, 5])
@@ -73,7 +73,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step: int, tmp_path:
     checkpoint.restore(resumed, tmp_path / "state")
     after = train(resumed)
     assert before + after == expected
-    for name, tensor in checkpoint.adapter_tensors(resumed).items():
+    for name, tensor in checkpoint.published_tensors(resumed).items():
         assert torch.equal(tensor, weights[name])
 
 
@@ -175,11 +175,11 @@ def test_files_that_do_not_fit_change_nothing(
     interrupted_at(2, tmp_path / "state")
     spoil(tmp_path / "state")
     trainer = new_trainer()
-    before = checkpoint.adapter_tensors(trainer)
+    before = checkpoint.published_tensors(trainer)
     with pytest.raises(StateError):
         checkpoint.restore(trainer, tmp_path / "state")
     assert trainer.progress.step == 0
-    assert all(torch.equal(t, before[n]) for n, t in checkpoint.adapter_tensors(trainer).items())
+    assert all(torch.equal(t, before[n]) for n, t in checkpoint.published_tensors(trainer).items())
 
 
 def test_a_full_disk_is_noticed_before_anything_is_written(

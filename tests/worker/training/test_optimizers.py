@@ -49,9 +49,10 @@ def test_the_loss_falls_and_a_resumed_run_is_the_whole_one(kind: str, tmp_path: 
     resumed = trainer_with(kind)
     checkpoint.restore(resumed, tmp_path / "s")
     assert before + train(resumed) == expected
-    weights = checkpoint.adapter_tensors(resumed)
+    weights = checkpoint.published_tensors(resumed)
     assert all(
-        torch.equal(each, weights[name]) for name, each in checkpoint.adapter_tensors(whole).items()
+        torch.equal(each, weights[name])
+        for name, each in checkpoint.published_tensors(whole).items()
     )
 
 

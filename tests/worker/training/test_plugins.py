@@ -25,8 +25,14 @@ class _One(Plugin):
 
 
 def test_every_file_of_the_packages_is_found() -> None:
-    assert list(methods.all_methods()) == ["lora"]
-    assert list(objectives.all_objectives()) == ["sft"]
+    names = {path.stem for path in Path(methods.__path__[0]).glob("[a-z]*.py")}
+    assert {"lora", "ia3", "houlsby", "adamix", "meft", "full", "bitfit"} <= set(
+        methods.all_methods()
+    )
+    assert {
+        type(each).__module__.rpartition(".")[2] for each in methods.all_methods().values()
+    } == (names - {"base"})
+    assert {"sft", "text", "dpo", "kto", "orpo", "simpo"} <= set(objectives.all_objectives())
     assert isinstance(methods.get_method("lora"), Lora)
     assert objectives.get_objective("sft").Params is SftParams
 
@@ -71,6 +77,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         "alpha": 32.0,
         "dropout": 0.05,
         "target_modules": "all-linear",
+        "use_dora": False,
         "use_rslora": False,
         "lora_plus_ratio": 1.0,
         "init": "default",
@@ -117,9 +124,9 @@ def test_bad_parameters_name_the_field(given: dict[str, Any], param: str) -> Non
 
 
 def test_an_unknown_type_lists_the_known_ones() -> None:
-    with pytest.raises(InvalidRequestError, match="Known types: sft"):
-        objectives.parse_params({"type": "dpo"})
-    with pytest.raises(InvalidRequestError, match="Known types: lora"):
+    with pytest.raises(InvalidRequestError, match=r"Known types: .*sft.*Did you mean 'dpo'"):
+        objectives.parse_params({"type": "dpoo"})
+    with pytest.raises(InvalidRequestError, match=r"Known types: .*lora"):
         methods.get_method("dora")
 
 
@@ -137,7 +144,8 @@ def test_all_faults_are_in_one_message() -> None:
 
 
 def test_every_field_of_every_form_is_described() -> None:
-    forms = [plugin.Params for plugin in methods.all_methods().values()]
+    forms: list[type[Parameters]] = [plugin.Params for plugin in methods.all_methods().values()]
+    forms += [plugin.Params for plugin in objectives.all_objectives().values()]
     for form in forms:
         for name, field in form.model_fields.items():
             assert name == "type" or field.description, f"{form.__name__}.{name}"

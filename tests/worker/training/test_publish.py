@@ -107,6 +107,7 @@ def test_a_published_adapter_ends_the_job_in_the_same_transaction(
     checkpoint.save(trainer, tmp_path / "state", "tiny")
     name = publisher.adapter(trainer, tmp_path / "state", tmp_path / "verify", trainer.progress)
     (adapter,) = service.adapters()
+    assert adapter.job_id is not None
     job = service.job(adapter.job_id)
     assert (adapter.name, job.fine_tuned_model, job.status) == (name, name, "succeeded")
     listed = sum(info.size for info in service.store.list(adapter_prefix(adapter.digest)))

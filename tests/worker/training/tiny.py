@@ -137,11 +137,12 @@ def make_task(
     valid: Sequence[Example] = (),
     adapter: str = DEFAULT_ADAPTER,
 ) -> Task:
+    method, params = methods.get_method(spec.peft["type"]), methods.parse_params(spec.peft)
     return Task(
         model=model,
-        forward=forward,
-        method=methods.get_method(spec.peft["type"]),
-        method_params=methods.parse_params(spec.peft),
+        forward=method.wrap_forward(model, forward, params),
+        method=method,
+        method_params=params,
         objective=objectives.get_objective(spec.objective["type"]),
         objective_params=objectives.parse_params(spec.objective),
         spec=spec,
@@ -181,11 +182,27 @@ def make_trainers_on_one_base(
     ]
 
 
+ADAPTER_PARTS = (
+    ".meft_",
+    ".lora_",
+    ".ia3_",
+    ".own_",
+    "prompt_encoder.",
+    ".vera_",
+    ".oft_",
+    ".hada_",
+    ".lokr_",
+    ".randlora_",
+    ".miss_",
+)
+"""What names of adapters' tensors have in them."""
+
+
 def digest_of_base(model: PeftModel) -> str:
     """A sha256 over every frozen tensor, quantisation constants included."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if ".lora_" not in name:
+        if not any(own in name for own in ADAPTER_PARTS):
             digest.update(name.encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

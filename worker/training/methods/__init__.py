@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from worker.training.methods.base import Method, MethodParams
+from models.domain.estimates import BaseShape
+from worker.training.methods.base import Method, MethodParams, Served
 from worker.training.plugins import Registry
 
 _registry: Registry[Method] = Registry(__name__, field="peft", default="lora")
@@ -31,3 +32,14 @@ def parse_params(given: Mapping[str, Any]) -> MethodParams:
     params = _registry.parse(given)
     assert isinstance(params, MethodParams)
     return params
+
+
+def served(given: Mapping[str, Any]) -> Served:
+    """Return how an inference server answers with an adapter of a job's ``peft`` object."""
+    params = parse_params(given)
+    return get_method(given.get("type", "lora")).served(params)
+
+
+def require_fit(given: Mapping[str, Any], precision: str, shape: BaseShape | None) -> None:
+    """Refuse a ``peft`` object that does not go with a base; see `Method.require_fit`."""
+    get_method(given.get("type", "lora")).require_fit(parse_params(given), precision, shape)

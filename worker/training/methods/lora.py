@@ -5,8 +5,7 @@ On an ``nf4`` base this is QLoRA (arXiv 2305.14314).
 
 import math
 import re
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
@@ -24,6 +23,8 @@ if TYPE_CHECKING:
 
 PRINCIPAL = ("pissa", "olora")
 """Starts that are taken from the base weights (``worker.training.principal``)."""
+_MAGNITUDE = ("lora_magnitude_vector.weight", "lora_magnitude_vector")
+"""DoRA's parameter in the model and in the file."""
 _MODULE_NAME = r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$"
 
 
@@ -78,6 +79,13 @@ class LoraParams(MethodParams):
         "all-linear",
         description="Linear layers that get matrices: all but the head, or names such as `q_proj`.",
     )
+    use_dora: StrictBool = Field(
+        False,
+        description=(
+            "DoRA (arXiv 2402.09353): the size of each output's weight is learned apart from its "
+            "direction. Slower by a quarter."
+        ),
+    )
     use_rslora: StrictBool = Field(
         False, description="Rank-stabilised scaling alpha / √r (arXiv 2312.03732)."
     )
@@ -128,6 +136,10 @@ class Lora(Method):
     """Through peft, with float32 weights whatever the base is held in."""
 
     name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA, QLoRA"
+    when: ClassVar[str] = (
+        "The first choice: learns as much as full fine-tuning from small data, on any base."
+    )
     Params: ClassVar[type[MethodParams]] = LoraParams
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio"})
 
@@ -139,42 +151,34 @@ class Lora(Method):
         adapter: str = DEFAULT_ADAPTER,
     ) -> "PeftModel":
         """Add A ~ U(−1/√d_in, 1/√d_in) (or another start) and B to the targeted linear layers."""
-        import torch
-        from peft import LoraConfig, PeftModel, get_peft_model
+        from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
         from worker.training.dropout import LaneDropout
         from worker.training.principal import start_principal
+        from worker.training.tuners.attach import attach_adapter, is_transposed
 
         config = LoraConfig(
             task_type="CAUSAL_LM",
             lora_dropout=params.dropout,
-            target_modules=_target_names(model, params),
+            target_modules=target_names(model, params),
             use_rslora=params.use_rslora,
+            use_dora=params.use_dora,
             init_lora_weights="gaussian" if params.init == "gaussian" else True,
-            fan_in_fan_out=_is_transposed(model),
+            fan_in_fan_out=is_transposed(model),
             **params.stored,
         )
-        with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft 0.21 asks transformers 5.24 for an attribute under its old name.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            torch.manual_seed(seed)
-            if isinstance(model, PeftModel):
-                model.add_adapter(adapter, config)
-                adapted = model
-            else:
-                fresh = get_peft_model(model, config, adapter_name=adapter)
-                assert isinstance(fresh, PeftModel)
-                adapted = fresh
+
+        def start(adapted: "PeftModel") -> None:
             if params.init in PRINCIPAL:
                 start_principal(adapted, params.init, adapter)
+
+        adapted = attach_adapter(model, config, seed, adapter, start)
         for module in adapted.modules():
             if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
                 continue
-            # PEFT freezes the adapters that are not active.
-            module.lora_A[adapter].float().requires_grad_(True)
-            module.lora_B[adapter].float().requires_grad_(True)
-            if params.dropout:
+            # DoRA's pass asks whether the module is PEFT's own dropout.
+            if params.dropout and not params.use_dora:
                 module.lora_dropout[adapter] = LaneDropout(params.dropout)
         return adapted
 
@@ -196,12 +200,28 @@ class Lora(Method):
             "peft_type": "LORA",
             "target_modules": sorted(config.target_modules or ()),
             "task_type": "CAUSAL_LM",
+            "use_dora": params.use_dora,
             "use_rslora": params.use_rslora,
             **params.stored,
         }
 
+    def published(
+        self, trained: "Mapping[str, torch.Tensor]", params: Any
+    ) -> "dict[str, torch.Tensor]":
+        """Return the tensors by PEFT's names; DoRA's magnitudes are called as they were once."""
+        return {name.replace(*_MAGNITUDE): tensor for name, tensor in trained.items()}
+
+    def taken_up(
+        self, published: "Mapping[str, torch.Tensor]", params: Any
+    ) -> "dict[str, torch.Tensor]":
+        own, stored = _MAGNITUDE
+        return {
+            name.removesuffix(stored) + own if name.endswith(stored) else name: tensor
+            for name, tensor in published.items()
+        }
+
     def count_parameters(self, shape: BaseShape, params: Any) -> int:
-        """Return Σ rank · (inputs + outputs) over the targeted layers."""
+        """Return Σ rank · (inputs + outputs) over the targeted layers; DoRA adds the outputs."""
         names = params.target_modules
         if names == "all-linear":
             names = list(shape.layers)
@@ -211,8 +231,9 @@ class Lora(Method):
             if (layer := shape.layers.get(last)) is not None:
                 n_layers = layer.count if name == last else 1
                 n_ranks = _sum_of_ranks(params, name, n_layers)
-                n_parameters += n_ranks * (layer.inputs + layer.outputs)
-        return int(params.widening * n_parameters)
+                n_parameters += int(params.widening) * n_ranks * (layer.inputs + layer.outputs)
+                n_parameters += layer.outputs * n_layers if params.use_dora else 0
+        return int(n_parameters)
 
     def rate_factor(self, parameter: str, params: Any) -> float:
         return params.lora_plus_ratio if ".lora_B." in parameter else 1.0
@@ -221,24 +242,26 @@ class Lora(Method):
         return ".lora_B." in parameter  # with B = 0, A's first gradient is exactly 0
 
 
-def _target_names(model: "PreTrainedModel | PeftModel", params: LoraParams) -> list[str]:
+def target_names(model: "PreTrainedModel | PeftModel", params: Any) -> list[str]:
     """Return names that PEFT's suffix match turns into exactly the layers that are meant.
 
     Raises:
         InvalidRequestError: a name matches no linear layer, or there is none to adapt.
     """
-    linears = _linear_layers(model)
+    from worker.training.tuners.attach import linear_layers
+
+    linears = list(linear_layers(model))
     last_parts = sorted({path.rpartition(".")[2] for path in linears})
     if not linears:
         raise InvalidRequestError(
-            "This base model has no linear layer that LoRA could adapt.", param="model"
+            f"This base model has no linear layer that {params.type} could adapt.", param="model"
         )
     given = params.target_modules
     names = last_parts if given == "all-linear" else list(given)
     _require_known("target_modules", names, linears)
     targets = [path for path in linears if any(_ends_with(path, name) for name in names)]
-    _require_known("rank_pattern", params.rank_pattern, targets)
-    _require_known("alpha_pattern", params.alpha_pattern, targets)
+    _require_known("rank_pattern", getattr(params, "rank_pattern", ()), targets)
+    _require_known("alpha_pattern", getattr(params, "alpha_pattern", ()), targets)
     return names
 
 
@@ -266,25 +289,3 @@ def _require_known(field: str, names: Iterable[str], paths: Sequence[str]) -> No
                 f"peft.{field}: no {what} is called {name!r}. There are: {there}.",
                 param=f"peft.{field}",
             )
-
-
-def _linear_layers(model: "PreTrainedModel | PeftModel") -> list[str]:
-    """Return the base's own paths of all linear layers but the language-model head."""
-    from peft import PeftModel
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    head: torch.nn.Module | None = base.get_output_embeddings()
-    return [
-        path.removesuffix(".base_layer")
-        for path, module in base.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and module is not head and ".lora_" not in path
-    ]
-
-
-def _is_transposed(model: "PreTrainedModel | PeftModel") -> bool:
-    """Tell whether the weights are [in, out], as those of GPT-2's ``Conv1D`` are."""
-    from transformers.pytorch_utils import Conv1D
-
-    return any(isinstance(module, Conv1D) for module in model.modules())

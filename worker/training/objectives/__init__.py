@@ -31,3 +31,10 @@ def parse_params(given: Mapping[str, Any]) -> ObjectiveParams:
     params = _registry.parse(given)
     assert isinstance(params, ObjectiveParams)
     return params
+
+
+def resolve(given: Mapping[str, Any]) -> tuple[Objective, ObjectiveParams]:
+    """Return the objective of a job and its checked parameters; raises as `parse_params`."""
+    params = parse_params(given)
+    name: str = params.type  # type: ignore[attr-defined]
+    return get_objective(name), params

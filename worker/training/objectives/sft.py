@@ -1,15 +1,12 @@
 """Supervised fine-tuning: mean cross-entropy over the trained tokens of an optimizer step."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from worker.training.objectives import register
 from worker.training.objectives.base import (
-    IGNORED,
     Batch,
-    Example,
     LanguageForward,
     LossSum,
     Objective,
@@ -44,21 +41,6 @@ class Sft(Objective):
             from worker.training.noise import add_embedding_noise
 
             add_embedding_noise(model, params.neftune_noise_alpha)
-
-    def collate(self, examples: Sequence[Example], device: str) -> Batch:
-        import numpy as np
-        import torch
-
-        input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
-        trained = np.concatenate([example.trained for example in examples])
-        # The position before a trained token predicts it; an example's first is never trained.
-        targets = np.full_like(input_ids, IGNORED)
-        targets[:-1] = np.where(trained[1:], input_ids[1:], IGNORED)
-        return Batch(
-            torch.from_numpy(input_ids).to(device),
-            torch.from_numpy(targets).to(device),
-            [len(example.input_ids) for example in examples],
-        )
 
     def loss(self, forward: LanguageForward, batch: Batch, params: Any) -> LossSum:
         return forward.cross_entropy(batch)

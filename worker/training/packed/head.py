@@ -7,6 +7,8 @@ a time and none is kept: the gradient of the hidden states is made in the forwar
 from typing import Any
 
 import torch
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 48 << 20
 """About what the logits of one chunk take."""
@@ -56,6 +58,25 @@ def summed_cross_entropies(
         hidden, (weight, bias), targets, sizes, wants_gradient
     )
     return losses, n_correct
+
+
+def log_probabilities(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
+) -> torch.Tensor:
+    """Return log softmax(W h + b)[target], in nats, float32 [N], with a graph behind it.
+
+    Arguments are those of `summed_cross_entropy`. The logits of a chunk are made again in the
+    backward pass.
+    """
+
+    def of_chunk(rows: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        logits = functional.linear(rows, weight, bias)
+        return -functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    n_rows = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    chunks = zip(hidden.split(n_rows), targets.split(n_rows), strict=True)
+    found = [checkpoint(of_chunk, rows, labels, use_reentrant=False) for rows, labels in chunks]
+    return torch.cat(found)
 
 
 class _SummedCrossEntropies(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from worker.training.packed import layout, rope
@@ -65,9 +65,10 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
     done.has_rope = rope.install(model.get_base_model())
     adapter = model.active_adapter
     for name, module in model.named_modules():
-        if module not in places and isinstance(module, LoraLayer):
+        if module not in places and isinstance(module, BaseTunerLayer):
             done.missed.append(name)
-        norm = _norm_forward(module)
+        # Below an adapter's layer, a norm may compute with other parameters than its own.
+        norm = None if name.endswith(".base_layer") else _norm_forward(module)
         if norm is not None and _swap(module, norm, module.weight.shape[0], adapter):
             done.n_norms += 1
         gated = _gated_forward(module, places)

@@ -58,6 +58,7 @@ def _can_take(module: nn.Module) -> bool:
         and not any(module.use_dora.values())
         and not any(module.lora_bias.values())
         and not any(getattr(module, "lora_variant", {}).values())
+        and all(type(each) is nn.Linear for each in module.lora_A.values())
         and not layer.weight.requires_grad
     )
 

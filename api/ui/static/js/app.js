@@ -3,6 +3,14 @@
 
 const meta = (/** @type {string} */ name) => document.querySelector(`meta[name="${name}"]`)?.getAttribute("content") ?? "";
 export const root = meta("root");
+/** @type {Record<string, string>} */
+const texts = JSON.parse(document.getElementById("texts")?.textContent ?? "{}");
+
+/** Say a sentence in the page's language; `{name}` stands for a value.
+ * @param {string} sentence @param {Record<string, string|number>} [values] */
+export function t(sentence, values = {}) {
+  return (texts[sentence] ?? sentence).replace(/\{(\w+)\}/g, (whole, name) => String(values[name] ?? whole));
+}
 
 /** An error of the API, with the field that it is about. */
 export class ApiError extends Error {
@@ -33,9 +41,14 @@ export async function send(method, path, body, signal) {
   });
   if (response.ok) return response;
   if (response.status === 401) location.assign(`${root}/ui/login?next=${encodeURIComponent(location.pathname.slice(root.length) + location.search)}`);
-  let error = { message: `The service answered ${response.status}.` };
+  let error = { message: t("The service answered {status}.", { status: response.status }) };
   try { error = (await response.json()).error ?? error; } catch { /* not JSON: the sentence above says all */ }
   throw new ApiError(response.status, error);
+}
+
+/** Keep a setting of this browser. @param {string} name @param {string} value */
+export function remember(name, value) {
+  document.cookie = `${name}=${value};path=${root}/;max-age=31536000;samesite=lax`;
 }
 
 /** Say a change of state to screen readers. @param {string} text */
@@ -56,7 +69,7 @@ export function make(name, attributes = {}, ...children) {
  * @param {string} question @param {string} verb @returns {Promise<boolean>} */
 export function confirmed(question, verb) {
   const dialog = /** @type {HTMLDialogElement} */ (make("dialog", {}, make("p", {}, question)));
-  const yes = make("button", { type: "button", class: "danger" }, verb), no = make("button", { type: "button" }, "Keep");
+  const yes = make("button", { type: "button", class: "danger" }, verb), no = make("button", { type: "button" }, t("Keep"));
   dialog.append(make("div", { class: "actions" }, no, yes));
   document.body.append(dialog);
   return new Promise((resolve) => {
@@ -95,6 +108,6 @@ document.getElementById("sample")?.addEventListener("click", () => useSample().c
 document.getElementById("theme")?.addEventListener("change", (event) => {
   const theme = /** @type {HTMLSelectElement} */ (event.target).value;
   document.documentElement.dataset.theme = theme;
-  document.cookie = `tunery_theme=${theme};path=${root}/;max-age=31536000;samesite=lax`;
+  remember("tunery_theme", theme);
   document.dispatchEvent(new Event("themechange"));
 });

@@ -1,5 +1,5 @@
 // @ts-check
-import { complain, root, send } from "./app.js";
+import { complain, root, send, t } from "./app.js";
 
 const drop = /** @type {HTMLElement} */ (document.getElementById("drop"));
 const input = /** @type {HTMLInputElement} */ (document.getElementById("file"));
@@ -17,14 +17,14 @@ function upload(file) {
   bar.hidden = false;
   request.upload.onprogress = (event) => {
     bar.value = event.total ? (100 * event.loaded) / event.total : 0;
-    text.textContent = `${Math.round(bar.value)} % of ${file.name}`;
+    text.textContent = t("{share} % of {name}", { share: Math.round(bar.value), name: file.name });
   };
   request.onload = () => {
     const answer = JSON.parse(request.responseText);
     if (request.status < 300) location.assign(`${root}/ui/datasets/${answer.id}`);
     else { bar.hidden = true; text.textContent = ""; complain(answer.error.message); }
   };
-  request.onerror = () => { bar.hidden = true; complain("The connection was lost during the upload. Try again."); };
+  request.onerror = () => { bar.hidden = true; complain(t("The connection was lost during the upload. Try again.")); };
   request.send(form);
 }
 

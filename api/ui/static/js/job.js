@@ -1,5 +1,5 @@
 // @ts-check
-import { call, complain, confirmed, make, root, say } from "./app.js";
+import { call, complain, confirmed, make, root, say, t } from "./app.js";
 import { chart } from "./chart.js";
 import { duration, merge, number, remaining, smooth } from "./lib.js";
 
@@ -9,35 +9,45 @@ let job = json("job");
 /** @type {any[]} */ let points = json("points");
 /** @type {{step: number, at: number}[]} */ let seen = [];
 let position = `${points.at(-1)?.step ?? 0}-${by("events").dataset.sequence}-${Math.max(0, ...[...document.querySelectorAll("#checkpoints tbody tr")].map((row) => Number(/** @type {HTMLElement} */ (row).dataset.step)))}`;
+const mayChange = by("actions").dataset.may === "yes";
 const ENDS = ["succeeded", "failed", "cancelled"];
 
 const loss = chart(by("loss-chart"), [
-  { label: "train", token: "--accent", alpha: 0.25 }, { label: "smoothed", token: "--accent", width: 2 },
-  { label: "held-out", token: "--second", width: 2, dash: [6, 4], points: true }]);
-const rate = chart(by("rate-chart"), [{ label: "learning rate", token: "--accent" }]);
-const norm = chart(by("norm-chart"), [{ label: "gradient norm", token: "--accent" }]);
+  { label: t("train"), token: "--accent", alpha: 0.25 }, { label: t("smoothed"), token: "--accent", width: 2 },
+  { label: t("held-out"), token: "--second", width: 2, dash: [6, 4], points: true }]);
+const rate = chart(by("rate-chart"), [{ label: t("Learning rate"), token: "--accent" }]);
+const speed = chart(by("speed-chart"), [{ label: t("Tokens/s"), token: "--accent" }]);
+const norm = chart(by("norm-chart"), [{ label: t("Gradient norm"), token: "--accent" }]);
 
 function drawCharts() {
   const share = Number(/** @type {HTMLInputElement} */ (by("smoothing")).value);
   const column = (/** @type {string} */ name) => points.map((point) => point[name] ?? null);
-  const steps = column("step"), train = column("train_loss");
-  loss.draw([steps, train, smooth(train, share), column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], /** @type {HTMLInputElement} */ (by("log")).checked);
-  rate.draw([steps, column("learning_rate")]);
-  norm.draw([steps, column("grad_norm")]);
+  for (const each of ["loss-chart", "rate-chart", "speed-chart", "norm-chart"]) {
+    if (points.length) delete by(each).dataset.empty; else by(each).dataset.empty = t("no step yet");
+  }
+  const steps = column("step"), train = column("train_loss"), smoothed = smooth(train, share);
   by("loss-chart").dataset.points = String(points.length);
+  by("loss-chart").dataset.raw = JSON.stringify(train.slice(-20));
+  by("loss-chart").dataset.smoothed = JSON.stringify(smoothed.slice(-20));
   by("loss-chart").dataset.series = points.some((point) => "valid_loss" in point || "full_valid_loss" in point) ? "train,valid" : "train";
+  if (points.length) {
+    loss.draw([steps, train, smoothed, column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], /** @type {HTMLInputElement} */ (by("log")).checked);
+    rate.draw([steps, column("learning_rate")]);
+    speed.draw([steps, column("tokens_per_second")]);
+    norm.draw([steps, column("grad_norm")]);
+  }
   if (!by("loss-table").hidden) drawTable();
 }
 
 function drawTable() {
   const rows = points.slice(-200).map((point) => make("tr", {}, ...["step", "train_loss", "valid_loss", "full_valid_loss"].map((name) => make("td", { class: "num" }, number(point[name])))));
-  by("loss-table").replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...["Step", "Train", "Held-out batch", "Held-out"].map((name) => make("th", { scope: "col", class: "num" }, name)))), make("tbody", {}, ...rows)));
+  by("loss-table").replaceChildren(make("table", {}, make("thead", {}, make("tr", {}, ...[t("Step"), t("Train loss"), t("Held-out batch"), t("Held-out loss")].map((name) => make("th", { scope: "col", class: "num" }, name)))), make("tbody", {}, ...rows)));
 }
 
 function drawJob() {
   const total = job.total_steps ?? 0, ended = ENDS.includes(job.status), last = points.at(-1);
   const step = Math.max(job.step, last?.step ?? 0);
-  const mark = make("span", { class: `status ${job.status}`, "data-status": job.status }, make("i", { "aria-hidden": "true" }), job.status.replaceAll("_", " "));
+  const mark = make("span", { class: `status ${job.status}`, "data-status": job.status }, make("i", { "aria-hidden": "true" }), t(job.status.replaceAll("_", " ")));
   by("status").replaceChildren(mark);
   const bar = /** @type {HTMLProgressElement} */ (by("bar"));
   bar.max = total || 1;
@@ -47,15 +57,17 @@ function drawJob() {
   for (const name of ["epoch", "train_loss", "tokens_per_second"]) by(name).textContent = number(last?.[name]);
   by("valid_loss").textContent = number([...points].reverse().find((point) => "full_valid_loss" in point)?.full_valid_loss);
   const left = job.status === "running" ? remaining(seen, total) : null;
-  by("eta").textContent = left === null ? "–" : `about ${duration(left)}`;
+  by("eta").textContent = left === null ? "–" : t("about {time}", { time: duration(left) });
   const stage = ended ? 3 : job.status === "running" || job.status === "paused" ? (step || total ? 2 : 1) : 0;
   by("stages").querySelectorAll("li").forEach((item, at) => {
     item.toggleAttribute("data-done", at < stage || (at === 3 && job.status === "succeeded"));
     item.toggleAttribute("data-failed", at === 3 && ["failed", "cancelled"].includes(job.status));
     if (at === stage && !ended) item.setAttribute("aria-current", "step"); else item.removeAttribute("aria-current");
-    if (at === 3 && ended) item.textContent = job.status;
+    if (at === 3 && ended) item.textContent = t(job.status);
   });
-  const show = (/** @type {string} */ name, /** @type {boolean} */ visible) => { /** @type {HTMLElement} */ (document.querySelector(`[data-action="${name}"]`)).hidden = !visible; };
+  const show = (/** @type {string} */ name, /** @type {boolean} */ wanted) => {
+    const visible = wanted && mayChange; /** @type {HTMLElement} */ (document.querySelector(`[data-action="${name}"]`)).hidden = !visible;
+  };
   show("pause", !ended && job.status !== "paused" && !job.pause_requested);
   show("resume", job.status === "paused" || (!ended && job.pause_requested));
   show("cancel", !ended && !job.cancel_requested);
@@ -65,6 +77,7 @@ function drawJob() {
   link.href = `${root}/ui/playground?left=${encodeURIComponent(job.base_model)}&right=${encodeURIComponent(job.fine_tuned_model ?? "")}`;
   by("failure").hidden = !job.error;
   if (job.error) by("failure").textContent = `${job.error.code}: ${job.error.message}`;
+  by("remedies").hidden = !mayChange || job.error?.code !== by("remedies").dataset.codes;
   const name = job.user_provided_suffix ?? job.id;
   document.title = `${job.status === "running" && total ? `${Math.floor((100 * step) / total)} % ` : ""}${name} · Tunery`;
   drawClock();
@@ -76,8 +89,16 @@ function drawClock() {
 
 /** @param {any} event */
 function addEvent(event) {
-  by("events").prepend(make("li", { class: event.level }, make("time", {}, new Date(event.created_at * 1000).toLocaleTimeString()), event.message));
+  by("events").prepend(make("li", { class: event.level, ...(isShown(event.level) ? {} : { hidden: "" }) }, make("time", {}, new Date(event.created_at * 1000).toLocaleTimeString()), event.message));
 }
+/** @param {string} level */
+function isShown(level) {
+  const least = /** @type {HTMLSelectElement} */ (by("event-level")).value;
+  return !least || level === "error" || level === least;
+}
+by("event-level").addEventListener("change", () => {
+  for (const item of by("events").querySelectorAll("li")) item.hidden = !isShown(item.className);
+});
 /** @param {any} saved */
 function addCheckpoint(saved) {
   const body = /** @type {HTMLElement} */ (document.querySelector("#checkpoints tbody"));
@@ -85,6 +106,7 @@ function addCheckpoint(saved) {
   const name = saved.fine_tuned_model_checkpoint;
   body.prepend(make("tr", { "data-step": String(saved.step_number) }, make("td", {}, number(saved.step_number)), make("td", { class: "num" }, number(saved.metrics.train_loss)), make("td", { class: "num" }, number(saved.metrics.full_valid_loss)),
     make("td", { class: "mono small" }, make("a", { href: `${root}/ui/playground?right=${encodeURIComponent(name)}` }, name))));
+  document.dispatchEvent(new Event("checkpoint"));
 }
 
 /** @type {EventSource|null} */ let stream = null;
@@ -106,7 +128,7 @@ function open() {
   on("event", addEvent);
   on("checkpoint", addCheckpoint);
   on("job", (fresh) => {
-    if (fresh.status !== job.status) say(`The job is ${fresh.status}.`);
+    if (fresh.status !== job.status) say(t("The job is {status}.", { status: t(fresh.status.replaceAll("_", " ")) }));
     job = fresh;
     drawJob();
   });
@@ -121,8 +143,8 @@ by("actions").addEventListener("click", async (event) => {
   const action = /** @type {HTMLElement} */ (event.target).dataset.action;
   if (!action) return;
   const name = job.user_provided_suffix ?? job.id;
-  const kept = document.querySelector("#checkpoints tbody tr") ? "Its checkpoints stay usable." : "It has no checkpoint yet.";
-  if (action === "cancel" && !(await confirmed(`Cancel ${name}? ${kept}`, "Cancel the job"))) return;
+  const kept = document.querySelector("#checkpoints tbody tr") ? t("Its checkpoints stay usable.") : t("It has no checkpoint yet.");
+  if (action === "cancel" && !(await confirmed(`${t("Cancel {name}?", { name })} ${kept}`, t("Cancel the job")))) return;
   try {
     const answer = await call("POST", `/v1/fine_tuning/jobs/${job.id}/${action}`);
     if (action === "rerun") location.assign(`${root}/ui/jobs/${answer.id}`);

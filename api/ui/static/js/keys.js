@@ -1,5 +1,5 @@
 // @ts-check
-import { call, complain, confirmed, make, say } from "./app.js";
+import { call, complain, confirmed, make, say, t } from "./app.js";
 
 const by = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 
@@ -7,18 +7,18 @@ by("new-key").addEventListener("submit", async (event) => {
   event.preventDefault();
   const name = /** @type {HTMLInputElement} */ (by("name"));
   try {
-    const key = await call("POST", "/v1/api_keys", { name: name.value });
+    const key = await call("POST", "/v1/api_keys", { name: name.value, scopes: [.../** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll('input[name="scope"]:checked'))].map((box) => box.value) });
     by("secret").hidden = false;
     by("secret-value").textContent = key.value;
     name.value = "";
-    const row = make("tr", { "data-key": key.id }, ...[key.name, `${key.prefix}…`, "now", "active", ""].map((text) => make("td", {}, text)));
+    const row = make("tr", { "data-key": key.id }, ...[key.name, `${key.prefix}…`, key.scopes.join(", "), t("now"), "–", t("active"), ""].map((text) => make("td", {}, text)));
     document.querySelector("#keys tbody")?.append(row);
-    say("The key was made.");
+    say(t("The key was made."));
   } catch (error) { complain(error); }
 });
-by("copy").addEventListener("click", () => navigator.clipboard.writeText(by("secret-value").textContent ?? "").then(() => say("Copied.")));
+by("copy").addEventListener("click", () => navigator.clipboard.writeText(by("secret-value").textContent ?? "").then(() => say(t("Copied."))));
 document.addEventListener("click", async (event) => {
   const { revoke, name } = /** @type {HTMLElement} */ (event.target).dataset ?? {};
-  if (!revoke || !(await confirmed(`Revoke ${name}? Whoever uses it is shut out at once.`, "Revoke the key"))) return;
+  if (!revoke || !(await confirmed(t("Revoke {name}? Whoever uses it is shut out at once.", { name: name ?? "" }), t("Revoke the key")))) return;
   try { await call("DELETE", `/v1/api_keys/${revoke}`); location.reload(); } catch (error) { complain(error); }
 });

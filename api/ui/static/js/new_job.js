@@ -1,5 +1,5 @@
 // @ts-check
-import { ApiError, call, make, root } from "./app.js";
+import { ApiError, call, make, root, t } from "./app.js";
 import { asCode, duration, number, put, size } from "./lib.js";
 
 const form = /** @type {HTMLFormElement} */ (document.getElementById("job-form"));
@@ -18,15 +18,23 @@ const fields = () => [...form.querySelectorAll("[data-field]")].filter((field) =
 /** @param {HTMLInputElement} field */
 function valueOf(field) {
   if (field.type === "checkbox") return field.checked;
-  const text = field.value.trim();
-  return text !== "" && !Number.isNaN(Number(text)) && field.type !== "select-one" ? Number(text) : text;
+  const text = field.value.trim(), kind = field.dataset.kind;
+  if (kind === "list") return text && text.split(/[\s,]+/);
+  if (kind === "object") return text && parsed(text);
+  if (kind === "word" || field.type === "select-one" || text === "" || Number.isNaN(Number(text))) return text;
+  return Number(text);
+}
+
+/** A typed object; as text, which the service refuses with a reason, if it is none. @param {string} text */
+function parsed(text) {
+  try { return JSON.parse(text); } catch { return text; }
 }
 
 /** Whether a field says what the service takes anyway. @param {HTMLInputElement} field @param {unknown} value */
 function isDefault(field, value) {
   if (field.type === "checkbox") return field.checked === field.defaultChecked;
   const given = field.dataset.default;
-  if (given !== undefined) return String(value) === given || (typeof value === "number" && value === Number(given));
+  if (given !== undefined) return field.value.trim() === given || (typeof value === "number" && value === Number(given));
   const options = [.../** @type {any} */ (field).options ?? []];
   const usual = options.find((option) => option.defaultSelected) ?? options[0];
   return usual?.value === field.value && !["training_file", "model"].includes(field.dataset.field ?? "");
@@ -36,10 +44,9 @@ function body() {
   /** @type {Record<string, any>} */ const made = {};
   for (const field of fields()) {
     const path = /** @type {string} */ (field.dataset.field), value = valueOf(field);
-    const is_type = path.endsWith(".type");
-    if (value === "" || (!is_type && isDefault(field, value))) continue;
-    if (path === "peft.target_modules") put(made, path, String(value).split(/[\s,]+/));
-    else put(made, path, value);
+    const isChosen = ["peft.type", "objective.type", "precision.type"].includes(path);
+    if (value === "" || (!isChosen && isDefault(field, value))) continue;
+    put(made, path, value);
   }
   if (made.validation_file) delete made.validation_split;
   if (String(made.model ?? "").startsWith("ft:")) delete made.peft;
@@ -47,7 +54,7 @@ function body() {
     made.method = { type: "supervised", supervised: { hyperparameters: made.hyperparameters } };
     delete made.hyperparameters;
   }
-  if (made.optimizer) made.optimizer.type = "adamw";
+  if (made.optimizer) made.optimizer.type ??= /** @type {HTMLSelectElement} */ (form.querySelector('[data-field="optimizer.type"]')).value;
   return made;
 }
 
@@ -75,6 +82,25 @@ function forgetErrors() {
   form.querySelectorAll("[aria-invalid]").forEach((each) => each.removeAttribute("aria-invalid"));
 }
 
+/** Show the peak beside the memory of each worker's device; what fits none cannot be started. @param {number|null} peak */
+async function showFit(peak) {
+  const place = /** @type {HTMLElement} */ (document.getElementById("fits")), start = /** @type {HTMLButtonElement} */ (document.getElementById("start"));
+  start.disabled = false;
+  place.replaceChildren();
+  delete place.dataset.fits;
+  if (peak === null) return;
+  const workers = (await call("GET", "/v1/workers")).data.filter((/** @type {any} */ each) => each.kind === "training" && each.status === "online");
+  const devices = workers.flatMap((/** @type {any} */ each) => each.devices.map((/** @type {any} */ device) => ({ ...device, host: each.host })));
+  if (!devices.length) return;
+  const largest = Math.max(...devices.map((/** @type {any} */ each) => each.memory_total));
+  place.replaceChildren(...devices.map((/** @type {any} */ each) => make("p", { class: `small device ${peak > each.memory_total ? "over" : ""}` }, `${each.host} · ${each.name}: ${t("{part} of {whole}", { part: size(peak), whole: size(each.memory_total) })}`,
+    make("progress", { max: String(each.memory_total), value: String(Math.min(peak, each.memory_total)), "aria-label": t("Peak memory on {device}", { device: each.name }) }))));
+  place.dataset.fits = String(peak <= largest);
+  if (peak <= largest) return;
+  start.disabled = true;
+  place.append(make("p", { class: "note bad", role: "alert" }, t("No worker has this much memory: {bytes} are missing on the largest. Choose fewer bits, a smaller method or shorter rows.", { bytes: size(peak - largest) })));
+}
+
 let asked = 0;
 async function estimate() {
   const mine = (asked += 1), wanted = body();
@@ -83,14 +109,16 @@ async function estimate() {
     const found = await call("POST", "/v1/fine_tuning/estimate", wanted);
     if (mine !== asked) return;
     shown.dataset.peak = String(found.peak_bytes);
+    showFit(found.peak_bytes).catch(() => undefined);
     const parts = Object.entries(found.memory).map(([name, bytes]) => [make("dt", { class: "small" }, name), make("dd", { class: "small" }, size(/** @type {number} */ (bytes)))]).flat();
     shown.replaceChildren(
-      make("dl", { class: "tiles" }, make("div", {}, make("dt", {}, "Time"), make("dd", {}, duration(found.seconds))), make("div", {}, make("dt", {}, "Peak memory"), make("dd", {}, size(found.peak_bytes)))),
+      make("dl", { class: "tiles" }, make("div", {}, make("dt", {}, t("Time")), make("dd", {}, duration(found.seconds))), make("div", {}, make("dt", {}, t("Peak memory")), make("dd", {}, size(found.peak_bytes)))),
       make("p", { class: "small dim" }, `${duration(found.seconds_band.low)} – ${duration(found.seconds_band.high)}, ${size(found.peak_bytes_band.low)} – ${size(found.peak_bytes_band.high)} on ${found.device}`),
-      make("dl", { class: "pairs" }, ...parts, make("dt", {}, "steps"), make("dd", {}, number(found.total_steps)), make("dt", {}, "tokens"), make("dd", {}, number(found.total_tokens)), make("dt", {}, "trained"), make("dd", {}, `${number(found.trainable_parameters)} parameters`)));
+      make("dl", { class: "pairs" }, ...parts, make("dt", {}, t("steps")), make("dd", {}, number(found.total_steps)), make("dt", {}, t("tokens")), make("dd", {}, number(found.total_tokens)), make("dt", {}, t("trained")), make("dd", {}, t("{count} parameters", { count: number(found.trainable_parameters) }))));
   } catch (error) {
     if (mine !== asked || !(error instanceof ApiError)) return;
     delete shown.dataset.peak;
+    showFit(null).catch(() => undefined);
     shown.replaceChildren(make("p", { class: "dim" }, error.message));
     const passing = ["not_measured_yet", "file_not_linted", "no_inference_server"];
     if (passing.includes(error.code ?? "")) setTimeout(() => { if (mine === asked) estimate(); }, 3000);
@@ -108,11 +136,15 @@ function changed() {
 
 /** Fill the form with a job's numbers. @param {any} job */
 function fill(job) {
+  job.suffix = job.user_provided_suffix;
   for (const field of form.querySelectorAll("[data-field]")) {
     const input = /** @type {HTMLInputElement} */ (field);
     const value = (input.dataset.field ?? "").split(".").reduce((/** @type {any} */ here, part) => here?.[part], job);
-    if (value === undefined || value === null) continue;
-    if (input.type === "checkbox") input.checked = Boolean(value); else input.value = Array.isArray(value) ? value.join(", ") : String(value);
+    const { plugin, name } = /** @type {HTMLElement|null} */ (field.closest("fieldset[data-plugin]"))?.dataset ?? {};
+    if (value === undefined || value === null || (plugin && job[plugin]?.type !== name)) continue;
+    if (input.type === "checkbox") input.checked = Boolean(value);
+    else if (Array.isArray(value)) input.value = value.join(", ");
+    else input.value = typeof value === "object" ? JSON.stringify(value) : String(value);
   }
 }
 
@@ -149,4 +181,9 @@ form.addEventListener("submit", async (event) => {
   }
 });
 if (form.dataset.source) fill(await call("GET", `/v1/fine_tuning/jobs/${form.dataset.source}`));
+for (const change of new URLSearchParams(location.search).getAll("set")) {
+  const [path, value] = change.split(":");
+  const field = /** @type {HTMLInputElement|null} */ (form.querySelector(`[data-field="${CSS.escape(path)}"]`));
+  if (field) field.value = value;
+}
 changed();

@@ -1,6 +1,6 @@
 // @ts-check
-import { make, root, say, send } from "./app.js";
-import { eventReader, number } from "./lib.js";
+import { ask } from "./answers.js";
+import { make, root, say, t } from "./app.js";
 
 const by = (/** @type {string} */ id) => /** @type {HTMLInputElement} */ (document.getElementById(id));
 const panes = [...document.querySelectorAll(".pane")].map((pane) => ({
@@ -28,33 +28,14 @@ async function answer(side, prompt, signal) {
   side.turns.push({ role: "user", content: prompt });
   const turn = make("div", { class: "turn assistant" });
   side.answers.append(make("div", { class: "turn user" }, prompt), turn);
-  const started = performance.now();
-  let first = 0, text = "", model = "", usage = null;
-  try {
-    const response = await send("POST", "/v1/chat/completions", { model: side.model.value, messages: messages(side), stream: true, stream_options: { include_usage: true }, ...options() }, signal);
-    const read = eventReader();
-    const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).pipeThrough(/** @type {any} */ (new TextDecoderStream())).getReader();
-    for (let part = await reader.read(); !part.done; part = await reader.read()) {
-      for (const data of read(/** @type {any} */ (part.value))) {
-        if (data === "[DONE]") continue;
-        const event = JSON.parse(data);
-        if (event.error) throw new Error(event.error.message);
-        model = event.model ?? model;
-        usage = event.usage ?? usage;
-        const piece = event.choices?.[0]?.delta?.content ?? "";
-        if (piece && !first) first = performance.now() - started;
-        text += piece;
-        turn.textContent = text;
-        side.answers.scrollTop = side.answers.scrollHeight;
-      }
-    }
-  } catch (error) {
-    if (!signal.aborted) { turn.classList.add("failed"); turn.textContent = error instanceof Error ? error.message : String(error); }
-  }
-  if (text) side.turns.push({ role: "assistant", content: text }); else side.turns.pop();
-  const seconds = (performance.now() - started - first) / 1000;
-  side.facts.textContent = model ? `${model} · first token ${Math.round(first)} ms${usage ? ` · ${number(usage.completion_tokens)} tokens, ${number(Math.round(usage.completion_tokens / Math.max(seconds, 0.001)))}/s` : ""}${signal.aborted ? " · stopped" : ""}` : "";
-  side.pane.dataset.model = model;
+  const found = await ask({ model: side.model.value, messages: messages(side), ...options() }, signal, (text) => {
+    turn.textContent = text;
+    side.answers.scrollTop = side.answers.scrollHeight;
+  });
+  if (found.error) { turn.classList.add("failed"); turn.textContent = found.error; }
+  if (found.text) side.turns.push({ role: "assistant", content: found.text }); else side.turns.pop();
+  side.facts.textContent = found.facts;
+  side.pane.dataset.model = found.model;
   keep();
 }
 
@@ -62,18 +43,33 @@ function keep() {
   sessionStorage.setItem("tunery_turns", JSON.stringify(panes.map((side) => side.turns)));
 }
 
-by("ask").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const prompt = by("prompt").value.trim();
-  if (!prompt || running) return;
-  by("prompt").value = "";
+/** @param {string} prompt */
+async function answerBoth(prompt) {
   running = new AbortController();
   by("stop").hidden = false;
   const signal = running.signal;
   await Promise.all(panes.filter((side) => side.model.value).map((side) => answer(side, prompt, signal)));
   running = null;
   by("stop").hidden = true;
-  say("The answer is complete.");
+  say(t("The answer is complete."));
+}
+by("ask").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const prompt = by("prompt").value.trim();
+  if (!prompt || running) return;
+  by("prompt").value = "";
+  answerBoth(prompt);
+});
+by("retry").addEventListener("click", () => {
+  const asked = panes.map((side) => side.turns.findLast((turn) => turn.role === "user")?.content).find(Boolean);
+  if (!asked || running) return;
+  for (const side of panes) {
+    const at = side.turns.findLastIndex((turn) => turn.role === "user" && turn.content === asked);
+    if (at < 0) continue;
+    side.turns.splice(at);
+    side.answers.replaceChildren(...[...side.answers.children].slice(0, 2 * Math.floor(at / 2)));
+  }
+  answerBoth(asked);
 });
 by("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); /** @type {any} */ (by("ask")).requestSubmit(); }
@@ -85,7 +81,7 @@ by("copy-code").addEventListener("click", () => {
   const side = panes.at(-1)?.model.value ? panes[1] : panes[0];
   const body = { model: side.model.value, messages: messages(side), ...options() };
   navigator.clipboard.writeText(`from openai import OpenAI\n\nclient = OpenAI(base_url="${location.origin}${root}/v1")\nanswer = client.chat.completions.create(**${JSON.stringify(body, null, 4)})\nprint(answer.choices[0].message.content)\n`);
-  say("Copied.");
+  say(t("Copied."));
 });
 for (const [at, turns] of /** @type {any[][]} */ (JSON.parse(sessionStorage.getItem("tunery_turns") ?? "[]")).entries()) {
   if (!panes[at]) continue;

@@ -1,0 +1,31 @@
+"""Notes of changes for the audit log."""
+
+from typing import Any
+
+from sqlalchemy.orm import Session
+from structlog.contextvars import get_contextvars
+
+from api.deps import Caller
+from models.registry import audit
+from models.tables import AuditLog
+
+
+def note(session: Session, caller: Caller, type_: str, object_id: str, **details: Any) -> None:
+    """Record a change of the caller's in the transaction that makes it.
+
+    Args:
+        session: That of the change.
+        caller: Who makes it.
+        type_: What kind of change, e.g. ``api_key.created`` (OpenAI's names where it has one).
+        object_id: What was changed.
+        details: Anything worth reading later; never a secret.
+    """
+    entry = AuditLog(
+        project_id=caller.project_id,
+        key_id=caller.key_id,
+        request_id=get_contextvars().get("request_id"),
+        type=type_,
+        object_id=object_id,
+        details=details or None,
+    )
+    audit.record(session, entry)

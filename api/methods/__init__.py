@@ -1,0 +1,1 @@
+"""What can be trained: methods, objectives and what goes with what."""

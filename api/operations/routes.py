@@ -1,0 +1,56 @@
+"""``/v1/workers`` and ``/v1/usage``."""
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Query
+
+from api.deps import CallerDep, ReadSession, ServicesDep
+from api.operation_bodies import usage_buckets, workers_body
+from models.domain.base import JsonObject
+from models.errors import InvalidRequestError
+from models.registry import usage
+from models.registry.usage import DAY_SECONDS
+
+DEFAULT_DAYS = 30
+MAX_DAYS = 366
+MAX_TIME = 2**40
+
+router = APIRouter(tags=["operations"])
+
+Time = Annotated[int | None, Query(ge=0, le=MAX_TIME)]
+
+
+@router.get("/workers")
+def list_workers(session: ReadSession, caller: CallerDep) -> JsonObject:
+    """List the workers that live (devices, memory in bytes, what each slot does), those lost within
+    a day (``status`` "offline"), then the inference servers. Jobs of other projects are not named.
+    """
+    data = workers_body(session, caller.project_id)
+    return {"object": "list", "data": data, "has_more": False}
+
+
+@router.get("/usage")
+def show_usage(
+    session: ReadSession,
+    services: ServicesDep,
+    caller: CallerDep,
+    start_time: Time = None,
+    end_time: Time = None,
+    group_by: Annotated[list[Literal["model", "api_key_id"]] | None, Query()] = None,
+) -> JsonObject:
+    """Show what the project used on each day (UTC): requests, tokens served and trained, seconds
+    of devices. Times are seconds since 1970; the default is the last 30 days. ``group_by`` may be
+    repeated.
+    """
+    services.meter.flush()
+    last = usage.today(session) if end_time is None else max(0, end_time - 1) // DAY_SECONDS
+    first = last - DEFAULT_DAYS + 1 if start_time is None else start_time // DAY_SECONDS
+    if first > last:
+        raise InvalidRequestError("'end_time' must be after 'start_time'.", param="end_time")
+    if last - first >= MAX_DAYS:
+        raise InvalidRequestError(
+            f"The range has more than {MAX_DAYS} days; ask for less.", param="start_time"
+        )
+    rows = usage.by_day(session, caller.project_id, first, last)
+    buckets = usage_buckets(rows, group_by or ())
+    return {"object": "page", "data": buckets, "has_more": False, "next_page": None}

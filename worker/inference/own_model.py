@@ -1,0 +1,57 @@
+"""A base and one adapter as one model: merged in float32, or with the adapter's modules inside."""
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from worker.base_models import dequantise_, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_own_model(
+    base: Path, adapter: Path, served: str, *, precision: str, device: str
+) -> "PreTrainedModel":
+    """Load a copy of the base with an adapter that no batch can serve.
+
+    Merged models are held in float32, whatever the base is held in: the sum would not fit into
+    fewer bits, and NF4 would have to be quantised again (specs: methods, finding 5).
+
+    Args:
+        base: Directory of the base model.
+        adapter: Directory of the adapter.
+        served: The manifest's ``served``: ``merged`` or ``own``.
+        precision: How the server holds the base.
+        device: Where the model goes.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: the adapter's files do not fit the base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    # Both make their configurations known to PEFT.
+    import worker.training.reversible.tuner
+    import worker.training.tuners.own  # noqa: F401
+
+    model: Any = load_model(base, precision=precision, device=device)
+    if precision == "nf4":
+        dequantise_(model)
+    if served == "merged":
+        model = model.float()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
+        adapted: Any = PeftModel.from_pretrained(
+            model, str(adapter), autocast_adapter_dtype=False, torch_device=device
+        )
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+        stray = {name.replace(".default", "") for name in loaded} ^ set(file.keys())
+    if stray:
+        raise ValueError(f"tensors are missing or left over: {', '.join(sorted(stray)[:5])}")
+    whole: PreTrainedModel = (
+        adapted.merge_and_unload() if served == "merged" else adapted.get_base_model()
+    )
+    return whole.requires_grad_(False).eval()

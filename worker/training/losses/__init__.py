@@ -1,0 +1,1 @@
+"""Losses over what a forward pass gives: plain functions of tensors."""

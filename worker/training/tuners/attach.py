@@ -1,0 +1,100 @@
+"""Put an adapter on a model through PEFT: float32 weights from a seed, whatever the base is in."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from models.errors import InvalidRequestError
+from worker.heads import COPIES, head_paths, head_settings
+
+
+def attach_adapter(
+    model: PreTrainedModel | PeftModel,
+    config: PeftConfig,
+    seed: int,
+    adapter: str,
+    start: Callable[[PeftModel], None] = lambda _: None,
+) -> PeftModel:
+    """Add trainable float32 weights to `model`, in place.
+
+    Args:
+        model: A base, or one that has adapters already, which stay as they are.
+        config: Of the adapter.
+        seed: Of the first weights, which do not depend on the other adapters.
+        adapter: PEFT's name of what is added.
+        start: Sets other first weights; called with torch's random numbers started by `seed`.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    heads = head_paths(base)
+    if heads and config.is_prompt_learning:
+        raise InvalidRequestError(
+            "This method has no place for a new head. Choose another, e.g. 'lora'.",
+            param="peft.type",
+        )
+    if heads:
+        for name, value in head_settings(heads, getattr(config, "target_modules", None)).items():
+            setattr(config, name, value)
+    if not base.can_generate() or base.config.is_encoder_decoder:
+        config.task_type = None
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.24 for an attribute under its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        torch.manual_seed(seed)
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter, config)
+            adapted = model
+        else:
+            fresh = get_peft_model(model, config, adapter_name=adapter)
+            assert isinstance(fresh, PeftModel)
+            adapted = fresh
+        start(adapted)
+    for name, parameter in adapted.named_parameters():
+        if adapter in name.split("."):
+            parameter.data = parameter.data.float()
+    if not config.is_prompt_learning:
+        adapted.set_requires_grad(adapter)  # PEFT freezes the adapters that are not active
+    return adapted
+
+
+def linear_layers(
+    model: PreTrainedModel | PeftModel, *, with_head: bool = False
+) -> dict[str, nn.Module]:
+    """Return the base's linear layers by its own paths, those of adapters left out.
+
+    Args:
+        model: A base, with adapters or without.
+        with_head: Whether the language-model head counts.
+    """
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = head_of(base)
+    heads = set(head_paths(base))
+    adapted: tuple[str, ...] = ()
+    found: dict[str, nn.Module] = {}
+    for path, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            adapted = (*adapted, f"{path}.")
+        if not isinstance(module, nn.Linear | Conv1D) or (module is head and not with_head):
+            continue
+        if path in heads or f".{COPIES}." in path or path.endswith(".original_module"):
+            continue  # a new head is trained whole
+        if path.endswith(".base_layer") or not path.startswith(adapted):
+            found[path.replace(".base_layer", "")] = module
+    return found
+
+
+def head_of(base: Any) -> nn.Module | None:
+    """Return the language-model head of a base, without what an adapter put around it."""
+    head = getattr(base, "get_output_embeddings", lambda: None)()
+    return head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+
+
+def is_transposed(model: PreTrainedModel | PeftModel) -> bool:
+    """Tell whether the weights are [in, out], as those of GPT-2's ``Conv1D`` are."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
