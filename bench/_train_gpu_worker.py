@@ -51,11 +51,9 @@ def make_rows() -> list[tuple[list[int], int]]:
     ]
 
 
-def build_base(shape: dict[str, Any]) -> Any:
-    """Return a random model on the GPU, its linear layers but the head in NF4."""
-    import bitsandbytes as bnb
+def build_plain_base(shape: dict[str, Any]) -> Any:
+    """Return a random model in bfloat16 on the GPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.quantizers.auto import AutoHfQuantizer
 
     torch.manual_seed(0)
     config = LlamaConfig(**shape)
@@ -64,6 +62,15 @@ def build_base(shape: dict[str, Any]) -> Any:
         torch.set_default_dtype(torch.bfloat16)
         model: Any = LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False).eval()
+
+
+def build_base(shape: dict[str, Any]) -> Any:
+    """Return a random model on the GPU, its linear layers but the head in NF4."""
+    import bitsandbytes as bnb
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    model = build_plain_base(shape)
     for path, module in list(model.named_modules()):
         if type(module) is not torch.nn.Linear or path == "lm_head":
             continue
@@ -126,6 +133,7 @@ def run_ours(shape: dict[str, Any]) -> None:
     from worker.training import methods, objectives
     from worker.training.forward import choose_forward
     from worker.training.loop import Trainer
+    from worker.training.model import adapt
     from worker.training.objectives.base import Example
     from worker.training.task import Task
 
@@ -149,8 +157,7 @@ def run_ours(shape: dict[str, Any]) -> None:
     )
     params = methods.parse_params(spec.peft)
     method = methods.get_method("lora")
-    model = method.attach(build_base(shape), params, 7)
-    model.train()
+    model = adapt(build_base(shape), method, params, 7)
     forward, reason = choose_forward(model, spec.precision, "cuda:0", 2, cache_weights=False)
     if reason is not None:
         raise SystemExit(reason)
