@@ -2,8 +2,8 @@
 
 import asyncio
 import copy
-import time
 from concurrent.futures import ThreadPoolExecutor
+from time import monotonic
 
 from models.domain.generation import AdapterRef
 from models.domain.reports import AdapterManifest
@@ -122,11 +122,11 @@ class Residency:
             return
         error = load.exception()  # all who waited may be gone: then nobody else looks at it
         if isinstance(error, TuneryError) and type(error) in FAILURE_SECONDS:
-            until = time.monotonic() + FAILURE_SECONDS[type(error)]
+            until = monotonic() + FAILURE_SECONDS[type(error)]
             self._failures[digest] = (error, until)
 
     def _raise_known_failure(self, digest: str) -> None:
-        now = time.monotonic()
+        now = monotonic()
         self._failures = {key: each for key, each in self._failures.items() if each[1] > now}
         if digest in self._failures:
             raise copy.copy(self._failures[digest][0])

@@ -66,7 +66,7 @@ def real(
     engine = service.engine
     assert isinstance(engine, BatchingEngine)
     # The numbers of the NF4 base in float32, in which an answer does not depend on its company.
-    engine._model.float()
+    torch.nn.Module.float(engine._model)
     template = service._renderer.template_sha256
     store = open_store(settings.storage)
     refs = [
@@ -124,7 +124,7 @@ def test_the_wrapped_nf4_base_answers_to_the_bit_like_the_plain_one(
     directory, _ = smollm2
     model: Any = load_model(directory, precision="nf4")
     dequantise_(model)
-    model.float()
+    torch.nn.Module.float(model)
     tokenizer = load_tokenizer(directory)
     messages = [{"role": "user", "content": "Say something in Japanese."}]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
