@@ -196,22 +196,16 @@ def tokens_of(rows: list[tuple[list[int], int]]) -> list[int]:
     return [sum(len(rows[row][0]) for row in batch) for batch in in_order(len(rows))]
 
 
-def run_trl(shape: dict[str, Any], *, best: bool, unsloth: bool = False) -> None:
-    """TRL's SFTTrainer on ids; `best` orders the rows of a step by length."""
-    if unsloth:
-        from unsloth import FastLanguageModel  # type: ignore[import-not-found]
+def dataset(rows: list[tuple[list[int], int]], *, grouped: bool) -> Any:
+    """Return the rows as TRL takes them; `grouped` orders those of a step by length."""
     from datasets import Dataset
-    from peft import LoraConfig
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
-    rows = make_rows()
     order = [
         row
         for batch in in_order(len(rows))
-        for row in (sorted(batch, key=lambda row: -len(rows[row][0])) if best else batch)
+        for row in (sorted(batch, key=lambda row: -len(rows[row][0])) if grouped else batch)
     ]
-    data = Dataset.from_list(
+    return Dataset.from_list(
         [
             {
                 "input_ids": rows[row][0],
@@ -221,35 +215,68 @@ def run_trl(shape: dict[str, Any], *, best: bool, unsloth: bool = False) -> None
             for row in order
         ]
     )
-    model = build_base(shape)
-    peft_config: Any = LoraConfig(
+
+
+def unsloth_model(shape: dict[str, Any], directory: Path) -> tuple[Any, Any]:
+    """Return the same base with adapters, and its tokenizer, as Unsloth loads them."""
+    from unsloth import FastLanguageModel  # type: ignore[import-not-found]
+
+    base = build_base(shape)
+    save_quantised(base, make_tokenizer(), directory)
+    del base
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(directory), max_seq_length=2048, load_in_4bit=True, local_files_only=True
+    )
+    model = FastLanguageModel.get_peft_model(
+        model,
         r=RANK,
         lora_alpha=int(ALPHA),
         lora_dropout=0.0,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
+        target_modules=PROJECTIONS,
+        use_gradient_checkpointing=False,
     )
-    tokenizer = make_tokenizer()
+    return model, tokenizer
+
+
+def run_trl(shape: dict[str, Any], *, best: bool, unsloth: bool = False) -> None:
+    """TRL's SFTTrainer on ids; `best` orders the rows of a step by length."""
+    if unsloth:
+        import unsloth as _  # noqa: F401 - it changes what is imported after it
+    from peft import LoraConfig
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows = make_rows()
+    meter = Meter(tokens_of(rows))
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            meter.begin()
+
+        def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
+            if logs and "loss" in logs:
+                meter.end(float(logs["loss"]))
+
+    class Ordered(SFTTrainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         if unsloth:
-            model.config.quantization_config = quantization()
-            save_quantised(model, tokenizer, Path(name))
-            del model
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            model, tokenizer = FastLanguageModel.from_pretrained(
-                name, max_seq_length=2048, load_in_4bit=True, local_files_only=True
-            )
-            model = FastLanguageModel.get_peft_model(
-                model,
+            peft_config: Any = None
+            model, tokenizer = unsloth_model(shape, Path(name))
+        else:
+            peft_config = LoraConfig(
                 r=RANK,
                 lora_alpha=int(ALPHA),
                 lora_dropout=0.0,
-                target_modules=PROJECTIONS,
-                use_gradient_checkpointing=False,
+                target_modules="all-linear",
+                task_type="CAUSAL_LM",
             )
-            peft_config = None
+            model, tokenizer = build_base(shape), make_tokenizer()
         a_pass = 16 if best else 8
         checkpointing: dict[str, Any] = {"gradient_checkpointing": False} if best else {}
         options = SFTConfig(
@@ -270,24 +297,10 @@ def run_trl(shape: dict[str, Any], *, best: bool, unsloth: bool = False) -> None
             dataset_kwargs={"skip_prepare_dataset": True},
             **checkpointing,
         )
-        meter = Meter(tokens_of(rows))
-
-        class Turns(TrainerCallback):
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                meter.begin()
-
-            def on_log(self, *_: Any, logs: Any = None, **__: Any) -> None:
-                if logs and "loss" in logs:
-                    meter.end(float(logs["loss"]))
-
-        class Ordered(SFTTrainer):
-            def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
-                return torch.utils.data.SequentialSampler(self.train_dataset)
-
         trainer = Ordered(
             model=model,
             args=options,
-            train_dataset=data,
+            train_dataset=dataset(rows, grouped=best),
             processing_class=tokenizer,
             callbacks=[Turns()],
             peft_config=peft_config,

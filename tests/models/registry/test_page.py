@@ -18,29 +18,61 @@ N_PROJECTS = 10
 SPEC = {"model": "base"}
 
 
+def rows(**values: Callable[[int], Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "created_at": float(n // 10),  # many at the same moment
+            **{name: value(n) for name, value in values.items()},
+        }
+        for n in range(N_ROWS)
+    ]
+
+
+def always(value: Any) -> Callable[[int], Any]:
+    return lambda _: value
+
+
+def numbered(prefix: str) -> Callable[[int], str]:
+    return lambda n: f"{prefix}{n:05}"
+
+
+def _add_to_first_job(session: Session) -> None:
+    of_first = {"job_id": always("ftjob-00000")}
+    session.execute(
+        insert(Event),
+        rows(
+            id=numbered("ftevent-"),
+            sequence=lambda n: n + 1,
+            level=always("info"),
+            type=always("message"),
+            message=always("x"),
+            **of_first,
+        ),
+    )
+    session.execute(
+        insert(Checkpoint),
+        rows(
+            id=numbered("ftckpt-"),
+            attempt=always(1),
+            step=lambda n: n + 1,
+            name=numbered("ft:ckpt:"),
+            object_prefix=always("x"),
+            adapter_digest=always("d"),
+            base_fingerprint=always("f"),
+            metrics=always({}),
+            **of_first,
+        ),
+    )
+
+
 @pytest.fixture
 def project(database: Database) -> str:
     """One of ten projects with a tenth of the rows; job 0 has all events and checkpoints."""
     with database.write() as session:
         owners = [tenancy.create_project(session, f"p{n}").id for n in range(N_PROJECTS)]
 
-        def rows(**values: Callable[[int], Any]) -> list[dict[str, Any]]:
-            return [
-                {
-                    "created_at": float(n // 10),  # many at the same moment
-                    **{name: value(n) for name, value in values.items()},
-                }
-                for n in range(N_ROWS)
-            ]
-
         def owner(n: int) -> str:
             return owners[n % N_PROJECTS]
-
-        def always(value: Any) -> Callable[[int], Any]:
-            return lambda _: value
-
-        def numbered(prefix: str) -> Callable[[int], str]:
-            return lambda n: f"{prefix}{n:05}"
 
         session.execute(
             insert(Job),
@@ -85,32 +117,7 @@ def project(database: Database) -> str:
                 object_id=always("file-x"),
             ),
         )
-        of_first = {"job_id": always("ftjob-00000")}
-        session.execute(
-            insert(Event),
-            rows(
-                id=numbered("ftevent-"),
-                sequence=lambda n: n + 1,
-                level=always("info"),
-                type=always("message"),
-                message=always("x"),
-                **of_first,
-            ),
-        )
-        session.execute(
-            insert(Checkpoint),
-            rows(
-                id=numbered("ftckpt-"),
-                attempt=always(1),
-                step=lambda n: n + 1,
-                name=numbered("ft:ckpt:"),
-                object_prefix=always("x"),
-                adapter_digest=always("d"),
-                base_fingerprint=always("f"),
-                metrics=always({}),
-                **of_first,
-            ),
-        )
+        _add_to_first_job(session)
     with database.engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("ANALYZE"))
     return owners[0]
