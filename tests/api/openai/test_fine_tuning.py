@@ -56,7 +56,7 @@ def test_a_job_is_created_while_the_broker_is_down(client: TestClient) -> None:
         ({"peft": {"type": "lora", "r": 0}}, "peft.r", "invalid_value", "greater"),
         ({"peft": {"rank": 8}}, "peft.rank", "unknown_parameter", "Unknown field"),
         ({"precision": {"type": "int3"}}, "precision.type", "invalid_value", "nf4"),
-        ({"method": {"type": "dpo"}}, "method.type", "invalid_value", "supervised"),
+        ({"method": {"type": "reinforcement"}}, "method.type", "invalid_value", "supervised"),
         ({"integrations": [{"type": "wandb"}]}, "integrations", "invalid_value", "at most 0"),
         ({"num_devices": 0}, "num_devices", "invalid_value", "greater"),
         ({"num_devices": 2}, "num_devices", "devices_unavailable", "at most 1"),
