@@ -61,7 +61,13 @@ def test_every_class_of_the_module_is_covered() -> None:
         if isinstance(value, type) and issubclass(value, TuneryError)
     }
     internal = {TuneryError, LeaseLostError, TrainingFailedError}
-    assert defined == {cls for cls, _ in HTTP_ERRORS} | internal
+    assert defined == {cls for cls, _ in HTTP_ERRORS} | internal | {errors.QuotaError}
+
+
+def test_a_used_up_quota_travels_as_what_it_is_a_kind_of_with_its_code() -> None:
+    received = error_from_dict(errors.QuotaError("Used up.").to_dict())
+    assert type(received) is CapacityError
+    assert received.code == "insufficient_quota"
 
 
 def test_the_sdk_retries_no_state_conflict() -> None:
