@@ -272,6 +272,7 @@ def load_model(
     For ``nf4`` every linear layer but the head becomes bitsandbytes' ``Linear4bit`` (block size 64,
     compute dtype bfloat16), with the guard against finding 3 of the methods specification: on a CPU
     with AVX-512-BF16 the first evaluation would otherwise repack the weights and ruin training.
+    Where a device has no products in bfloat16 (`compute_dtype`), the same numbers are in float32.
 
     Raises:
         ValueError: `precision` is not one of `PRECISIONS`.
@@ -294,14 +295,43 @@ def load_model(
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
+    if precision != "fp32" and compute_dtype(device) == torch.float32:
+        _compute_in_float32(model)
     return model
 
 
-def dequantise_(model: "PreTrainedModel") -> None:
-    """Replace every ``Linear4bit`` of `model` by a bfloat16 ``nn.Linear`` holding the same values.
+def compute_dtype(device: str) -> "torch.dtype":
+    """Return what bases are computed in that are not float32: bfloat16, where products have it.
 
-    The numbers stay those of the NF4 base; only the memory grows (4.1 to 16 bits a parameter) and
-    the product no longer dequantises on every call. For serving on a CPU.
+    A CPU without AVX-512 makes them one number at a time, forty times slower than in float32.
+    """
+    import torch
+
+    on_cpu = torch.device(device).type == "cpu"
+    has_products = not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has_products else torch.float32
+
+
+def _compute_in_float32(model: "PreTrainedModel") -> None:
+    """Hold what is in bfloat16 in float32, and have NF4 weights dequantised to it, in place."""
+    import bitsandbytes as bnb
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            packed: Any = module.weight
+            module.compute_dtype = packed.quant_state.dtype = torch.float32
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dtype == torch.bfloat16:
+            tensor.data = tensor.data.float()
+
+
+def dequantise_(model: "PreTrainedModel") -> None:
+    """Replace every ``Linear4bit`` of `model` by an ``nn.Linear`` holding the same values.
+
+    The numbers stay those of the NF4 base; only the memory grows (4.1 to 16 bits a parameter, 32
+    where it computes in float32) and the product no longer dequantises on every call. For serving
+    on a CPU.
     """
     import bitsandbytes as bnb
     import torch
@@ -314,11 +344,10 @@ def dequantise_(model: "PreTrainedModel") -> None:
         plain = torch.nn.Linear(
             module.in_features, module.out_features, bias=module.bias is not None, device="meta"
         )
-        plain.weight = torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False)
+        dtype = packed.quant_state.dtype
+        plain.weight = torch.nn.Parameter(weight.to(dtype), requires_grad=False)
         if module.bias is not None:
-            plain.bias = torch.nn.Parameter(
-                module.bias.data.to(torch.bfloat16), requires_grad=False
-            )
+            plain.bias = torch.nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
         model.set_submodule(path, plain)
 
 

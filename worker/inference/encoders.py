@@ -17,7 +17,7 @@ from models.domain.encoding import EncodeRequest, EncodeTask
 from models.domain.reports import AdapterManifest
 from models.errors import InvalidRequestError
 from worker.adapter_format import ADAPTER_FILES, invalid_adapter
-from worker.base_models import dequantise_, load_model
+from worker.base_models import compute_dtype, dequantise_, load_model
 from worker.chat import ChatRenderer
 from worker.encode.encoder import Frame, bare_text
 from worker.heads import Head, HeadKind, head_paths
@@ -249,7 +249,7 @@ class EncoderEngine:
         around = torch.autocast(
             torch.device(self._device).type,
             dtype=torch.bfloat16,
-            enabled=self._precision != "fp32",
+            enabled=self._precision != "fp32" and compute_dtype(self._device) == torch.bfloat16,
         )
         with stage.wearing(digest, directory) as model, torch.inference_mode(), around:
             for at, (ids, n_first) in enumerate(rows):

@@ -54,12 +54,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def can_cache_weights(model: nn.Module, device: str) -> bool:
-    """Tell whether the NF4 weights of `model` may be kept dequantised, in 2 bytes a parameter."""
+    """Tell whether the NF4 weights of `model` may be kept dequantised."""
     if torch.device(device).type != "cpu":
         return False  # a GPU dequantises faster than it reads memory, which is scarce there
-    n_weights = sum(
-        2 * parameter.numel()
+    n_bytes = sum(
+        2 * parameter.numel() * parameter.quant_state.dtype.itemsize
         for parameter in model.parameters()
         if hasattr(parameter, "quant_state")  # two weights a byte
     )
-    return 2 * n_weights <= CACHE_SHARE * free_bytes(device)
+    return n_bytes <= CACHE_SHARE * free_bytes(device)

@@ -3,7 +3,8 @@
 Cast rules: the base stays in the very numbers that the inference server holds (NF4 with bfloat16
 norms, embeddings and head; or all of it in bfloat16 or float32), so that what was trained is what
 is served. Adapter weights are float32: their updates are far below bfloat16's resolution. Matrix
-products run in bfloat16 under autocast, in float32 where the base is float32. Micro-batches bound
+products run in bfloat16 under autocast, in float32 where the base is float32 or the device makes no
+products in bfloat16. Micro-batches bound
 the memory of activations; only where one row is too much are they computed again (``recompute``).
 """
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from models.domain.training import Precision
-from worker.base_models import load_model
+from worker.base_models import compute_dtype, load_model
 from worker.heads import COPIES
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 from worker.training.tuners.attach import head_of, linear_layers
@@ -68,9 +69,11 @@ def guard_quantised_weights(model: nn.Module) -> None:
 
 
 def autocast(precision: Precision, device: str) -> AbstractContextManager[None]:
-    """Return the context in which forward passes run: bfloat16, or none on a float32 base."""
+    """Return the context in which forward passes run: bfloat16, or none where all is float32."""
     return torch.autocast(
-        torch.device(device).type, dtype=torch.bfloat16, enabled=precision.type != "fp32"
+        torch.device(device).type,
+        dtype=torch.bfloat16,
+        enabled=precision.type != "fp32" and compute_dtype(device) == torch.bfloat16,
     )
 
 

@@ -128,8 +128,8 @@ def _swap(module: nn.Module, forward: Forward, width: int, adapter: str) -> bool
     """Replace the forward pass of `module` if both give the same on random input."""
     own = module.forward
     some = next(each for each in module.parameters() if each.is_floating_point())
-    base = next((each for each in module.parameters() if not each.requires_grad), some)
-    dtype = base.dtype if base.is_floating_point() else torch.bfloat16
+    base: Any = next((each for each in module.parameters() if not each.requires_grad), some)
+    dtype = base.dtype if base.is_floating_point() else base.quant_state.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(some.device, dtype)
     was_training = module.training
