@@ -18,6 +18,7 @@ from worker import base_models
 from worker.base_models import (
     RECORD,
     BaseModelInfo,
+    compute_dtype,
     dequantise_,
     load_model,
     load_tokenizer,
@@ -218,7 +219,7 @@ def test_pickled_weights_are_refused(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)]
+    ("precision", "dtype"), [("bf16", compute_dtype("cpu")), ("fp32", torch.float32)]
 )
 def test_plain_precisions_hold_every_weight_in_their_dtype(
     tiny: Path, precision: str, dtype: torch.dtype
@@ -226,6 +227,26 @@ def test_plain_precisions_hold_every_weight_in_their_dtype(
     model = load_model(tiny, precision=precision)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert linear_layers(model) == {}
+
+
+@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+def test_a_processor_without_bfloat16_computes_the_same_numbers_in_float32(
+    tiny: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def logits(dtype: torch.dtype) -> torch.Tensor:
+        monkeypatch.setattr("worker.base_models.compute_dtype", lambda _: dtype)
+        model = load_model(tiny, precision=precision)
+        assert model.get_input_embeddings().weight.dtype == dtype
+        if precision == "bf16":
+            name = "model.layers.0.self_attn.q_proj.weight"
+            exact = load_model(tiny, precision="fp32").state_dict()[name]
+            assert torch.equal(model.state_dict()[name], exact.to(torch.bfloat16).to(dtype))
+        with torch.no_grad():
+            found: torch.Tensor = model(torch.arange(6)[None]).logits.float()
+        return found
+
+    half, whole = logits(torch.bfloat16), logits(torch.float32)
+    assert 0 < float((half - whole).norm() / whole.norm()) < 3e-2
 
 
 @pytest.mark.parametrize("precision", ["nf4", "bf16", "fp32"])

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig
 
 from tests.worker.training.encoders import ENCODERS, SEQ2SEQ, save_encoder
-from worker.base_models import load_model
+from worker.base_models import compute_dtype, load_model
 from worker.base_shape import read_shape
 from worker.heads import Head, family_of, head_paths, head_settings
 
@@ -24,7 +24,7 @@ def test_only_what_the_files_lack_is_a_new_head(bases: dict[str, Path], tmp_path
     new = {n for n, p in model.named_parameters() if p.requires_grad}
     assert new == {f"{path}.{kind}" for path in head_paths(model) for kind in ("weight", "bias")}
     assert model.get_submodule(f"{transform}.dense").weight.dtype == torch.float32
-    assert model.get_input_embeddings().weight.dtype == torch.bfloat16
+    assert model.get_input_embeddings().weight.dtype == compute_dtype("cpu")
     model.float().save_pretrained(tmp_path)
     assert head_paths(load_model(tmp_path, precision="fp32", head=Head("masked_lm"))) == []
     classifier = load_model(tmp_path, precision="fp32", head=Head("sequence_classification", 2))

@@ -12,7 +12,7 @@ from models.domain.rows import ChatRow
 from models.domain.training import Precision
 from tests.worker.training.service import chat_rows
 from tests.worker.training.tiny import attach, digest_of_base, lora, make_spec, tiny_llama
-from worker.base_models import BaseModelInfo, load_tokenizer, nf4_bits_per_parameter
+from worker.base_models import BaseModelInfo, compute_dtype, load_tokenizer, nf4_bits_per_parameter
 from worker.chat import ChatRenderer
 from worker.training import methods, objectives
 from worker.training.batches import RowPolicy, build_dataset
@@ -164,7 +164,7 @@ def test_qlora_learns_and_moves_nothing_but_the_adapter(
 
 def test_plain_precisions_keep_the_base_in_their_type(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    for kind, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+    for kind, dtype in (("bf16", compute_dtype("cpu")), ("fp32", torch.float32)):
         model = build(tmp_path, Precision(type=kind))
         frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
         assert frozen == {dtype}
