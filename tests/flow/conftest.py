@@ -17,11 +17,16 @@ from api.cli.home import Home
 from models.processes import die_with_parent
 
 START_SECONDS = 120
+PATIENCE = 3
 HARBOUR_DESK = Path(__file__).parents[2] / "examples" / "harbour-desk.jsonl"
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Poll `condition` until it is true; fail with `what` was awaited after `seconds`."""
+    """Poll `condition` until it is true; fail with `what` was awaited after `seconds`.
+
+    Some processors are several times slower than others; that is no failure, so they wait longer.
+    """
+    seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:

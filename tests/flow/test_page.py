@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.flow.conftest import Up, first_rows
 from worker.base_models import load_tokenizer
 
-TRAINED = 240_000
+TRAINED = 720_000
 """Milliseconds that two epochs on the sample may take."""
 
 

@@ -21,7 +21,7 @@ def test_the_sdk_example_of_the_readme_runs(up: Up, tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=880,
         check=False,
     )
     assert result.returncode == 0, result.stderr
