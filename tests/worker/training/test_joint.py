@@ -155,7 +155,7 @@ def test_jobs_together_give_the_losses_and_adapters_that_each_gives_alone(
     members, logs = members_of(make_trainers_on_one_base(jobs, token_budget=token_budget))
     assert JointRun(members).run() == [Outcome.FINISHED] * 3
     assert max(passes) == 3
-    for member, log, (trainer, own) in zip(members, logs, expected, strict=True):
+    for _member, log, (_trainer, own) in zip(members, logs, expected, strict=True):
         # Where products of other shapes round otherwise, as on some processors, Adam makes whole
         # steps of these differences later on: close at first, near to the end.
         assert log.losses[:4] == pytest.approx(own.losses[:4], rel=1e-4)
