@@ -1,5 +1,6 @@
 """Rows as an encoder reads them: its special tokens around a text, or around two."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -72,7 +73,7 @@ def _find(ids: list[int], part: list[int]) -> int:
     raise ValueError("The tokenizer changes a text by what it puts around it.")
 
 
-class EncoderRenderer:
+class EncoderRenderer(ABC):
     """Renders rows by a function of theirs that gets the texts of many encoded at once."""
 
     def __init__(self, chat: ChatRenderer) -> None:
@@ -91,8 +92,9 @@ class EncoderRenderer:
     def _texts(self, row: Row) -> list[str]:
         return texts_of(row)
 
+    @abstractmethod
     def _render(self, row: Row, encoded: list[Encoded]) -> Rendered | RowError:
-        raise NotImplementedError
+        """Put the texts of one row, encoded, into the model's frame."""
 
 
 def texts_of(row: Row) -> list[str]:
@@ -166,35 +168,30 @@ class TaggedRenderer(EncoderRenderer):
         super().__init__(chat)
         self._labels = {label: float(at) for at, label in enumerate(labels)}
 
-    def render_all(self, rows: Sequence[Row]) -> list[Rendered | RowError]:
-        """Return the ids of each row, or why it has none."""
-        words = [row.text.split() if isinstance(row, LabelledRow) else [] for row in rows]
-        texts = [word if at == 0 else f" {word}" for each in words for at, word in enumerate(each)]
-        encoded = iter(self._chat.guard.encode_texts(texts))
-        return [
-            self._tagged(row, [next(encoded).ids for _ in each])
-            for row, each in zip(rows, words, strict=True)
-        ]
+    def _texts(self, row: Row) -> list[str]:
+        words = row.text.split() if isinstance(row, LabelledRow) else []
+        return [word if at == 0 else f" {word}" for at, word in enumerate(words)]
 
-    def _tagged(self, row: Row, words: list[list[int]]) -> Rendered | RowError:
+    def _render(self, row: Row, encoded: list[Encoded]) -> Rendered | RowError:
         if not isinstance(row, LabelledRow) or row.text_pair is not None:
             return unsupported(row)
-        if len(words) != len(row.labels):
+        if len(encoded) != len(row.labels):
             return RowError(
                 "wrong_number_of_labels",
-                f"the text has {len(words)} words and {len(row.labels)} labels.",
+                f"the text has {len(encoded)} words and {len(row.labels)} labels.",
                 path="labels",
                 hint="Separate the words by spaces and give each a label.",
             )
         unknown = [label for label in row.labels if label not in self._labels]
         if unknown:
             return unknown_label(unknown[0])
-        ids, trained, labels = list(self._frame.before), [], []
+        ids = list(self._frame.before)
         trained, labels = [False] * len(ids), [-1.0] * len(ids)
-        for word, label in zip(words, row.labels, strict=True):
-            ids += word
-            trained += [True] * len(word[:1]) + [False] * len(word[1:])
-            labels += [self._labels[label]] * len(word[:1]) + [-1.0] * len(word[1:])
+        for word, label in zip(encoded, row.labels, strict=True):
+            n_first, n_more = len(word.ids[:1]), len(word.ids[1:])
+            ids += word.ids
+            trained += [True] * n_first + [False] * n_more
+            labels += [self._labels[label]] * n_first + [-1.0] * n_more
         after = self._frame.after
         return Rendered(
             [*ids, *after],
