@@ -12,6 +12,7 @@ from models.domain.training import TrainingSpec
 from models.registry.adapters import ResolvedModel
 from models.registry.lineage import Ancestor
 from models.registry.page import Page
+from models.registry.turns import Place
 from models.tables import (
     Adapter,
     ApiKey,
@@ -92,8 +93,14 @@ def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
 
 
-def job_body(job: Job, organization: str) -> JsonObject:
-    """Return OpenAI's job object, then Tunery's fields with their resolved values."""
+def job_body(job: Job, organization: str, place: Place | None = None) -> JsonObject:
+    """Return OpenAI's job object, then Tunery's fields with their resolved values.
+
+    Args:
+        job: The job.
+        organization: The owner's name in names of models.
+        place: In the queue, where it waits there.
+    """
     spec = _spec(orjson.dumps(job.spec))
     hyperparameters = spec.hyperparameters.model_dump()
     error = None
@@ -133,6 +140,8 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "checkpoint_steps": spec.checkpoint_steps,
         "priority": spec.priority,
         "num_devices": spec.num_devices,
+        "queue_position": place and place.position,
+        "queue_length": place and place.length,
         "step": job.step,
         "total_steps": job.total_steps,
         "base_model": spec.model,

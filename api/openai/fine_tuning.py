@@ -3,6 +3,7 @@
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
+from sqlalchemy.orm import Session
 
 from api import actions, bodies
 from api.audit import note
@@ -10,13 +11,15 @@ from api.deps import MAX_TEXT, After, CallerDep, ReadSession, ServicesDep, Write
 from api.openai import translate
 from api.openai.filters import metadata_filter
 from api.openai.schemas import JobCreate
+from api.services import Services
 from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import checkpoints, events, jobs
+from models.registry import checkpoints, events, jobs, turns
 from models.registry.jobs import JobFilter, SortJobs
 from models.registry.page import Cursor
+from models.tables import Job
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
 
@@ -34,6 +37,11 @@ def create_job(
     job = actions.submit_job(session, services, caller, spec, body.metadata)
     note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
     return bodies.job_body(job, services.settings.api.organization)
+
+
+def _placed(session: Session, services: Services, job: Job) -> JsonObject:
+    place = turns.places(session, [job]).get(job.id)
+    return bodies.job_body(job, services.settings.api.organization, place)
 
 
 def _cursor(
@@ -68,7 +76,10 @@ def list_jobs(
     """
     page = jobs.list_page(session, caller.project_id, cursor, wanted, sort)
     organization = services.settings.api.organization
-    return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
+    places = turns.places(session, page.rows)
+    return bodies.list_body(
+        page, lambda job: bodies.job_body(job, organization, places.get(job.id))
+    )
 
 
 @router.get("/{job_id}")
@@ -76,7 +87,7 @@ def retrieve_job(
     job_id: str, session: ReadSession, services: ServicesDep, caller: CallerDep
 ) -> JsonObject:
     job = jobs.get(session, caller.project_id, job_id)
-    return bodies.job_body(job, services.settings.api.organization)
+    return _placed(session, services, job)
 
 
 @router.post("/{job_id}/cancel")
@@ -107,7 +118,7 @@ def resume_job(
     job = jobs.resume(session, caller.project_id, job_id)
     note(session, caller, "fine_tuning.job.resumed", job.id)
     services.bell.ring_after_commit(session)
-    return bodies.job_body(job, services.settings.api.organization)
+    return _placed(session, services, job)
 
 
 @router.post("/{job_id}/rerun")
