@@ -31,6 +31,7 @@ class Access:
             )
 
 
+READING = Access(reads=Scope.READ, writes=Scope.READ)
 TRAINING = Access(reads=Scope.READ, writes=Scope.TRAIN)
 MODELS = Access(reads=None, writes=Scope.TRAIN)
 INFERENCE = Access(reads=Scope.INFER, writes=Scope.INFER)

@@ -1,14 +1,15 @@
 """``/v1/workers`` and ``/v1/usage``."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 
 from api.deps import CallerDep, ReadSession, ServicesDep
 from api.operation_bodies import usage_buckets, workers_body
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError
-from models.registry import usage
+from models.registry import tenancy, usage
 from models.registry.usage import DAY_SECONDS
 
 DEFAULT_DAYS = 30
@@ -18,6 +19,14 @@ MAX_TIME = 2**40
 router = APIRouter(tags=["operations"])
 
 Time = Annotated[int | None, Query(ge=0, le=MAX_TIME)]
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """From when to when, in seconds since 1970."""
+
+    start_time: Time = None
+    end_time: Time = None
 
 
 @router.get("/workers")
@@ -34,15 +43,17 @@ def show_usage(
     session: ReadSession,
     services: ServicesDep,
     caller: CallerDep,
-    start_time: Time = None,
-    end_time: Time = None,
-    group_by: Annotated[list[Literal["model", "api_key_id"]] | None, Query()] = None,
+    asked: Annotated[Period, Depends()],
+    group_by: Annotated[list[Literal["project_id", "model", "api_key_id"]] | None, Query()] = None,
+    all_projects: bool = False,
 ) -> JsonObject:
     """Show what the project used on each day (UTC): requests, tokens served and trained, seconds
     of devices. Times are seconds since 1970; the default is the last 30 days. ``group_by`` may be
-    repeated.
+    repeated. ``all_projects`` counts all that the key can see: those of its organisation, for a key
+    with that scope.
     """
     services.meter.flush()
+    start_time, end_time = asked.start_time, asked.end_time
     last = usage.today(session) if end_time is None else max(0, end_time - 1) // DAY_SECONDS
     first = last - DEFAULT_DAYS + 1 if start_time is None else start_time // DAY_SECONDS
     if first > last:
@@ -51,6 +62,10 @@ def show_usage(
         raise InvalidRequestError(
             f"The range has more than {MAX_DAYS} days; ask for less.", param="start_time"
         )
-    rows = usage.by_day(session, caller.project_id, first, last)
+    project_ids = [caller.project_id]
+    if all_projects:
+        reach = tenancy.within_reach(session, caller.project_id, caller.scopes)
+        project_ids = [project.id for project in reach]
+    rows = usage.by_day(session, project_ids, first, last)
     buckets = usage_buckets(rows, group_by or ())
     return {"object": "page", "data": buckets, "has_more": False, "next_page": None}

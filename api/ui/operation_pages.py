@@ -53,7 +53,7 @@ def usage_page(
     n_days = next((each for each in RANGES if str(each) == asked.get("days")), RANGES[1])
     group = next((each for each in GROUPS if each == asked.get("by")), GROUPS[0])
     last = usage.today(session)
-    found = usage.by_day(session, page.key.project_id, last - n_days + 1, last)
+    found = usage.by_day(session, [page.key.project_id], last - n_days + 1, last)
     buckets = usage_buckets(found, {"model": ["model"], "key": ["api_key_id"]}.get(group, []))
     keys = {key.id: key.name for key in tenancy.list_keys(session, page.key.project_id)}
     rows = _usage_rows(buckets, group, keys)
@@ -132,9 +132,9 @@ def keys_page(request: Request, session: ReadSession, page: PageDep) -> Response
         raise PermissionDeniedError("Only an admin key shows and changes keys.")
     found = tenancy.list_keys(session, page.key.project_id)
     rows = [bodies.key_body(key) for key in found]
-    return render(
-        request, "keys.html", page, keys=rows, own=page.key.id, scopes=[str(each) for each in Scope]
-    )
+    # The page is of one project.
+    scopes = [str(each) for each in Scope if each is not Scope.ORGANIZATION]
+    return render(request, "keys.html", page, keys=rows, own=page.key.id, scopes=scopes)
 
 
 @router.get("/settings")
