@@ -65,6 +65,20 @@ export function make(name, attributes = {}, ...children) {
   return element;
 }
 
+/** What tells a control from the others of its place. @param {Element} control */
+const nameOf = (control) => [control.tagName, control.getAttribute("href"), control.getAttribute("aria-label") ?? control.textContent].join(" ");
+
+/** Show a newer state of a place, and leave the keyboard's focus where it is.
+ * @param {Element} place @param {string} html From a page of this service, whose text is escaped. */
+export function renew(place, html) {
+  const parsed = new DOMParser().parseFromString(html, "text/html"), active = document.activeElement;
+  const held = active && place.contains(active) ? nameOf(active) : null;
+  place.replaceChildren(...parsed.body.childNodes);
+  if (held === null) return;
+  const same = [...place.querySelectorAll("a, button, input")].find((each) => nameOf(each) === held);
+  /** @type {HTMLElement|undefined} */ (same)?.focus({ preventScroll: true });
+}
+
 /** Ask before something that cannot be undone; it names the thing.
  * @param {string} question @param {string} verb @returns {Promise<boolean>} */
 export function confirmed(question, verb) {
