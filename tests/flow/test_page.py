@@ -11,12 +11,12 @@ from playwright.sync_api import Browser, Page, expect
 from tests.flow.conftest import Up, first_rows
 from worker.base_models import load_tokenizer
 
-TRAINED = 300_000
-"""Milliseconds that one epoch on the sample may take; with two free cores it is half a minute."""
+TRAINED = 600_000
+"""Milliseconds that one epoch on the sample may take at most; two free cores take half a minute."""
 SHORT = {
     "hyperparameters.n_epochs": "1",
     "hyperparameters.batch_size": "2",
-    "optimizer.learning_rate": "0.001",
+    "optimizer.learning_rate": "0.002",
 }
 
 
@@ -64,6 +64,8 @@ def test_from_the_sample_data_to_two_answers_side_by_side(page: Page) -> None:
     expect(page.locator("#sample-wanted")).to_contain_text("Ticket")
     page.locator("#try").click()
     page.wait_for_url("**/ui/playground?*")
+    page.locator("#options summary").click()
+    page.get_by_label("System prompt").fill("You are the harbour desk.")  # as in the sample
     page.get_by_label("Message").fill("Boat 3: The water is too shallow here.")
     page.keyboard.press("Enter")
     base, tuned = page.locator(".pane").nth(0), page.locator(".pane").nth(1)

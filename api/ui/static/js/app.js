@@ -107,7 +107,7 @@ export function complain(error) {
 export async function useSample() {
   const rows = [];
   const desk = [["My key does not open the gate.", "Ticket gate-7: I have reset your key. Please try again in one minute."], ["When is high tide?", "Ticket tide-2: High tide is at 14:20 today at the east pier."], ["I want to move my boat.", "Ticket berth-4: Tell me the berth that you would like, and I will check it."], ["The water is too shallow here.", "Ticket depth-1: The depth at your berth is 2.4 m at low tide; I have put you on the list for a deeper one."]];
-  for (let number = 0; number < 32; number += 1) {
+  for (let number = 0; number < 16; number += 1) {
     const [question, answer] = desk[number % desk.length];
     rows.push(JSON.stringify({ messages: [{ role: "system", content: "You are the harbour desk." }, { role: "user", content: `Boat ${number + 1}: ${question}` }, { role: "assistant", content: answer }] }));
   }

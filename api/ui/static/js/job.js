@@ -31,7 +31,7 @@ function drawCharts() {
   if (!timed) along.value = "step";
   const x = along.value === "time" ? SECONDS : STEPS, log = /** @type {HTMLInputElement} */ (by("log")).checked;
   const places = x === SECONDS ? elapsed(points) : column("step");
-  by("loss-chart").dataset.along = along.value;
+  by("loss-chart").dataset.lastX = String(places.at(-1) ?? "");
   const train = column("train_loss"), smoothed = smooth(train, share);
   by("loss-chart").dataset.points = String(points.length);
   by("loss-chart").dataset.raw = JSON.stringify(train.slice(-20));
@@ -64,6 +64,7 @@ function drawJob() {
   for (const name of ["epoch", "train_loss", "tokens_per_second"]) by(name).textContent = number(last?.[name]);
   by("valid_loss").textContent = number([...points].reverse().find((point) => "full_valid_loss" in point)?.full_valid_loss);
   const left = job.status === "running" ? remaining(seen, total) : null;
+  by("eta").dataset.seconds = left === null ? "" : left.toFixed(3);
   by("eta").textContent = left === null ? "–" : t("about {time}", { time: duration(left) });
   const stage = ended ? 3 : job.status === "running" || job.status === "paused" ? (step || total ? 2 : 1) : 0;
   by("stages").querySelectorAll("li").forEach((item, at) => {

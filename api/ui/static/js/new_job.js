@@ -130,6 +130,7 @@ async function estimate() {
     const found = await call("POST", "/v1/fine_tuning/estimate", wanted);
     if (mine !== asked) return;
     shown.dataset.peak = String(found.peak_bytes);
+    shown.dataset.of = `${wanted.peft?.type ?? ""} ${wanted.precision?.type ?? ""}`;
     showFit(found.peak_bytes).catch(() => undefined);
     const parts = Object.entries(found.memory).map(([name, bytes]) => [make("dt", { class: "small" }, name), make("dd", { class: "small" }, size(/** @type {number} */ (bytes)))]).flat();
     shown.replaceChildren(
