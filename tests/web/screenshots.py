@@ -27,7 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dark": {"color_scheme": "dark", "viewport": WIDE},
     "phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}},
 }
-N_ROWS = 24
+N_ROWS = 20
 PATIENCE = 1200
 """Seconds that a job may take; `wait_until` gives slow processors three times as long."""
 SLOW = 300_000
@@ -74,14 +74,14 @@ class Studio:
                 prepare(page)
             self.take(page, name, kind)
 
-    def job(self, suffix: str, file: str, rate: float, n_epochs: int = 1, **changes: Any) -> str:
+    def job(self, suffix: str, file: str, rate: float, batch_size: int = 1, **changes: Any) -> str:
         """Start a job of many small steps, judged on rows that are held out."""
         body = {
             "validation_split": 0.1,
             "optimizer": {"type": "adamw", "learning_rate": rate},
             **changes,
         }
-        hyperparameters = {"n_epochs": n_epochs, "batch_size": 1}
+        hyperparameters = {"n_epochs": 1, "batch_size": batch_size}
         job = self.client.fine_tuning.jobs.create(
             model=BASE,
             training_file=file,
@@ -108,6 +108,7 @@ def ask_checkpoint(page: Page) -> None:
 
 
 def ask_both(page: Page) -> None:
+    page.locator("#max-tokens").evaluate("field => { field.value = '60'; }")
     page.get_by_label("Message").fill(QUESTION)
     page.keyboard.press("Enter")
     for pane in page.locator(".pane").all():
@@ -139,7 +140,7 @@ def take_all(studio: Studio, folder: Path) -> None:
     for file in (good, faulty):
         files.wait_for_processing(file.id)
     first = studio.job("harbour-desk", good.id, 1e-3)
-    second = studio.job("careful", good.id, 2e-4, peft={"type": "lora", "r": 8})
+    second = studio.job("careful", good.id, 2e-4, batch_size=4, peft={"type": "lora", "r": 8})
     failed = studio.job("too-long", good.id, 1e-3, max_seq_length=32)
     name = studio.wait(first, ended)
     for each in (second, failed):
@@ -155,9 +156,9 @@ def take_all(studio: Studio, folder: Path) -> None:
     studio.show("playground", f"/ui/playground?left={BASE}&right={name}", ask_both)
     for path in ("keys", "usage", "settings", "nothing"):
         studio.show(path, f"/ui/{path}")
-    running = studio.job("night-watch", good.id, 5e-4, n_epochs=9)
+    running = studio.job("night-watch", good.id, 5e-4)
     waiting = studio.job("weekend", good.id, 5e-4)
-    studio.wait(running, lambda job: job.model_extra["step"] >= 12)
+    studio.wait(running, lambda job: job.model_extra["step"] >= 7)
     for path, shown in (("jobs", ""), ("job-running", f"jobs/{running}"), ("workers", "")):
         studio.show(path, f"/ui/{shown or path}")
     for each in (waiting, running):
