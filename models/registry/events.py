@@ -37,6 +37,22 @@ def append(
     session.flush()
 
 
+def begin(session: Session, job_id: str, *messages: str) -> None:
+    """Add the first events of a job that was just added and that nobody else can see yet."""
+    session.add_all(
+        Event(
+            id=new_id("ftevent-"),
+            job_id=job_id,
+            sequence=sequence,
+            level=EventLevel.INFO,
+            type="message",
+            message=message,
+        )
+        for sequence, message in enumerate(messages, start=1)
+    )
+    session.flush()
+
+
 def marks(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[str, int]]:
     """Return status and newest event number of jobs: whatever is news of a job changes them."""
     newest = (
