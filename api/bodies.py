@@ -12,6 +12,7 @@ from models.domain.training import TrainingSpec
 from models.registry.adapters import ResolvedModel
 from models.registry.lineage import Ancestor
 from models.registry.page import Page
+from models.registry.turns import Place
 from models.tables import (
     Adapter,
     ApiKey,
@@ -113,10 +114,15 @@ def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
     return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
 
 
-def job_body(job: Job, organization: str) -> JsonObject:
+def job_body(job: Job, organization: str, place: Place | None = None) -> JsonObject:
     """Return OpenAI's job object and Tunery's fields with their resolved values; only to be read.
 
     The parts that come from the specification are shared between objects.
+
+    Args:
+        job: The job.
+        organization: The owner's name in names of models.
+        place: In the queue, where it waits there.
     """
     error = None
     if job.error_code is not None:
@@ -139,6 +145,8 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "estimated_finish": _seconds(job.estimated_finish) if running else None,
         "metadata": job.request_metadata,
         **_spec_body(orjson.dumps(job.spec)),
+        "queue_position": place and place.position,
+        "queue_length": place and place.length,
         "step": job.step,
         "total_steps": job.total_steps,
         "started_at": _seconds(job.started_at),

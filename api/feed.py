@@ -19,7 +19,7 @@ from fastapi.concurrency import run_in_threadpool
 from api import bodies
 from models.db import Database
 from models.domain.base import JsonObject
-from models.registry import checkpoints, events, jobs, metrics
+from models.registry import checkpoints, events, jobs, metrics, turns
 from models.tables import Job
 
 log = structlog.get_logger(__name__)
@@ -240,7 +240,8 @@ class JobFeed:
                 points = [each for each in points if each.step <= until.step]
                 told = [each for each in told if each.sequence <= until.sequence]
                 saved = [each for each in saved if each.step <= until.checkpoint_step]
-            body = bodies.job_body(job, self._organization)
+            place = turns.places(session, [job]).get(job_id)
+            body = bodies.job_body(job, self._organization, place)
             is_news = status != job.status or bool(points)
             return News(
                 position=Position(

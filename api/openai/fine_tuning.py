@@ -1,9 +1,11 @@
 """``/v1/fine_tuning/jobs``."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
 from api import actions, bodies
 from api.audit import note
@@ -19,13 +21,16 @@ from api.deps import (
 from api.openai import translate
 from api.openai.filters import metadata_filter
 from api.openai.schemas import JobCreate
+from api.services import Services
 from api.strict_json import StrictJsonRoute
+from models.db import Database
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import checkpoints, events, job_reads, jobs
+from models.registry import checkpoints, events, job_reads, jobs, turns
 from models.registry.jobs import JobFilter, SortJobs
-from models.registry.page import Cursor
+from models.registry.page import Cursor, Page
+from models.tables import Job
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
 
@@ -43,6 +48,22 @@ def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) -> Jso
         job = actions.submit_job(session, services, caller, spec, body.metadata)
         note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
         return bodies.job_body(job, services.settings.api.organization)
+
+
+def _placed(session: Session, services: Services, job: Job) -> JsonObject:
+    place = turns.places(session, [job]).get(job.id)
+    return bodies.job_body(job, services.settings.api.organization, place)
+
+
+async def _places(database: Database, found: Sequence[Job]) -> dict[str, turns.Place]:
+    if all(job.status != JobStatus.QUEUED for job in found):
+        return {}  # as most are, which takes no session
+
+    def ask() -> dict[str, turns.Place]:
+        with database.read() as session:
+            return turns.places(session, found)
+
+    return await run_in_threadpool(ask)
 
 
 async def _cursor(
@@ -76,23 +97,27 @@ async def list_jobs(
     """
     organization = services.settings.api.organization
     database, project_id = services.database, caller.project_id
+
+    def read() -> Page[Job]:
+        with database.read() as session:
+            return jobs.list_page(session, project_id, cursor, wanted, sort)
+
     if (wanted, sort, cursor) == (JobFilter(), "created_at", Cursor(limit=cursor.limit)):
         page = await short_read(database, job_reads.newest, database, project_id, cursor.limit)
-        return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
-
-    def read() -> JsonObject:  # it may look at every job
-        with database.read() as session:
-            page = jobs.list_page(session, project_id, cursor, wanted, sort)
-            return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
-
-    return await run_in_threadpool(read)
+    else:  # it may look at every job
+        page = await run_in_threadpool(read)
+    places = await _places(database, page.rows)
+    return bodies.list_body(
+        page, lambda job: bodies.job_body(job, organization, places.get(job.id))
+    )
 
 
 @router.get("/{job_id}")
 async def retrieve_job(job_id: str, services: ServicesDep, caller: CallerDep) -> JsonObject:
     database = services.database
     job = await short_read(database, job_reads.get, database, caller.project_id, job_id)
-    return bodies.job_body(job, services.settings.api.organization)
+    place = (await _places(database, [job])).get(job_id)
+    return bodies.job_body(job, services.settings.api.organization, place)
 
 
 @router.post("/{job_id}/cancel")
@@ -123,7 +148,7 @@ def resume_job(
     job = jobs.resume(session, caller.project_id, job_id)
     note(session, caller, "fine_tuning.job.resumed", job.id)
     services.bell.ring_after_commit(session)
-    return bodies.job_body(job, services.settings.api.organization)
+    return _placed(session, services, job)
 
 
 @router.post("/{job_id}/rerun")
