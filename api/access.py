@@ -1,7 +1,8 @@
 """Which scope a group of routes asks for."""
 
 from fastapi import Request
-from fastapi.security import HTTPBearer
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 
 from api.deps import get_caller
 from models.domain.access import Scope, allows
@@ -10,7 +11,7 @@ from models.errors import PermissionDeniedError
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
 
-class Access(HTTPBearer):
+class Access(SecurityBase):
     """A dependency that refuses keys without the scope; `reads` None lets every key read.
 
     It is OpenAPI's security scheme as well, so that each request has one dependency less to solve.
@@ -20,9 +21,8 @@ class Access(HTTPBearer):
     """
 
     def __init__(self, reads: Scope | None, writes: Scope) -> None:
-        super().__init__(
-            scheme_name="HTTPBearer", description="An API key: `Authorization: Bearer sk-…`."
-        )
+        self.model = HTTPBearer(description="An API key: `Authorization: Bearer sk-…`.")
+        self.scheme_name = "HTTPBearer"
         self.reads = reads
         self.writes = writes
 

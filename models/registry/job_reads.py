@@ -3,15 +3,15 @@
 from sqlalchemy import bindparam, select
 
 from models.db import Database
-from models.prepared import Prepared
+from models.prepared import PreparedRows
 from models.registry.jobs import not_found
 from models.registry.page import Page
 from models.tables import Job
 
-_by_id = Prepared(
+_by_id = PreparedRows(
     Job, select(Job).where(Job.id == bindparam("id"), Job.project_id == bindparam("project_id"))
 )
-_newest = Prepared(
+_newest = PreparedRows(
     Job,
     select(Job)
     .where(Job.project_id == bindparam("project_id"))

@@ -9,13 +9,14 @@ was used. Checks hold the project's row, so that of many requests at once no two
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from models.db import db_now
 from models.domain.status import JobStatus, UploadStatus
 from models.domain.training import TrainingSpec
 from models.errors import PayloadTooLargeError, QuotaError
+from models.prepared import PreparedQuery, PreparedRows
 from models.registry import usage
 from models.registry.usage import DAY_SECONDS
 from models.tables import File, Job, Project, Upload, Usage
@@ -49,6 +50,16 @@ class Reservation:
 
 
 NOTHING = Reservation(0, 0.0)
+# NO KEY UPDATE: rows that refer to the project, such as a new file, may hold its key already.
+_limits = PreparedRows(
+    Project, select(Project).where(Project.id == bindparam("id")).with_for_update(key_share=True)
+)
+_time_and_tokens = PreparedQuery(
+    select(func.sum(Usage.device_seconds), func.sum(Usage.trained_tokens)).where(
+        Usage.model == bindparam("model"),
+        Usage.day > db_now() / DAY_SECONDS - HISTORY_DAYS - 1,
+    )
+)
 
 
 def in_use(session: Session, project_id: str) -> InUse:
@@ -108,7 +119,7 @@ def reserve(session: Session, project_id: str, spec: TrainingSpec, n_bytes: int)
     Raises:
         QuotaError: too many jobs wait, or the tokens or hours that are left are not enough.
     """
-    project = _locked(session, project_id)
+    project = _limits.all(session, id=project_id)[0]
     wanted = _expected(session, spec, n_bytes)
     _check_waiting(session, project)
     _check_tokens(session, project, wanted.tokens)
@@ -169,8 +180,7 @@ def _check_hours(session: Session, project: Project, wanted_seconds: float) -> N
 
 
 def _locked(session: Session, project_id: str) -> Project:
-    # NO KEY UPDATE: rows that refer to the project, such as a new file, may hold its key already.
-    lock = {"key_share": True}
+    lock = {"key_share": True}  # as `_limits`
     return session.get_one(Project, project_id, with_for_update=lock, populate_existing=True)
 
 
@@ -210,12 +220,7 @@ def _expected(session: Session, spec: TrainingSpec, n_bytes: int) -> Reservation
 
 def _seconds_per_token(session: Session, base_model: str) -> float:
     """Return the device time that a trained token took on a base model lately; 0 if none was."""
-    before = db_now() / DAY_SECONDS - HISTORY_DAYS - 1
-    seconds, tokens = session.execute(
-        select(func.sum(Usage.device_seconds), func.sum(Usage.trained_tokens)).where(
-            Usage.model == base_model, Usage.day > before
-        )
-    ).one()
+    ((seconds, tokens),) = _time_and_tokens.fetch(session, model=base_model)
     return float(seconds) / int(tokens) if seconds and tokens else 0.0
 
 
