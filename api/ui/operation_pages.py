@@ -7,10 +7,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from sqlalchemy.orm import Session
 
 from api import bodies
 from api.deps import ReadSession, ServicesDep
 from api.operation_bodies import usage_buckets, workers_body
+from api.page_session import PageSession
 from api.ui import texts
 from api.ui.frame import THEMES, PageDep, PageRoute, render
 from models.domain.access import Scope, allows
@@ -22,6 +24,7 @@ router = APIRouter(route_class=PageRoute)
 
 RANGES = (7, 30, 90)
 GROUPS = ("day", "model", "key")
+KEY_DAYS = (7, 30, 90, 365)
 COUNTERS = (
     "num_model_requests",
     "input_tokens",
@@ -33,14 +36,21 @@ COUNTERS = (
 
 @router.get("/workers")
 def workers_page(request: Request, session: ReadSession, page: PageDep) -> Response:
-    return render(request, "workers.html", page, workers=workers_body(session, page.key.project_id))
+    return render(request, "workers.html", page, **_workers(session, page))
 
 
 @router.get("/workers/table")
 def workers_table(request: Request, session: ReadSession, page: PageDep) -> Response:
     """The cards alone, which the page asks for every few seconds."""
-    found = workers_body(session, page.key.project_id)
-    return render(request, "_workers.html", page, workers=found)
+    return render(request, "_workers.html", page, **_workers(session, page))
+
+
+def _workers(session: Session, page: PageSession) -> dict[str, Any]:
+    project = page.key.project_id
+    return {
+        "workers": workers_body(session, project),
+        "may_drain": tenancy.is_operator(tenancy.get_project(session, project), page.key.scopes),
+    }
 
 
 @router.get("/usage")
@@ -134,7 +144,15 @@ def keys_page(request: Request, session: ReadSession, page: PageDep) -> Response
     rows = [bodies.key_body(key) for key in found]
     # The page is of one project.
     scopes = [str(each) for each in Scope if each is not Scope.ORGANIZATION]
-    return render(request, "keys.html", page, keys=rows, own=page.key.id, scopes=scopes)
+    return render(
+        request,
+        "keys.html",
+        page,
+        keys=rows,
+        own=page.key.id,
+        scopes=scopes,
+        lifetimes=KEY_DAYS,
+    )
 
 
 @router.get("/settings")
