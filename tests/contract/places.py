@@ -117,10 +117,10 @@ def changed(body: Any, path: tuple[str | int, ...], value: Any) -> Any:
         return value
     name, *rest = path
     if isinstance(name, int):
-        old = list(body) if isinstance(body, list) and body else [None]
-        return [changed(old[0], tuple(rest), value), *old[1:]]
-    old = dict(body) if isinstance(body, dict) else {}
-    return {**old, name: changed(old.get(name), tuple(rest), value)}
+        items = list(body) if isinstance(body, list) and body else [None]
+        return [changed(items[0], tuple(rest), value), *items[1:]]
+    fields = dict(body) if isinstance(body, dict) else {}
+    return {**fields, name: changed(fields.get(name), tuple(rest), value)}
 
 
 def operations(document: JsonObject) -> Iterator[tuple[str, str, JsonObject]]:

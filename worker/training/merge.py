@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import torch
@@ -36,7 +36,6 @@ from worker.training.model import set_threads
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
 PURPOSE = "fine-tune-results"
 TOLERANCE = 1e-4
@@ -92,19 +91,18 @@ def merge_weights(base: Path, adapter: Path, target: Path, precision: JsonObject
     return Errors(merged, rounded)
 
 
-def _forget_quantisation(model: "PreTrainedModel") -> None:
+def _forget_quantisation(model: Any) -> None:
     """Take from a model what says that its weights are quantised; they are not any more."""
     del model.config.quantization_config
-    model.hf_quantizer = None
+    model.hf_quantizer = model.quantization_method = None
     model.is_quantized = model.is_loaded_in_4bit = False
 
 
-def _merged(adapted: "PeftModel") -> "PreTrainedModel":
+def _merged(adapted: "PeftModel") -> Any:
     try:
-        whole: PreTrainedModel = adapted.merge_and_unload()
+        return adapted.merge_and_unload()
     except (NotImplementedError, TypeError, ValueError) as error:  # what PEFT's tuners raise
         raise _refused(str(error)) from error
-    return whole
 
 
 def _error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,6 +1,7 @@
 """``tunery adapters``: in, shown, out again, away and back."""
 
 import json
+import threading
 import zipfile
 from pathlib import Path
 
@@ -44,11 +45,17 @@ def test_an_adapter_is_imported_shown_downloaded_archived_and_restored(
     assert not gone.exists()
 
     assert tunery("adapters", "merge", name).strip() == "queued"
-    with database.write() as session:
-        merge = merges.claim(session, 60)
-        assert merge is not None
-        merges.fail(session, merge.id, "It does not fit.")
+
+    def end() -> None:
+        with database.write() as session:
+            merge = merges.claim(session, 60)
+            assert merge is not None
+            merges.fail(session, merge.id, "It does not fit.")
+
+    later = threading.Timer(0.3, end)
+    later.start()
     assert "It does not fit." in tunery("adapters", "merge", name, "--to", str(gone), status=1)
+    later.join()
 
     tunery("adapters", "archive", name)
     assert "archived" in tunery("adapters", "list")
