@@ -163,7 +163,11 @@ def describe_device(device: str) -> str:
 
 
 def set_threads(jobs_at_a_time: int) -> None:
-    """Share the cores that this process may use between the jobs of one worker."""
+    """Share the cores that this process may use between the jobs of one worker.
+
+    Never more than this process has now, which `OMP_NUM_THREADS` says, as for any program.
+    """
     import os
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs_at_a_time))
+    share = max(1, len(os.sched_getaffinity(0)) // jobs_at_a_time)
+    torch.set_num_threads(min(share, torch.get_num_threads()))
