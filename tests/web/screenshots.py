@@ -58,7 +58,12 @@ class Studio:
             self.windows[kind] = page
 
     def take(self, page: Page, name: str, kind: str) -> None:
-        page.screenshot(path=FOLDER / f"{name}-{kind}.png", full_page=True)
+        height = page.evaluate("document.documentElement.scrollHeight")
+        size = KINDS[kind]["viewport"]
+        # As high as the page, so that the menu beside it reaches to its end.
+        page.set_viewport_size(size | {"height": max(size["height"], height)})
+        page.screenshot(path=FOLDER / f"{name}-{kind}.png")
+        page.set_viewport_size(size)
         paints = (
             "performance.getEntriesByName('first-contentful-paint').map(each => each.startTime)"
         )
