@@ -26,6 +26,7 @@ from models.registry import (
     files,
     jobs,
     metrics,
+    turns,
     workers,
 )
 from models.registry.files import FileChoice
@@ -78,7 +79,8 @@ def _jobs(
     sort = one_of(listed.sort, get_args(SortJobs))
     found = jobs.list_page(session, page.key.project_id, listed.cursor(), wanted, sort)
     organization = services.settings.api.organization
-    rows = [bodies.job_body(row, organization) for row in found.rows]
+    places = turns.places(session, found.rows)
+    rows = [bodies.job_body(row, organization, places.get(row.id)) for row in found.rows]
     return {
         "jobs": rows,
         "latest": metrics.latest(session, [row["id"] for row in rows]),
@@ -86,15 +88,8 @@ def _jobs(
         "listed": listed,
         "status_filter": status,
         "statuses": [str(each) for each in JobStatus],
-        "ahead": {row["id"]: at for at, row in enumerate(_queued(rows))},
         "n_workers": len(workers.alive(session)),
     }
-
-
-def _queued(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Oldest first, so that those of one second keep their order.
-    waiting = [row for row in reversed(rows) if row["status"] == JobStatus.QUEUED]
-    return sorted(waiting, key=lambda row: (-row["priority"], row["created_at"]))
 
 
 @router.get("/jobs/new")
@@ -147,7 +142,8 @@ def job_page(
     job_id: str, request: Request, session: ReadSession, services: ServicesDep, page: PageDep
 ) -> Response:
     job = jobs.get(session, page.key.project_id, job_id)
-    body = bodies.job_body(job, services.settings.api.organization)
+    place = turns.places(session, [job]).get(job_id)
+    body = bodies.job_body(job, services.settings.api.organization, place)
     points, n_points = metrics.sample(session, job_id, 0, PAGE_POINTS)
     saved = checkpoints.list_page(session, job_id, Cursor(limit=100))
     best = checkpoints.best(saved.rows)

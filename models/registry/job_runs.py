@@ -66,13 +66,7 @@ def _next_of(session: Session, project_id: str) -> Job | None:
         session.refresh(project, with_for_update={"key_share": True})
         if quotas.n_running(session, project_id) >= (project.max_running_jobs or 0):
             return None
-    return session.scalar(
-        select(Job)
-        .where(Job.project_id == project_id, Job.status == JobStatus.QUEUED)
-        .order_by(Job.priority.desc(), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    return turns.next_job(session, project_id)
 
 
 def has_queued(session: Session) -> bool:

@@ -58,6 +58,8 @@ function drawJob() {
   const step = Math.max(job.step, last?.step ?? 0);
   const mark = make("span", { class: `status ${job.status}`, "data-status": job.status }, make("i", { "aria-hidden": "true" }), t(job.status.replaceAll("_", " ")));
   by("status").replaceChildren(mark);
+  by("queue").hidden = !job.queue_position;
+  by("queue").textContent = job.queue_position ? t("Place {position} of {length} in the queue", { position: number(job.queue_position), length: number(job.queue_length) }) : "";
   const bar = /** @type {HTMLProgressElement} */ (by("bar"));
   bar.max = total || 1;
   bar.value = step;
@@ -169,6 +171,14 @@ by("along").addEventListener("change", drawCharts);
 by("as-table").addEventListener("click", () => { by("loss-table").hidden = !by("loss-table").hidden; drawCharts(); });
 document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
 setInterval(drawClock, 1000);
+// The stream tells of this job; its place also changes when others start.
+setInterval(async () => {
+  if (job.status !== "queued" || document.hidden) return;
+  try {
+    const fresh = await call("GET", `/v1/fine_tuning/jobs/${job.id}`);
+    if (job.status === "queued" && fresh.status === "queued") { job = fresh; drawJob(); }
+  } catch (error) { complain(error); }
+}, 5000);
 drawCharts();
 drawJob();
 if (ENDS.includes(job.status)) by("mark").dataset.state = "ended"; else open();
