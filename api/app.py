@@ -97,6 +97,7 @@ def _include_v1(app: FastAPI, settings: Settings) -> None:
         (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
+        (operations.operator_router, ADMINISTRATION, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
         (sweeps.router, TRAINING, limits.max_body_bytes),
         (stored.router, INFERENCE, limits.max_body_bytes),

@@ -11,9 +11,10 @@ from api.deps import ReadSession, ServicesDep
 from api.job_differences import default_differences, settings_that_differ
 from api.page_session import PageSession
 from api.services import Services
-from api.ui import plugin_forms
+from api.ui import fitting, plugin_forms
 from api.ui.frame import PageDep, PageRoute, listing, one_of, render
 from models.domain.base import JsonObject
+from models.domain.estimates import BaseShape
 from models.domain.reports import StepMetrics
 from models.domain.status import JobStatus
 from models.domain.training import Optimizer, Precision
@@ -42,7 +43,7 @@ MAX_CHOICES = 100
 POINT_FIELDS = frozenset(
     {
         *("step", "epoch", "train_loss", "valid_loss", "full_valid_loss"),
-        *("learning_rate", "grad_norm", "tokens_per_second"),
+        *("learning_rate", "grad_norm", "tokens_per_second", "recorded_at"),
     }
 )
 
@@ -89,6 +90,7 @@ def _jobs(
 def new_job_page(request: Request, session: ReadSession, page: PageDep) -> Response:
     project = page.key.project_id
     asked = request.query_params
+    precision = plugin_forms.of_schema("precision", Precision.model_json_schema())
     trainable = files.newest(session, project, files.TRAINABLE, MAX_CHOICES)
     if asked.get("file") and asked["file"] not in [each.id for each in trainable]:
         file = files.get(session, project, asked["file"])
@@ -98,10 +100,11 @@ def new_job_page(request: Request, session: ReadSession, page: PageDep) -> Respo
         "new_job.html",
         page,
         files=trainable,
-        models=_models(session, project, asked.get("model", "")),
+        bases=_bases(session, project, asked.get("model", "")),
+        refusals=fitting.refusals(_shapes(session), precision["types"]),
         methods=[plugin_forms.of_plugin(each) for each in methods.all_methods().values()],
         objectives=[plugin_forms.of_plugin(each) for each in objectives.all_objectives().values()],
-        precision=plugin_forms.of_schema("precision", Precision.model_json_schema()),
+        precision=precision,
         optimizer=plugin_forms.of_schema("optimizer", Optimizer.model_json_schema()),
         chosen=asked.get("file", ""),
         model=asked.get("model", ""),
@@ -110,12 +113,22 @@ def new_job_page(request: Request, session: ReadSession, page: PageDep) -> Respo
     )
 
 
-def _models(session: Session, project_id: str, *asked: str) -> list[str]:
-    """Return the names that a job can start from: bases, newest adapters, those asked for."""
-    names = [model.name for model in base_models.active(session)]
+def _bases(session: Session, project_id: str, asked: str) -> dict[str, str]:
+    """Return the names that a job can start from, and the base of each.
+
+    They are the bases, the newest adapters and the one asked for, which may be no adapter at all.
+    """
+    found = {model.name: model.name for model in base_models.active(session)}
     tuned = adapters.list_page(session, project_id, Cursor(limit=MAX_CHOICES))
-    names += [adapter.name for adapter in tuned.rows]
-    return list(dict.fromkeys([*names, *filter(None, asked)]))
+    found |= {adapter.name: adapter.base_model for adapter in tuned.rows}
+    return found | ({asked: ""} if asked and asked not in found else {})
+
+
+def _shapes(session: Session) -> dict[str, BaseShape | None]:
+    return {
+        model.name: None if model.shape is None else BaseShape.model_validate(model.shape)
+        for model in base_models.active(session)
+    }
 
 
 @router.get("/jobs/{job_id}")
@@ -151,12 +164,12 @@ def _sample_file(session: Session, page: PageSession, job: JsonObject) -> str | 
 
 
 def _point(point: StepMetrics) -> JsonObject:
-    """Return what the curves need of a step, to seven digits."""
+    """Return what the curves need of a step, to seven digits, and times to a tenth of a second."""
     given = point.model_dump(exclude_none=True, include=set(POINT_FIELDS))
     return {
         name: float(f"{value:.7g}") if isinstance(value, float) else value
         for name, value in given.items()
-    }
+    } | ({"recorded_at": round(point.recorded_at, 1)} if point.recorded_at is not None else {})
 
 
 @router.get("/compare")

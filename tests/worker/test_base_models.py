@@ -123,7 +123,7 @@ def test_a_model_whose_files_moved_away_is_fetched_again(tmp_path: Path, tiny: P
     settings = settings_for(tmp_path, f"path:{package}")
     directory, info = materialise("tiny", settings)
     moved = tiny.rename(tmp_path / "moved")
-    with pytest.raises(UnavailableError, match="no config.json"):
+    with pytest.raises(UnavailableError, match=r"no config\.json"):
         materialise("tiny", settings)
     package.unlink()
     package.symlink_to(moved)
