@@ -70,7 +70,7 @@ class PreparedRows(Generic[Row]):
 class PreparedQuery:
     """Any ``select``; its rows come as the driver gives them."""
 
-    def __init__(self, statement: Select[Any]) -> None:
+    def __init__(self, statement: Select[*tuple[Any, ...]]) -> None:
         self._statement = statement
         self._compiled: dict[str, _Compiled] = {}
 
@@ -130,7 +130,9 @@ class PreparedInsert:
         compiled, processors = self._compiled[dialect.name]
         made = []
         for row in rows:
-            full = self._empty | row
+            if not row.keys() <= self._empty.keys():
+                raise KeyError(f"No columns that can be given: {row.keys() - self._empty.keys()}.")
+            full = {**self._empty, **row}
             for name, process in processors.items():
                 full[name] = process(full[name])
             made.append({f"p_{name}": value for name, value in full.items()})
@@ -141,7 +143,7 @@ class PreparedInsert:
 class _Compiled:
     """A statement in one dialect."""
 
-    def __init__(self, statement: Select[Any] | Insert, dialect: Dialect) -> None:
+    def __init__(self, statement: Select[*tuple[Any, ...]] | Insert, dialect: Dialect) -> None:
         compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         assert isinstance(compiled, SQLCompiler)
         self._text = str(compiled)
