@@ -7,7 +7,7 @@ import sqlalchemy as sa
 from alembic import op
 
 revision = "0013_worker_drain"
-down_revision = "0010_page_indexes"
+down_revision = "0011_job_logs"
 branch_labels = None
 depends_on = None
 
