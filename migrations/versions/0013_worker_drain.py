@@ -1,6 +1,6 @@
 """workers: whether one takes no new job.
 
-Revision: 0013_worker_drain, after 0010_page_indexes
+Revision: 0013_worker_drain, after 0011_job_logs
 """
 
 import sqlalchemy as sa
