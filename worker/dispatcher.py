@@ -26,6 +26,7 @@ from worker.deliveries import deliver_due
 from worker.launch import TrainerProcess
 from worker.lint_files import FileLinter
 from worker.measure import measure_next
+from worker.merging import merge_next
 
 POSTMAN_SECONDS = 2.0
 """How often a worker looks for events to send: what writes them rings no bell."""
@@ -172,7 +173,10 @@ class _Slot(_Looker):
         with self._database.write() as session:
             job = job_runs.claim(session, self._worker, self._settings.lease_seconds)
         if job is None:
-            return measure_next(self._database, self._stopping.is_set)
+            is_stopping = self._stopping.is_set
+            return merge_next(self._database, is_stopping) or measure_next(
+                self._database, is_stopping
+            )
         trainer = self._warm()
         self._spare = None
         run = tasks.TrainingRun(self._database, self._settings, job, trainer, self._stopping.is_set)

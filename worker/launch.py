@@ -57,7 +57,7 @@ class TrainerProcess:
     def assign(self, job_id: str, attempt: int) -> None:
         """Tell the child which job to run; raises ``OSError`` if it has died while waiting."""
         assert self._process.stdin is not None
-        self.log.begin()
+        self.log.begin(job_id)
         order = json.dumps({"job_id": job_id, "attempt": attempt}) + "\n"
         self._process.stdin.write(order.encode())
         self._process.stdin.close()

@@ -27,12 +27,12 @@ from worker.heads import Head
 from worker.training import checkpoint, methods, objectives
 from worker.training.cost import CostMeter
 from worker.training.followers import gathered
-from worker.training.forward import choose_forward
+from worker.training.forward import PaddedForward, choose_forward
 from worker.training.headed import headed_forward
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights
 from worker.training.model import adapt
-from worker.training.objectives.base import Example, Facts
+from worker.training.objectives.base import Example, Facts, LanguageForward
 from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
 from worker.training.publish import Publisher, RunIdentity
 from worker.training.report import DatabaseReporter, Silence
@@ -285,7 +285,10 @@ def _task(
     )
     model = adapt(base, method, params, spec.seed)
     reason: str | None = None
-    if head.kind == "causal_lm":
+    forward: LanguageForward
+    if head.kind == "causal_lm" and not spec.packing:
+        forward = PaddedForward(model, spec.precision, device, pad_id)
+    elif head.kind == "causal_lm":
         cache = can_cache_weights(model, device)
         forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)
     else:
