@@ -64,6 +64,7 @@ class Meft(Method):
         "time of one with gradient checkpointing."
     )
     Params: ClassVar[type[MethodParams]] = MeftParams
+    rate_scale: ClassVar[float] = 3.0
     families: ClassVar[frozenset[Family]] = frozenset({"decoder", "encoder"})
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "reversible"})
 
