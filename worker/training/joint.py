@@ -4,9 +4,7 @@ In a round every job makes one optimizer step. The micro-batches of small steps 
 together, each under its own adapter, so that every product with a frozen weight is made (and every
 NF4 weight dequantised) once for all of them. Losses, gradients, clipping, schedules, optimizers,
 checkpoints and random numbers stay apart: a job gives what it gives alone, within rounding, and
-what ends one job ends only that.
-
-The worker does not use it yet: claiming several jobs at once is still to come.
+what ends one job ends only that. ``worker.training.together`` makes the members from jobs.
 """
 
 import time
@@ -23,12 +21,9 @@ from worker.training.forward import PackedForward
 from worker.training.loop import Trainer
 from worker.training.memory import is_out_of_memory
 from worker.training.objectives.base import Example
-from worker.training.task import Outcome, Reporter, Scores, Stop, Task
+from worker.training.task import SHARED_STEP_TOKENS, Outcome, Reporter, Scores, Stop, Task
 
 log = structlog.get_logger(__name__)
-
-SHARED_STEP_TOKENS = {"cpu": 256, "cuda": 4096}
-"""Steps of more tokens fill the device alone, and go through it alone. Not measured yet."""
 
 
 @dataclass(slots=True)

@@ -82,7 +82,7 @@ def measure(
     forward, _ = choose_forward(model, precision, device, pad_id, cache_weights=cache)
     start_seconds = time.perf_counter() - started
     budget = TOKENS_PER_MICRO_BATCH[torch.device(device).type]
-    rows = _RowMaker(base.vocab_size)
+    rows = RowMaker(base.vocab_size)
     spec = _spec(name, precision)
     task = Task(
         model=model,
@@ -132,7 +132,7 @@ def measure(
     )
 
 
-def _choose_plan(stand: "_Stand", rows: "_RowMaker", budget: int, seconds: float) -> Plan:
+def _choose_plan(stand: "_Stand", rows: "RowMaker", budget: int, seconds: float) -> Plan:
     """Return the most precise plan whose passes take at most `seconds`, or the quickest."""
     n_tokens = budget // 8
     batch = rows.make([64] * (n_tokens // 64), 0.5)
@@ -158,7 +158,7 @@ def non_negative_fit(features: Sequence[Sequence[float]], values: Sequence[float
     return coefficients
 
 
-class _RowMaker:
+class RowMaker:
     """Rows of random tokens."""
 
     def __init__(self, vocabulary: int) -> None:
