@@ -133,6 +133,9 @@ class WorkerSettings(Group):
         description="Let it load the base model of the last job meanwhile, on a CPU and where that "
         "takes at most a quarter of the free memory.",
     )
+    job_log_bytes: int = Field(
+        1024**2, ge=4096, description="Log that is kept of each job; the oldest lines go first."
+    )
 
     lint_memory_bytes: int = Field(
         2 * 1024**3,

@@ -17,6 +17,7 @@ from pydantic import JsonValue
 
 from models.domain.training import Precision
 from models.settings import child_environment
+from worker.job_log import LogPipe, SharedLog
 from worker.training import exit_codes
 
 # What a trainer has no use for must not be in its environment.
@@ -56,9 +57,12 @@ class TrainerProcess:
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             env=child_environment(without=WITHHELD) | ALLOCATOR | RENDEZVOUS,
             start_new_session=True,
         )
+        assert self._process.stderr is not None
+        self.log = LogPipe(self._process.stderr)
         self._seats: dict[str, Seat] = {}
         self._writing = threading.Lock()
         threading.Thread(target=self._read, name="trainer-ends", daemon=True).start()
@@ -74,6 +78,7 @@ class TrainerProcess:
     def assign(self, job_id: str, attempt: int) -> None:
         """Tell the child which job to run; raises ``OSError`` if it has died while waiting."""
         assert self._process.stdin is not None
+        self.log.begin()
         self.send({"job_id": job_id, "attempt": attempt})
         self._process.stdin.close()
 
@@ -82,7 +87,9 @@ class TrainerProcess:
 
         A child that has died while waiting is found by the seats.
         """
-        seats = [Seat(self, job_id) for job_id, _ in orders]
+        self.log.begin()
+        shared = SharedLog(self.log, [job_id for job_id, _ in orders])
+        seats = [Seat(self, job_id, shared) for job_id, _ in orders]
         self._seats = {seat.job_id: seat for seat in seats}
         with contextlib.suppress(OSError):
             self.send([{"job_id": job_id, "attempt": attempt} for job_id, attempt in orders])
@@ -141,8 +148,9 @@ class TrainerProcess:
 class Seat:
     """One of several jobs of a trainer process, seen as if it had the process for itself."""
 
-    def __init__(self, process: TrainerProcess, job_id: str) -> None:
+    def __init__(self, process: TrainerProcess, job_id: str, shared: SharedLog) -> None:
         self.job_id = job_id
+        self.log = shared.part(job_id)
         self._process = process
         self._exit_code: int | None = None
         self._ended = threading.Event()

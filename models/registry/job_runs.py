@@ -17,7 +17,7 @@ from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
 from models.domain.training import Precision, TrainingSpec
 from models.errors import LeaseLostError
-from models.registry import events, quotas, turns, usage
+from models.registry import events, quotas, turns, usage, workers
 from models.registry.jobs import end_as_failed, move, to_queue
 from models.registry.usage import Used, User
 from models.tables import Checkpoint, Job, JobAttempt, Project
@@ -30,8 +30,10 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     """Take the next queued job: that of the project whose turn it is (see ``turns``), of its jobs
     the one with the highest priority, then the oldest.
 
-    Returns the job with its new attempt number, or None when nothing waits.
+    Returns the job with its new attempt number, or None when nothing waits or the worker drains.
     """
+    if workers.is_draining(session, worker):
+        return None
     job = next(filter(None, (_next_of(session, project) for project in turns.order(session))), None)
     if job is None:
         return None
@@ -111,20 +113,11 @@ def _next_of(
         session.refresh(project, with_for_update={"key_share": True})
         if quotas.n_running(session, project_id) >= (project.max_running_jobs or 0):
             return None
-    query = (
-        select(Job)
-        .where(Job.project_id == project_id, Job.status == JobStatus.QUEUED)
-        .order_by(Job.priority.desc(), Job.created_at, Job.id)
-        .with_for_update(skip_locked=True)
-    )
-    if condition is None or suits is None:
-        return session.scalar(query.limit(1))
-    for job in session.scalars(
-        query.where(condition, Job.fruitless_attempts == 0).limit(LOOKED_AT)
-    ):
-        if suits(session, job):
-            return job
-    return None
+    if suits is None or condition is None:
+        return turns.next_job(session, project_id)
+    waiting = turns.queued(project_id).where(condition, Job.fruitless_attempts == 0)
+    looked_at = session.scalars(waiting.limit(LOOKED_AT))
+    return next((job for job in looked_at if suits(session, job)), None)
 
 
 def last_base(session: Session) -> tuple[str, Precision] | None:

@@ -36,6 +36,7 @@ class Member:
         save: Called when a checkpoint is due, with this job's random state as torch's.
         asked: Whether somebody wants this job to stop; asked before every step.
         rng_state: torch's CPU state that the job goes on from, uint8 [n]; that of its seed if None.
+        about: What every line of the log says that is written for this job.
     """
 
     trainer: Trainer
@@ -43,6 +44,7 @@ class Member:
     save: Callable[[Trainer, StepMetrics], None]
     asked: Callable[[], Stop | None]
     rng_state: torch.Tensor | None = None
+    about: dict[str, str] = field(default_factory=dict)
     generator: torch.Generator = field(init=False)
     ended: Outcome | Exception | None = field(init=False, default=None)
     last: StepMetrics | None = field(init=False, default=None)
@@ -191,12 +193,13 @@ class JointRun:
     @contextmanager
     def _only_ending(member: Member) -> Iterator[None]:
         """Have an error inside end this member, and not the others; `run` returns it."""
-        try:
-            yield
-        except Exception as error:
-            log.exception("member_ended", adapter=member.trainer.task.adapter)
-            member.ended = error
-            member.trainer.optimizer.zero_grad(set_to_none=True)
+        with structlog.contextvars.bound_contextvars(**member.about):
+            try:
+                yield
+            except Exception as error:
+                log.exception("member_ended", adapter=member.trainer.task.adapter)
+                member.ended = error
+                member.trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def _n_tokens(examples: Sequence[Example]) -> int:

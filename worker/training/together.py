@@ -147,7 +147,7 @@ class JobsTogether:
 
     def _run_joint(self) -> None:
         joint = JointRun([seat.member for seat in self._open() if seat.member is not None])
-        log.info("joint_run_started", jobs=[seat.job_id for seat in self._open()])
+        log.info("joint_run_started", n_jobs=len(self._open()))
         joint.begin()
         goes_on = True
         while goes_on:
@@ -173,6 +173,7 @@ class JobsTogether:
             run.saver(rows.run),
             lambda: self._asked(seat.job_id),
             torch.get_rng_state(),
+            {"job_id": seat.job_id},
         )
 
     def _conclude(self, seat: _Seat) -> None:
@@ -194,11 +195,12 @@ class JobsTogether:
     @contextmanager
     def _ending(self, seat: _Seat) -> Iterator[None]:
         """Have an error inside end this job, and not the others."""
-        try:
-            yield
-        except Exception as error:
-            log.exception("attempt_ended_by_error", job_id=seat.job_id)
-            self._end_by(seat, error)
+        with structlog.contextvars.bound_contextvars(job_id=seat.job_id):
+            try:
+                yield
+            except Exception as error:
+                log.exception("attempt_ended_by_error")
+                self._end_by(seat, error)
 
     def _end_by(self, seat: _Seat, error: Exception) -> None:
         if is_out_of_memory(error):

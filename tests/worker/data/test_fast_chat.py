@@ -46,7 +46,7 @@ def check(raw: bytes) -> bool:
     return True
 
 
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(rows, st.booleans())
 def test_what_it_takes_the_slow_way_takes_too(row: dict[str, Any], ascii_only: bool) -> None:
     raw = json.dumps(row, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
@@ -68,7 +68,7 @@ def test_damaged_text_is_never_taken_as_something_else() -> None:
         " ",
     ]
     n_taken = 0
-    for _ in range(20_000):
+    for _ in range(5_000):
         text = GOOD
         for _ in range(draw.randint(1, 3)):
             at = draw.randrange(len(text))

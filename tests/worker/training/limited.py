@@ -28,7 +28,7 @@ def main() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    numbers = {"n_epochs": 2, "batch_size": 64, "learning_rate_multiplier": 1.0}
+    numbers = {"n_epochs": 1, "batch_size": 64, "learning_rate_multiplier": 1.0}
     warnings: list[str] = []
     trainer = make_trainer(
         make_spec(hyperparameters=numbers),

@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -47,7 +48,7 @@ def test_a_containers_limit_counts(
 def test_weights_are_cached_only_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Module()
     weight: Any = nn.Parameter(torch.zeros(500, dtype=torch.uint8), requires_grad=False)
-    weight.quant_state = None
+    weight.quant_state = SimpleNamespace(dtype=torch.bfloat16)
     model.weight = weight
     monkeypatch.setattr(memory, "free_bytes", lambda device: 8000)
     assert memory.can_cache_weights(model, "cpu")

@@ -209,5 +209,6 @@ def test_packed_gradients_in_bfloat16_are_as_exact_as_pefts(
         return float((sum(gaps) / size) ** 0.5)
 
     ours, pefts = (error(gradients("bf16", packed=packed)) for packed in (True, False))
-    assert 0 < ours <= 1.25 * pefts
+    in_bfloat16 = compute_dtype("cpu") == torch.bfloat16  # else both are as exact as float32
+    assert 0 < ours <= (1.25 * pefts if in_bfloat16 else 1e-4)
     assert error(gradients("fp32", packed=True)) < 1e-4

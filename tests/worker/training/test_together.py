@@ -108,7 +108,7 @@ def test_a_cancelled_job_and_a_faulty_one_leave_the_other_as_it_is(
 
     def cancel(job_id: str) -> Stop | None:
         row = shared.job(job_id)
-        return Stop.CANCEL if job_id == jobs[0].id and row.step >= 2 else None
+        return Stop.CANCEL if job_id == jobs[0].id and row.step >= 1 else None
 
     ends = run(shared, [faulty, *jobs], cancel)
     assert ends == {
@@ -124,7 +124,7 @@ def test_drained_jobs_go_on_together_or_alone(shared: Service, alone: list[Job])
     jobs = two_jobs(shared)
 
     def drain(job_id: str) -> Stop | None:
-        return Stop.DRAIN if shared.job(jobs[0].id).step >= 2 else None
+        return Stop.DRAIN if shared.job(jobs[0].id).step >= 1 else None
 
     assert set(run(shared, jobs, drain).values()) == {exit_codes.DRAINED}
     assert all(shared.checkpoints(job.id) for job in jobs)
