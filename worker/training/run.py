@@ -17,10 +17,11 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from io import FileIO
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
@@ -81,7 +82,7 @@ class StopLines:
         self._signals = signals
         self._wanted: dict[str, str] = {}
 
-    def read(self, lines: TextIO) -> None:
+    def read(self, lines: Iterable[bytes]) -> None:
         """Take lines until there are no more; runs in a thread of its own."""
         for line in lines:
             wish = json.loads(line)
@@ -92,7 +93,7 @@ class StopLines:
         from worker.training.task import Stop
 
         signalled, wanted = self._signals(), self._wanted.get(job_id)
-        if signalled is not None or wanted is None:
+        if wanted is None or signalled is Stop.CANCEL:
             return signalled
         return Stop(wanted)
 
@@ -135,6 +136,14 @@ def import_what_takes_seconds() -> None:
         import_module(name)
 
 
+def input_lines() -> FileIO:
+    """Return standard input without a buffer: what is not read yet is left for the next reader.
+
+    Nor has it a lock, which a thread that waits for a line would hold at the end of the process.
+    """
+    return FileIO(sys.stdin.fileno(), closefd=False)
+
+
 def has_order() -> bool:
     """Tell whether standard input has something to read already, be it its end."""
     return bool(select.select([sys.stdin], [], [], 0)[0])
@@ -144,7 +153,7 @@ def wait_for_jobs() -> list[Order]:
     """Say ``ready``, and wait for jobs; none at the end of input."""
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    line = sys.stdin.readline()
+    line = input_lines().readline()
     if not line.strip():
         return []
     order = json.loads(line)
@@ -208,7 +217,7 @@ def run_jobs(settings: Settings, orders: Sequence[Order], stop: StopSignal, warm
     from worker.training.together import JobsTogether
 
     wishes = StopLines(stop)
-    threading.Thread(target=wishes.read, args=(sys.stdin,), daemon=True).start()
+    threading.Thread(target=wishes.read, args=(input_lines(),), daemon=True).start()
     set_threads(settings.worker.slots)
     database = Database(settings.database)
     try:

@@ -18,7 +18,7 @@ from models.settings import child_environment
 from tests.worker.training.killed import Killer
 from tests.worker.training.service import Service
 from worker.training import exit_codes
-from worker.training.run import StopSignal
+from worker.training.run import StopLines, StopSignal
 
 COMMAND = [sys.executable, "-m", "worker.training.run"]
 ROOT = Path(__file__).parents[3]
@@ -149,6 +149,17 @@ def test_cancelling_wins_over_draining() -> None:
     assert stop() == "cancel"
     stop._on_signal(signal.SIGTERM, None)
     assert stop() == "cancel"
+
+
+def test_a_wish_is_for_one_job_and_a_signal_for_all() -> None:
+    signals = StopSignal()
+    wishes = StopLines(signals)
+    lines = [("one", "cancel"), ("one", "drain"), ("two", "drain")]
+    wishes.read(json.dumps({"job_id": job, "stop": wish}).encode() for job, wish in lines)
+    assert [wishes.of(job) for job in ("one", "two", "three")] == ["cancel", "drain", None]
+    signals._on_signal(signal.SIGTERM, None)
+    assert wishes.of("three") == "drain"
+    assert wishes.of("one") == "cancel"
 
 
 def test_twenty_kills_cost_only_time(service: Service) -> None:
