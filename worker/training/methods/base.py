@@ -121,6 +121,10 @@ class Method(Plugin, ABC):
         """Return how an inference server answers with such an adapter."""
         return Served.BATCHED
 
+    def merges(self, params: Any) -> bool:
+        """Tell whether such an adapter can be added to the weights of the base."""
+        return True
+
     def published(
         self, trained: "Mapping[str, torch.Tensor]", params: Any
     ) -> "dict[str, torch.Tensor]":
