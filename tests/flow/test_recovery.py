@@ -84,6 +84,7 @@ class Stage:
             "TUNERY_MODELS__CACHE_DIR": str(self._cache),
             "TUNERY_MODELS__CATALOG": f'{{"tiny": "{self.catalog["tiny"]}"}}',
             "TUNERY_WORKER__SCRATCH_DIR": str(self.folder / "scratch"),
+            "TUNERY_WORKER__JOINT_JOBS": "4",
             "TUNERY_WORKER__LEASE_SECONDS": str(LEASE_SECONDS),
             "TUNERY_WORKER__HEARTBEAT_SECONDS": "1",
             "TUNERY_WORKER__SWEEP_SECONDS": "1",
