@@ -53,9 +53,15 @@ def build_model(
     return adapt(base, method, params, seed)
 
 
-def adapt(base: PreTrainedModel, method: Method, params: MethodParams, seed: int) -> PeftModel:
+def adapt(
+    base: PreTrainedModel | PeftModel,
+    method: Method,
+    params: MethodParams,
+    seed: int,
+    adapter: str = DEFAULT_ADAPTER,
+) -> PeftModel:
     """Attach `method` to a base, new head or not; the result is in training mode."""
-    model = method.attach(base, params, seed)
+    model = method.attach(base, params, seed, adapter)
     guard_quantised_weights(model)
     model.train()
     return model

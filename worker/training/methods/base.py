@@ -113,6 +113,10 @@ class Method(Plugin, ABC):
                 "peft.type",
             )
 
+    def mixes(self, params: Any) -> bool:
+        """Tell whether jobs with such adapters can share passes over one base (see ``joint``)."""
+        return False
+
     def served(self, params: Any) -> Served:
         """Return how an inference server answers with such an adapter."""
         return Served.BATCHED

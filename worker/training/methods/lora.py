@@ -143,6 +143,10 @@ class Lora(Method):
     Params: ClassVar[type[MethodParams]] = LoraParams
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio"})
 
+    def mixes(self, params: Any) -> bool:
+        # DoRA needs whole weights, and a principal start changes the base that others share.
+        return not params.use_dora and params.init not in PRINCIPAL
+
     def attach(
         self,
         model: "PreTrainedModel | PeftModel",
