@@ -59,7 +59,7 @@ def may_share(session: Session, job: Job, limit: int) -> bool:
     spec = TrainingSpec.model_validate(job.spec)
     objective, objective_params = objectives.resolve(spec.objective)
     method = methods.get_method(spec.peft["type"])
-    if spec.num_devices > 1 or not objective.mixes(objective_params):
+    if spec.num_devices > 1 or not spec.packing or not objective.mixes(objective_params):
         return False
     if not method.mixes(methods.parse_params(spec.peft)):
         return False
