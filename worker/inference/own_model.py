@@ -34,14 +34,15 @@ def load_own_model(
     # Both make their configurations known to PEFT.
     import worker.training.reversible.tuner
     import worker.training.tuners.own  # noqa: F401
+    from worker.training.tuners.attach import without_known_warnings
+    from worker.training.tuners.virtual import with_virtual_tokens
 
     model: Any = load_model(base, precision=precision, device=device)
     if precision == "nf4":
         dequantise_(model)
     if served == "merged":
         model = model.float()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with without_known_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
         adapted: Any = PeftModel.from_pretrained(
             model, str(adapter), autocast_adapter_dtype=False, torch_device=device
@@ -51,7 +52,11 @@ def load_own_model(
         stray ^= set(file.keys())
     if stray:
         raise ValueError(f"tensors are missing or left over: {', '.join(sorted(stray)[:5])}")
-    whole: PreTrainedModel = (
-        adapted.merge_and_unload() if served == "merged" else adapted.get_base_model()
-    )
+    whole: PreTrainedModel
+    if served == "merged":
+        whole = adapted.merge_and_unload()
+    elif adapted.active_peft_config.is_prompt_learning:
+        whole = with_virtual_tokens(adapted)
+    else:
+        whole = adapted.get_base_model()
     return whole.requires_grad_(False).eval()

@@ -22,7 +22,7 @@ from models.domain.training import Precision
 from worker.base_models import compute_dtype, load_model
 from worker.heads import COPIES
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
-from worker.training.tuners.attach import head_of, linear_layers
+from worker.training.tuners.attach import head_of, linear_layers, without_known_warnings
 
 PROBE_TOKENS = 16
 LOGITS_TOLERANCE = 1e-5
@@ -117,7 +117,7 @@ def gives_same_logits(model: PeftModel, directory: Path) -> bool:
     [own] = model.active_adapters
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_known_warnings():
             trained = _answer(model, ids)
             model.load_adapter(str(directory), _READ_BACK, is_trainable=False)
             model.set_adapter(_READ_BACK)
