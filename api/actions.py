@@ -226,15 +226,15 @@ def submit_job(
         InvalidRequestError, NotFoundError: as `check_job`.
         QuotaError: the project's limits do not allow it.
     """
-    check_job(session, services, caller, spec)
-    job = jobs.create(session, caller.project_id, spec, metadata or None, caller.key_id)
-    quotas.reserve(session, job)
+    training_file = check_job(session, services, caller, spec)
+    held = quotas.reserve(session, caller.project_id, spec, training_file.bytes)
+    job = jobs.create(session, caller.project_id, spec, metadata or None, caller.key_id, held)
     services.bell.ring_after_commit(session)
     return job
 
 
-def check_job(session: Session, services: Services, caller: Caller, spec: TrainingSpec) -> None:
-    """Make sure that a job's base model, files and devices are there for this project.
+def check_job(session: Session, services: Services, caller: Caller, spec: TrainingSpec) -> File:
+    """Make sure that a job's base model, files and devices are there; return its training file.
 
     Raises:
         InvalidRequestError: unknown base model, a file that is no training data, or more devices
@@ -254,20 +254,22 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
             param="num_devices",
             code="devices_unavailable",
         )
-    for param, file_id in (
-        ("training_file", spec.training_file),
-        ("validation_file", spec.validation_file),
-    ):
-        if file_id is None:
-            continue
-        file = files.get(session, caller.project_id, file_id, param=param)
-        if file.purpose != files.TRAINABLE:
-            raise InvalidRequestError(
-                f"File {file_id} has purpose '{file.purpose}'; it must be uploaded with purpose "
-                f"'{files.TRAINABLE}'.",
-                param=param,
-                code="invalid_file_purpose",
-            )
+    training_file = _trainable(session, caller, spec.training_file, "training_file")
+    if spec.validation_file is not None:
+        _trainable(session, caller, spec.validation_file, "validation_file")
+    return training_file
+
+
+def _trainable(session: Session, caller: Caller, file_id: str, param: str) -> File:
+    file = files.get(session, caller.project_id, file_id, param=param)
+    if file.purpose != files.TRAINABLE:
+        raise InvalidRequestError(
+            f"File {file_id} has purpose '{file.purpose}'; it must be uploaded with purpose "
+            f"'{files.TRAINABLE}'.",
+            param=param,
+            code="invalid_file_purpose",
+        )
+    return file
 
 
 def delete_model(session: Session, services: Services, caller: Caller, name: str) -> None:

@@ -12,7 +12,7 @@ from api import openapi
 from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
 from api.adapters import routes as adapters
 from api.batches import BatchRunner
-from api.deps import ServicesDep, bearer, require_tokens
+from api.deps import ServicesDep, require_tokens
 from api.errors import install_error_handlers
 from api.idempotency import Idempotency
 from api.keys import audit_logs, projects
@@ -96,6 +96,7 @@ def _include_v1(app: FastAPI, settings: Settings) -> None:
         (encoders.router, INFERENCE, limits.max_body_bytes),
         (completions.router, INFERENCE, limits.max_body_bytes),
         (operations.router, TRAINING, limits.max_body_bytes),
+        (operations.operator_router, ADMINISTRATION, limits.max_body_bytes),
         (audit_logs.router, ADMINISTRATION, limits.max_body_bytes),
         (sweeps.router, TRAINING, limits.max_body_bytes),
         (stored.router, INFERENCE, limits.max_body_bytes),
@@ -106,7 +107,7 @@ def _include_v1(app: FastAPI, settings: Settings) -> None:
     ]
     for router, access, max_body_size in groups:
         # On the routes and not on the application, whose own answer would have no OpenAI body.
-        needed = [Depends(bearer), Depends(access)]
+        needed = [Depends(access)]
         if access is INFERENCE:
             needed.append(Depends(require_tokens))
         app.include_router(router, prefix="/v1", max_body_size=max_body_size, dependencies=needed)

@@ -12,6 +12,7 @@ from models.domain.training import TrainingSpec
 from models.registry.adapters import ResolvedModel
 from models.registry.lineage import Ancestor
 from models.registry.page import Page
+from models.registry.turns import Place
 from models.tables import (
     Adapter,
     ApiKey,
@@ -79,47 +80,15 @@ def part_body(part: UploadPart) -> JsonObject:
 
 
 @lru_cache(4096)
-def _spec(text: bytes) -> TrainingSpec:
-    """Return a stored specification; those that are asked for again and again are kept."""
-    return TrainingSpec.model_validate_json(text)
-
-
-def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
-    """Return OpenAI's ``method``: dpo, or supervised for whatever else."""
-    if spec.objective.get("type") == "dpo":
-        numbers = {**hyperparameters, "beta": spec.objective["beta"]}
-        return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
-    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
-
-
-def job_body(job: Job, organization: str) -> JsonObject:
-    """Return OpenAI's job object, then Tunery's fields with their resolved values."""
-    spec = _spec(orjson.dumps(job.spec))
+def _spec_body(text: bytes) -> JsonObject:
+    """Return what a stored specification is in a job object; what is asked for again is kept."""
+    spec = TrainingSpec.model_validate_json(text)
     hyperparameters = spec.hyperparameters.model_dump()
-    error = None
-    if job.error_code is not None:
-        error = {"code": job.error_code, "message": job.error_message, "param": job.error_param}
-    running = job.status == JobStatus.RUNNING
     return {
-        "id": job.id,
-        "object": "fine_tuning.job",
-        "created_at": int(job.created_at),
-        "finished_at": _seconds(job.finished_at),
         "model": spec.init_adapter.name if spec.init_adapter else spec.model,
-        "fine_tuned_model": job.fine_tuned_model,
-        "organization_id": organization,
-        "status": job.status,
         "hyperparameters": hyperparameters,
         "method": _method_body(spec, hyperparameters),
-        "training_file": job.training_file,
-        "validation_file": job.validation_file,
-        "result_files": [job.result_file] if job.result_file else [],
-        "trained_tokens": job.trained_tokens,
-        "error": error,
         "seed": spec.seed,
-        "integrations": [],
-        "estimated_finish": _seconds(job.estimated_finish) if running else None,
-        "metadata": job.request_metadata,
         "user_provided_suffix": spec.suffix or None,
         "objective": spec.objective,
         "peft": spec.peft,
@@ -133,9 +102,53 @@ def job_body(job: Job, organization: str) -> JsonObject:
         "checkpoint_steps": spec.checkpoint_steps,
         "priority": spec.priority,
         "num_devices": spec.num_devices,
+        "base_model": spec.model,
+    }
+
+
+def _method_body(spec: TrainingSpec, hyperparameters: JsonObject) -> JsonObject:
+    """Return OpenAI's ``method``: dpo, or supervised for whatever else."""
+    if spec.objective.get("type") == "dpo":
+        numbers = {**hyperparameters, "beta": spec.objective["beta"]}
+        return {"type": "dpo", "dpo": {"hyperparameters": numbers}}
+    return {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+
+
+def job_body(job: Job, organization: str, place: Place | None = None) -> JsonObject:
+    """Return OpenAI's job object and Tunery's fields with their resolved values; only to be read.
+
+    The parts that come from the specification are shared between objects.
+
+    Args:
+        job: The job.
+        organization: The owner's name in names of models.
+        place: In the queue, where it waits there.
+    """
+    error = None
+    if job.error_code is not None:
+        error = {"code": job.error_code, "message": job.error_message, "param": job.error_param}
+    running = job.status == JobStatus.RUNNING
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": int(job.created_at),
+        "finished_at": _seconds(job.finished_at),
+        "fine_tuned_model": job.fine_tuned_model,
+        "organization_id": organization,
+        "status": job.status,
+        "training_file": job.training_file,
+        "validation_file": job.validation_file,
+        "result_files": [job.result_file] if job.result_file else [],
+        "trained_tokens": job.trained_tokens,
+        "error": error,
+        "integrations": [],
+        "estimated_finish": _seconds(job.estimated_finish) if running else None,
+        "metadata": job.request_metadata,
+        **_spec_body(orjson.dumps(job.spec)),
+        "queue_position": place and place.position,
+        "queue_length": place and place.length,
         "step": job.step,
         "total_steps": job.total_steps,
-        "base_model": spec.model,
         "started_at": _seconds(job.started_at),
         "attempt": job.attempt,
         "estimate": job.estimate,

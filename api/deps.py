@@ -1,22 +1,24 @@
 """Dependencies of routes: the services, the caller, and the one transaction of a request."""
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Query, Request
-from fastapi.security import HTTPBearer
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
 from api import page_session
 from api.rates import Verdict
 from api.services import Services
+from models.db import Database
 from models.errors import AuthenticationError
 from models.registry import quotas, tenancy
 from models.registry.usage import User
 from models.tables import ApiKey
+
+_Result = TypeVar("_Result")
 
 
 async def get_services(request: Request) -> Services:  # async: it needs no thread
@@ -57,6 +59,19 @@ WriteSession = Annotated[Session, Depends(_write_session, scope="function")]
 ReadSession = Annotated[Session, Depends(_read_session, scope="function")]
 
 
+async def short_read(
+    database: Database, read: Callable[..., _Result], *arguments: object
+) -> _Result:
+    """Return what one or two indexed reads find, which take no longer than a thread takes to start.
+
+    From a file of this machine they are made at once: handing them to a thread would cost more, and
+    the threads would wait for each other. A database behind a network is asked from a thread.
+    """
+    if database.is_embedded:
+        return read(*arguments)
+    return await run_in_threadpool(read, *arguments)
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who is calling, from the API key."""
@@ -74,13 +89,16 @@ class Caller:
 
 
 INTERNAL_CALLER = "tunery.caller"
-"""Key of an ASGI scope: who calls, when the service itself asks for somebody (no client can)."""
+"""Key of an ASGI scope: who calls, once that is known; no client can set it.
 
-bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: Bearer sk-…`.")
+It is set from the start when the service itself asks for somebody.
+"""
 
 
 async def get_caller(request: Request) -> Caller:
     """Return who calls: by a bearer key, or from the page by its cookie.
+
+    Found and counted once in a request, however often it is asked.
 
     Raises:
         AuthenticationError: neither, or not a valid one.
@@ -101,6 +119,7 @@ async def get_caller(request: Request) -> Caller:
         admit = services.rates.admit
         verdict = await run_in_threadpool(admit, caller.key_id, caller.requests_per_minute)
         obey(request, verdict)
+    request.scope[INTERNAL_CALLER] = caller
     return caller
 
 
@@ -160,12 +179,20 @@ def _caller(key: ApiKey, services: Services) -> Caller:
 CallerDep = Annotated[Caller, Depends(get_caller)]
 
 
-def require_tokens(request: Request, services: ServicesDep, caller: CallerDep) -> None:
+async def require_tokens(request: Request) -> None:
     """Refuse a key or a project that has used up its tokens (of the minute, of the day).
 
     Raises:
         CapacityError, QuotaError: it has.
     """
+    services, caller = _services(request), await get_caller(request)
+    if caller.tokens_per_minute is None and caller.tokens_per_day is None:
+        services.rates.admit_tokens(caller.key_id, None)  # asks nobody
+    else:
+        await run_in_threadpool(_require_tokens, request, services, caller)
+
+
+def _require_tokens(request: Request, services: Services, caller: Caller) -> None:
     obey(request, services.rates.admit_tokens(caller.key_id, caller.tokens_per_minute))
     if caller.tokens_per_day is not None:
         with services.database.read() as session:

@@ -7,9 +7,11 @@ what is new, renders it once, and hands the same bytes to all their readers.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TypeVar
 
 import orjson
 import structlog
@@ -18,12 +20,15 @@ from fastapi.concurrency import run_in_threadpool
 from api import bodies
 from models.db import Database
 from models.domain.base import JsonObject
-from models.registry import checkpoints, events, jobs, metrics
+from models.registry import checkpoints, events, jobs, metrics, turns
 from models.tables import Job
 
 log = structlog.get_logger(__name__)
+_Result = TypeVar("_Result")
 
 POLL_SECONDS = 0.02
+GLANCE_SECONDS = 0.005
+"""Between two looks at the version of a file of this machine, which take some microseconds."""
 MAX_SHARE = 0.1
 """Share of the time that asking may take; above it, it is done less often."""
 KEEP_ALIVE_SECONDS = 15.0
@@ -109,7 +114,28 @@ class _Watched:
     position: Position
     job: JsonObject
     mark: tuple[str, int] | None = None
-    readers: set["asyncio.Queue[News | None]"] = field(default_factory=set)
+    readers: set["_Reader"] = field(default_factory=set)
+
+
+class _Reader:
+    """The news that wait for one stream: a queue without locks, since it has one thread."""
+
+    def __init__(self) -> None:
+        self._news: deque[News | None] = deque()
+        self._wanted: asyncio.Future[None] | None = None
+
+    def tell(self, news: News) -> None:
+        """Add news; who has too many already is told that it ends."""
+        if len(self._news) < MAX_WAITING:
+            self._news.append(news if len(self._news) < MAX_WAITING - 1 else None)
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
+    async def next(self) -> News | None:
+        while not self._news:
+            self._wanted = asyncio.get_running_loop().create_future()
+            await self._wanted
+        return self._news.popleft()
 
 
 class JobFeed:
@@ -125,23 +151,24 @@ class JobFeed:
         self._organization = organization
         self._watched: dict[str, _Watched] = {}
         self._task: asyncio.Task[None] | None = None
+        self._version: int | None = None
 
     async def read(self, job_id: str, after: Position) -> AsyncGenerator[News | None, None]:
         """Yield what has come after a position, then what comes, until the job has ended.
 
         Nothing is left out or told twice. None is yielded when the reader was too slow.
         """
-        queue: asyncio.Queue[News | None] = asyncio.Queue(MAX_WAITING)
+        reader = _Reader()
         watched = self._watched.get(job_id)
         if watched is None:
-            # The position is taken first: what comes later reaches the queue.
-            start = await run_in_threadpool(self._look, job_id, after, "")
+            # The position is taken first: what comes later reaches the reader.
+            start = await self._ask(self._look, job_id, after, "")
             watched = self._watched.setdefault(job_id, _Watched(start.position, start.job or {}))
-        watched.readers.add(queue)
+        watched.readers.add(reader)
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._poll())
         try:
-            # Everything up to the common position, which the queue goes on from.
+            # Everything up to the common position, which the reader goes on from.
             until = watched.position
             is_ahead = not after.is_within(until)
             history = await run_in_threadpool(self._look, job_id, after, "", until)
@@ -151,7 +178,7 @@ class JobFeed:
                 yield await run_in_threadpool(self._look, job_id, history.position, "")
                 return
             while True:
-                news = await queue.get()
+                news = await reader.next()
                 if is_ahead and news is not None:
                     is_ahead = not after.is_within(news.position)
                     news = news.after(after)
@@ -159,7 +186,7 @@ class JobFeed:
                 if news is None or news.has_ended:
                     return
         finally:
-            watched.readers.discard(queue)
+            watched.readers.discard(reader)
             if not watched.readers:
                 self._watched.pop(job_id, None)
 
@@ -173,35 +200,53 @@ class JobFeed:
             self._task.cancel()
 
     async def _poll(self) -> None:
-        pause = POLL_SECONDS
+        usual = GLANCE_SECONDS if self._database.is_embedded else POLL_SECONDS
+        pause = usual
         told_at = time.monotonic()
         while self._watched:
             await asyncio.sleep(pause)
-            started = time.monotonic()
+            asked = 0.0
             try:
-                await self._tell_news()
+                asked = await self._tell_news()
             except Exception:
                 log.exception("feed_failed")
             now = time.monotonic()
-            pause = max(POLL_SECONDS, (now - started) / MAX_SHARE)
+            pause = max(usual, asked / MAX_SHARE)
             if now - told_at > KEEP_ALIVE_SECONDS:
                 told_at = now
                 for watched in self._watched.values():
                     _hand_over(watched, News(watched.position))
 
-    async def _tell_news(self) -> None:
-        marks = await run_in_threadpool(self._marks, list(self._watched))
+    async def _tell_news(self) -> float:
+        """Hand over what is new; return how many seconds it took to ask which jobs have changed."""
+        version = self._database.version()
+        job_ids = {job_id for job_id, watched in self._watched.items() if watched.mark is None}
+        if version is None or version != self._version:
+            job_ids = set(self._watched)
+        if not job_ids:
+            return 0.0
+        started = time.monotonic()
+        marks = await self._ask(self._marks, list(job_ids))
+        seconds = time.monotonic() - started
         for job_id, mark in marks.items():
             watched = self._watched.get(job_id)
             if watched is None or watched.mark == mark:
                 continue
             seen = str(watched.job.get("status"))
-            news = await run_in_threadpool(self._look, job_id, watched.position, seen)
+            news = await self._ask(self._look, job_id, watched.position, seen)
             watched.mark = mark
             if not news.is_empty:
                 watched.position = news.position
                 watched.job = news.job or watched.job
                 _hand_over(watched, news)
+        self._version = version
+        return seconds
+
+    async def _ask(self, read: Callable[..., _Result], *arguments: object) -> _Result:
+        """Run a few indexed reads as `api.deps.short_read` does."""
+        if self._database.is_embedded:
+            return read(*arguments)
+        return await run_in_threadpool(read, *arguments)
 
     def _marks(self, job_ids: list[str]) -> dict[str, tuple[str, int]]:
         with self._database.read() as session:
@@ -220,7 +265,8 @@ class JobFeed:
                 points = [each for each in points if each.step <= until.step]
                 told = [each for each in told if each.sequence <= until.sequence]
                 saved = [each for each in saved if each.step <= until.checkpoint_step]
-            body = bodies.job_body(job, self._organization)
+            place = turns.places(session, [job]).get(job_id)
+            body = bodies.job_body(job, self._organization, place)
             is_news = status != job.status or bool(points)
             return News(
                 position=Position(
@@ -238,7 +284,4 @@ class JobFeed:
 
 def _hand_over(watched: _Watched, news: News) -> None:
     for reader in watched.readers:
-        if reader.qsize() < MAX_WAITING - 1:
-            reader.put_nowait(news)
-        elif not reader.full():
-            reader.put_nowait(None)
+        reader.tell(news)

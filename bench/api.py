@@ -66,7 +66,7 @@ def world(folder: Path, n_jobs: int, broker_url: str) -> Iterator[World]:
             project_id=project.id,
             purpose="fine-tune",
             filename="rows.jsonl",
-            bytes=1,
+            bytes=4096,
             sha256="0" * 64,
             object_key="files/file-bench",
             status="processed",

@@ -23,7 +23,7 @@ from bench._meft_worker import WAYS, minilm_directory
 from bench._report import describe_machine, parse_options, print_figures
 from models.settings import load_settings
 from worker.base_models import materialise
-from worker.training.reversible.fixed_point import from_grid
+from worker.fixed_point import from_grid
 from worker.training.reversible.tuner import MeftConfig, stack_of
 
 DEPTHS = (6, 12, 24)

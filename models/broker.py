@@ -17,7 +17,7 @@ from models.settings import BrokerSettings
 RING_TASK = "tunery.ring"
 QUEUE = "tunery"
 PUBLISH_SECONDS = 1.0
-QUIET_SECONDS = 0.02
+QUIET_SECONDS = 0.1
 """After a ring, so long it is quiet: what comes meanwhile is one ring."""
 CLOSE_SECONDS = 5.0
 

@@ -1,13 +1,16 @@
 """The database: one engine a process, one transaction a request or task, committed at the edge."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import orjson
 from sqlalchemy import Connection, Double, Engine, create_engine, event
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.sql.functions import FunctionElement
 
 from models.settings import DatabaseSettings
@@ -47,12 +50,14 @@ class Database:
     """An engine and the two kinds of transactions.
 
     SQLite begins a writing transaction with ``BEGIN IMMEDIATE``: a deferred one that reads first
-    and writes later fails with "database is locked" as soon as two of them meet.
+    and writes later fails with "database is locked" as soon as two of them meet. The writers of
+    one process queue at a lock of their own, since SQLite's waiters sleep and try again.
     """
 
     def __init__(self, settings: DatabaseSettings) -> None:
         self.engine = _create_engine(settings)
         self._reader = self.engine.execution_options(sqlite_begin="BEGIN")
+        self._watcher: PoolProxiedConnection | None = None
 
     @property
     def is_embedded(self) -> bool:
@@ -77,6 +82,18 @@ class Database:
         with Session(self._reader, expire_on_commit=False) as session:
             yield session
 
+    def version(self) -> int | None:
+        """Return a number that every commit changes, of any process; None where asking takes long.
+
+        Only for one thread: SQLite compares with what one connection was told before.
+        """
+        if not self.is_embedded:
+            return None
+        if self._watcher is None:
+            self._watcher = self.engine.raw_connection()
+        number: int = self._watcher.cursor().execute("PRAGMA data_version").fetchone()[0]
+        return number
+
     def is_reachable(self) -> bool:
         try:
             with self.engine.connect():
@@ -85,13 +102,21 @@ class Database:
             return False
 
     def close(self) -> None:
+        if self._watcher is not None:
+            self._watcher.close()
+            self._watcher = None
         self.engine.dispose()
 
 
 def _create_engine(settings: DatabaseSettings) -> Engine:
     if settings.url.startswith("sqlite"):
         return _create_sqlite(settings)
-    engine = create_engine(settings.url, pool_size=settings.pool_size, pool_pre_ping=True)
+    engine = create_engine(
+        settings.url,
+        pool_size=settings.pool_size,
+        pool_pre_ping=True,
+        json_deserializer=orjson.loads,
+    )
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
@@ -109,7 +134,10 @@ def _create_sqlite(settings: DatabaseSettings) -> Engine:
         pool_size=settings.pool_size,
         max_overflow=40,
         connect_args={"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False},
+        json_deserializer=orjson.loads,
+        pool_reset_on_return=None,  # sessions have rolled back when they give a connection back
     )
+    writer = threading.Lock()
 
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _: Any) -> None:
@@ -125,6 +153,16 @@ def _create_sqlite(settings: DatabaseSettings) -> Engine:
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
         how = connection.get_execution_options().get("sqlite_begin", "BEGIN IMMEDIATE")
+        if how == "BEGIN":
+            connection.connection.cursor().execute(how)  # it never waits, and so never fails
+            return
+        if not connection.info.get("is_writer"):
+            connection.info["is_writer"] = writer.acquire(timeout=SQLITE_BUSY_SECONDS)
         connection.exec_driver_sql(how)
+
+    @event.listens_for(engine, "checkin")
+    def end(_: Any, record: ConnectionPoolEntry) -> None:
+        if record.info.pop("is_writer", False):
+            writer.release()
 
     return engine

@@ -121,6 +121,9 @@ class WorkerSettings(Group):
     warm_spare: bool = Field(
         True, description="Keep one trainer process waiting with torch imported."
     )
+    job_log_bytes: int = Field(
+        1024**2, ge=4096, description="Log that is kept of each job; the oldest lines go first."
+    )
 
     lint_memory_bytes: int = Field(
         2 * 1024**3,

@@ -80,7 +80,7 @@ def materialise(
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / hashlib.sha256(f"{name}\n{source}".encode()).hexdigest()[:24]
     with _locked(target.with_suffix(".lock")):
-        if not (target / RECORD).exists():
+        if not _is_whole(target):
             scratch = Path(tempfile.mkdtemp(prefix=".incoming-", dir=cache))
             try:
                 _fill(scratch, source, store)
@@ -93,6 +93,11 @@ def materialise(
                 shutil.rmtree(scratch, ignore_errors=True)
     info = BaseModelInfo.model_validate_json((target / RECORD).read_text())
     return target, info.model_copy(update={"shape": read_shape(target)})
+
+
+def _is_whole(directory: Path) -> bool:
+    """Tell whether a model stands there and none of its links leads to a file that has gone."""
+    return (directory / RECORD).exists() and all(file.exists() for file in directory.iterdir())
 
 
 @contextmanager

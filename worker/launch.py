@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from models.settings import child_environment
+from worker.job_log import LogPipe
 
 # What a trainer has no use for must not be in its environment.
 WITHHELD = ("TUNERY_BROKER__URL", "TUNERY_INFERENCE__TOKEN", "TUNERY_CLIENT__API_KEY")
@@ -38,9 +39,12 @@ class TrainerProcess:
             [sys.executable, "-m", "worker.training.run"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
             env=child_environment(without=WITHHELD) | ALLOCATOR | RENDEZVOUS,
             start_new_session=True,
         )
+        assert self._process.stderr is not None
+        self.log = LogPipe(self._process.stderr)
 
     @property
     def pid(self) -> int:
@@ -53,6 +57,7 @@ class TrainerProcess:
     def assign(self, job_id: str, attempt: int) -> None:
         """Tell the child which job to run; raises ``OSError`` if it has died while waiting."""
         assert self._process.stdin is not None
+        self.log.begin()
         order = json.dumps({"job_id": job_id, "attempt": attempt}) + "\n"
         self._process.stdin.write(order.encode())
         self._process.stdin.close()

@@ -15,6 +15,7 @@ from models.registry.job_files import DataDemand
 from models.settings import WorkerSettings
 from models.storage import ObjectStore
 from models.tables import Job
+from worker.job_log import LogKeeper
 from worker.launch import TrainerProcess
 from worker.training import exit_codes, objectives
 
@@ -79,6 +80,7 @@ class TrainingRun:
         self._draining = False
         self._looked_at = time.monotonic()
         self._kill_at: float | None = None
+        self._keeper = LogKeeper(database, job.id, job.attempt, trainer.log, settings.job_log_bytes)
         self._log = log.bind(job_id=job.id, attempt=job.attempt)
 
     def watch(self) -> None:
@@ -95,6 +97,7 @@ class TrainingRun:
             return
         except OSError:
             exit_code = self._trainer.kill()
+        self._keeper.keep(at_end=True)
         outcome = self._conclude(exit_code)
         self._end(outcome, exit_code)
 
@@ -102,6 +105,7 @@ class TrainingRun:
         renewed = time.monotonic()
         while (exit_code := self._trainer.wait(POLL_SECONDS)) is None:
             now = time.monotonic()
+            self._keeper.keep()
             if now - renewed >= self._settings.heartbeat_seconds and self._renew(now - renewed):
                 renewed = now
             elif now - self._looked_at >= WISH_SECONDS:

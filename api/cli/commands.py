@@ -19,7 +19,7 @@ from api.cli.estimate import show, wait_for_estimate
 from api.cli.home import Home
 from api.cli.job_commands import diff_jobs, jobs_app, watch_to_end
 from api.cli.methods import list_methods
-from api.cli.operations import list_workers, show_audit_log, show_usage
+from api.cli.operations import drain_worker, list_workers, show_audit_log, show_usage
 from api.cli.sweep_commands import compare, sweep
 from api.cli.tenancy import key_app, project_app
 from models.logs import configure_logging
@@ -40,6 +40,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
 app.add_typer(project_app, name="project")
 app.command("workers")(list_workers)
+app.command("drain")(drain_worker)
 app.command("sweep")(sweep)
 app.command("compare")(compare)
 app.command("usage")(show_usage)

@@ -1,5 +1,8 @@
 """``tunery jobs``, and ``tunery diff``: see jobs, and change what becomes of them."""
 
+import time
+from typing import Annotated
+
 import typer
 from rich.table import Table
 
@@ -9,6 +12,9 @@ from api.cli.common import HomeOption, console, give_up, service
 from api.job_differences import differences
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
+
+LOG_BYTES = 1024 * 1024
+FOLLOW_SECONDS = 1.0
 
 jobs_app = typer.Typer(help="List, show, pause, resume and cancel fine-tuning jobs.")
 
@@ -53,6 +59,28 @@ def watch_job(job_id: str, home: HomeOption = None) -> None:
     """Show the progress of a job until it ends."""
     with service(home) as client:
         watch_to_end(client, job_id)
+
+
+@jobs_app.command("log")
+def show_log(
+    job_id: str,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")
+    ] = False,
+    home: HomeOption = None,
+) -> None:
+    """Print what the trainers of a job wrote to their log."""
+    with service(home) as client:
+        offset = 0
+        while True:
+            part = client.get(f"/fine_tuning/jobs/{job_id}/log", after=offset, limit=LOG_BYTES)
+            offset = part["next_offset"]
+            typer.echo(part["text"], nl=False)
+            if part["has_more"]:
+                continue
+            if part["has_ended"] or not follow:
+                return
+            time.sleep(FOLLOW_SECONDS)
 
 
 @jobs_app.command("cancel")

@@ -1,8 +1,9 @@
-"""``tunery workers`` and ``tunery usage``."""
+"""``tunery workers``, ``tunery drain``, ``tunery usage`` and ``tunery audit``."""
 
 import time
 from datetime import UTC, datetime
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 from rich.table import Table
@@ -31,6 +32,8 @@ def list_workers(as_json: JsonOption = False, home: HomeOption = None) -> None:
                 doing = "\n".join(_slot_text(slot) for slot in worker["slots"])
                 if worker["status"] == "offline":
                     doing = "offline: it fell silent"
+                elif worker["status"] == "draining":
+                    doing += "\ntakes no new job"
             else:
                 devices, memory = worker["precision"], ""
                 doing = f"serves {worker['base_model']}"
@@ -44,6 +47,18 @@ def _slot_text(slot: JsonObject) -> str:
     if slot["job_id"] is None:
         return "a job of another project"
     return f"{slot['job_id']}, step {slot['step']}/{slot['total_steps'] or '?'}"
+
+
+def drain_worker(
+    worker: Annotated[str, typer.Argument(help="Its id, as `tunery workers` shows it.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Have it take jobs again.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """Have a worker take no new job; what it trains goes on to its end."""
+    action = "resume" if undo else "drain"
+    with service(home) as client:
+        found = client.post(f"/workers/{quote(worker, safe='')}/{action}")
+        console.print(f"{found['id']} is {found['status']}.", soft_wrap=True)
 
 
 def show_usage(

@@ -8,6 +8,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from api import bodies
+from api.access import is_operator
 from api.audit import note
 from api.deps import Caller, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.strict_json import StrictJsonRoute
@@ -41,7 +42,7 @@ class ProjectUpdate(Parameters):
 def list_projects(session: ReadSession, caller: CallerDep) -> JsonObject:
     """List the project of the key, the only one it can see; the operator's key sees all."""
     found = [tenancy.get_project(session, caller.project_id)]
-    if _is_operator(session, caller):
+    if is_operator(session, caller.project_id):
         found = list(tenancy.list_projects(session))
     names = tenancy.organization_names(session)
     data = [project_body(project, names) for project in found]
@@ -62,7 +63,7 @@ def create_project(body: ProjectCreate, session: WriteSession, caller: CallerDep
 
     Only a key of the default project can do this.
     """
-    if not _is_operator(session, caller):
+    if not is_operator(session, caller.project_id):
         raise PermissionDeniedError("Only an admin key of the default project can make projects.")
     project = tenancy.create_project(session, body.name, body.organization)
     tenancy.set_limits(session, project, body.limits)
@@ -82,7 +83,7 @@ def update_project(
 ) -> JsonObject:
     """Change limits of a project. Only a key of the default project can do this."""
     project = _visible(session, caller, project_id)
-    if not _is_operator(session, caller):
+    if not is_operator(session, caller.project_id):
         raise PermissionDeniedError("Only an admin key of the default project can change limits.")
     tenancy.set_limits(session, project, body.limits)
     after_commit(session, "forget callers", services.callers.forget)
@@ -91,13 +92,8 @@ def update_project(
     return project_body(project, tenancy.organization_names(session))
 
 
-def _is_operator(session: Session, caller: Caller) -> bool:
-    """Say whether a caller speaks for the service: its project is the one that was there first."""
-    return tenancy.get_project(session, caller.project_id).name == tenancy.DEFAULT_PROJECT
-
-
 def _visible(session: Session, caller: Caller, project_id: str) -> Project:
-    if project_id != caller.project_id and not _is_operator(session, caller):
+    if project_id != caller.project_id and not is_operator(session, caller.project_id):
         raise NotFoundError(f"No such project: {project_id!r}.", param="project_id")
     return tenancy.get_project(session, project_id)
 

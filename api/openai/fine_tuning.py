@@ -1,42 +1,72 @@
 """``/v1/fine_tuning/jobs``."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from sqlalchemy.orm import Session
 
 from api import actions, bodies
 from api.audit import note
-from api.deps import MAX_TEXT, After, CallerDep, ReadSession, ServicesDep, WriteSession
+from api.deps import (
+    MAX_TEXT,
+    After,
+    CallerDep,
+    ReadSession,
+    ServicesDep,
+    WriteSession,
+    short_read,
+)
 from api.openai import translate
 from api.openai.filters import metadata_filter
 from api.openai.schemas import JobCreate
+from api.services import Services
 from api.strict_json import StrictJsonRoute
+from models.db import Database
 from models.domain.base import JsonObject
 from models.domain.status import JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import checkpoints, events, jobs
+from models.registry import checkpoints, events, job_reads, jobs, turns
 from models.registry.jobs import JobFilter, SortJobs
-from models.registry.page import Cursor
+from models.registry.page import Cursor, Page
+from models.tables import Job
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
 
 
 @router.post("")
-def create_job(
-    body: JobCreate, session: WriteSession, services: ServicesDep, caller: CallerDep
-) -> JsonObject:
+def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) -> JsonObject:
     """Submit a job; it starts as soon as its files are linted and a device is free.
 
     ``model`` is a base model, or a fine-tuned model or checkpoint to go on from.
     """
-    start = actions.find_start(session, caller, body.model)
-    spec = translate.training_spec(body, start)
-    job = actions.submit_job(session, services, caller, spec, body.metadata)
-    note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
-    return bodies.job_body(job, services.settings.api.organization)
+    # Not `WriteSession`: from the first row to the commit in one thread, other writers wait less.
+    with services.database.write() as session:
+        start = actions.find_start(session, caller, body.model)
+        spec = translate.training_spec(body, start)
+        job = actions.submit_job(session, services, caller, spec, body.metadata)
+        note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
+        return bodies.job_body(job, services.settings.api.organization)
 
 
-def _cursor(
+def _placed(session: Session, services: Services, job: Job) -> JsonObject:
+    place = turns.places(session, [job]).get(job.id)
+    return bodies.job_body(job, services.settings.api.organization, place)
+
+
+async def _places(database: Database, found: Sequence[Job]) -> dict[str, turns.Place]:
+    if all(job.status != JobStatus.QUEUED for job in found):
+        return {}  # as most are, which takes no session
+
+    def ask() -> dict[str, turns.Place]:
+        with database.read() as session:
+            return turns.places(session, found)
+
+    return await run_in_threadpool(ask)
+
+
+async def _cursor(
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
@@ -44,7 +74,7 @@ def _cursor(
     return Cursor(after, limit, order)
 
 
-def _filter(
+async def _filter(
     request: Request,
     status: JobStatus | None = None,
     q: Annotated[str, Query(max_length=MAX_TEXT)] = "",
@@ -54,8 +84,7 @@ def _filter(
 
 
 @router.get("")
-def list_jobs(
-    session: ReadSession,
+async def list_jobs(
     services: ServicesDep,
     caller: CallerDep,
     wanted: Annotated[JobFilter, Depends(_filter)],
@@ -66,17 +95,29 @@ def list_jobs(
 
     ``q`` is a text in the id, the suffix, or the name of the base or of the result.
     """
-    page = jobs.list_page(session, caller.project_id, cursor, wanted, sort)
     organization = services.settings.api.organization
-    return bodies.list_body(page, lambda job: bodies.job_body(job, organization))
+    database, project_id = services.database, caller.project_id
+
+    def read() -> Page[Job]:
+        with database.read() as session:
+            return jobs.list_page(session, project_id, cursor, wanted, sort)
+
+    if (wanted, sort, cursor) == (JobFilter(), "created_at", Cursor(limit=cursor.limit)):
+        page = await short_read(database, job_reads.newest, database, project_id, cursor.limit)
+    else:  # it may look at every job
+        page = await run_in_threadpool(read)
+    places = await _places(database, page.rows)
+    return bodies.list_body(
+        page, lambda job: bodies.job_body(job, organization, places.get(job.id))
+    )
 
 
 @router.get("/{job_id}")
-def retrieve_job(
-    job_id: str, session: ReadSession, services: ServicesDep, caller: CallerDep
-) -> JsonObject:
-    job = jobs.get(session, caller.project_id, job_id)
-    return bodies.job_body(job, services.settings.api.organization)
+async def retrieve_job(job_id: str, services: ServicesDep, caller: CallerDep) -> JsonObject:
+    database = services.database
+    job = await short_read(database, job_reads.get, database, caller.project_id, job_id)
+    place = (await _places(database, [job])).get(job_id)
+    return bodies.job_body(job, services.settings.api.organization, place)
 
 
 @router.post("/{job_id}/cancel")
@@ -107,7 +148,7 @@ def resume_job(
     job = jobs.resume(session, caller.project_id, job_id)
     note(session, caller, "fine_tuning.job.resumed", job.id)
     services.bell.ring_after_commit(session)
-    return bodies.job_body(job, services.settings.api.organization)
+    return _placed(session, services, job)
 
 
 @router.post("/{job_id}/rerun")

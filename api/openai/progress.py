@@ -12,11 +12,14 @@ from api.feed import Position
 from api.services import Services
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError
-from models.registry import jobs, metrics
+from models.registry import job_logs, jobs, metrics
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"])
 
 MAX_POINTS = 10_000
+LOG_BYTES = 64 * 1024
+MAX_LOG_BYTES = 1024 * 1024
+MAX_OFFSET = 2**53
 
 
 @router.get("/{job_id}/metrics")
@@ -38,6 +41,37 @@ def list_metrics(
         "data": [point.model_dump(exclude_none=True) for point in points],
         "n_points": n_all,
         "has_more": False,
+    }
+
+
+@router.get("/{job_id}/log")
+def read_log(
+    job_id: str,
+    session: ReadSession,
+    caller: CallerDep,
+    after: Annotated[
+        int | None, Query(ge=0, le=MAX_OFFSET, description="Offset in bytes; absent: the end.")
+    ] = None,
+    limit: Annotated[int, Query(ge=256, le=MAX_LOG_BYTES, description="Most bytes.")] = LOG_BYTES,
+) -> JsonObject:
+    """What the trainers of a job wrote to their log, as whole lines; of a long log only the newest
+    part is kept.
+
+    To follow it, ask again with ``after`` = ``next_offset``, until ``has_ended`` and not
+    ``has_more``.
+    """
+    job = jobs.get(session, caller.project_id, job_id)
+    has_ended = job_logs.is_complete(session, job)  # asked first: then nothing of it is missing
+    found = job_logs.read(session, job_id, after, limit)
+    return {
+        "object": "fine_tuning.job.log",
+        "job_id": job_id,
+        "text": found.text,
+        "offset": found.start,
+        "next_offset": found.next,
+        "first_offset": found.first,
+        "has_more": found.next < found.end,
+        "has_ended": has_ended,
     }
 
 

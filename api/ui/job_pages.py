@@ -11,9 +11,10 @@ from api.deps import ReadSession, ServicesDep
 from api.job_differences import default_differences, settings_that_differ
 from api.page_session import PageSession
 from api.services import Services
-from api.ui import plugin_forms
+from api.ui import fitting, plugin_forms
 from api.ui.frame import PageDep, PageRoute, listing, one_of, render
 from models.domain.base import JsonObject
+from models.domain.estimates import BaseShape
 from models.domain.reports import StepMetrics
 from models.domain.status import JobStatus
 from models.domain.training import Optimizer, Precision
@@ -25,6 +26,7 @@ from models.registry import (
     files,
     jobs,
     metrics,
+    turns,
     workers,
 )
 from models.registry.files import FileChoice
@@ -41,7 +43,7 @@ MAX_CHOICES = 100
 POINT_FIELDS = frozenset(
     {
         *("step", "epoch", "train_loss", "valid_loss", "full_valid_loss"),
-        *("learning_rate", "grad_norm", "tokens_per_second"),
+        *("learning_rate", "grad_norm", "tokens_per_second", "recorded_at"),
     }
 )
 
@@ -71,7 +73,8 @@ def _jobs(
     sort = one_of(listed.sort, get_args(SortJobs))
     found = jobs.list_page(session, page.key.project_id, listed.cursor(), wanted, sort)
     organization = services.settings.api.organization
-    rows = [bodies.job_body(row, organization) for row in found.rows]
+    places = turns.places(session, found.rows)
+    rows = [bodies.job_body(row, organization, places.get(row.id)) for row in found.rows]
     return {
         "jobs": rows,
         "latest": metrics.latest(session, [row["id"] for row in rows]),
@@ -79,21 +82,15 @@ def _jobs(
         "listed": listed,
         "status_filter": status,
         "statuses": [str(each) for each in JobStatus],
-        "ahead": {row["id"]: at for at, row in enumerate(_queued(rows))},
         "n_workers": len(workers.alive(session)),
     }
-
-
-def _queued(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    # Oldest first, so that those of one second keep their order.
-    waiting = [row for row in reversed(rows) if row["status"] == JobStatus.QUEUED]
-    return sorted(waiting, key=lambda row: (-row["priority"], row["created_at"]))
 
 
 @router.get("/jobs/new")
 def new_job_page(request: Request, session: ReadSession, page: PageDep) -> Response:
     project = page.key.project_id
     asked = request.query_params
+    precision = plugin_forms.of_schema("precision", Precision.model_json_schema())
     trainable = files.newest(session, project, files.TRAINABLE, MAX_CHOICES)
     if asked.get("file") and asked["file"] not in [each.id for each in trainable]:
         file = files.get(session, project, asked["file"])
@@ -103,10 +100,11 @@ def new_job_page(request: Request, session: ReadSession, page: PageDep) -> Respo
         "new_job.html",
         page,
         files=trainable,
-        models=_models(session, project, asked.get("model", "")),
+        bases=_bases(session, project, asked.get("model", "")),
+        refusals=fitting.refusals(_shapes(session), precision["types"]),
         methods=[plugin_forms.of_plugin(each) for each in methods.all_methods().values()],
         objectives=[plugin_forms.of_plugin(each) for each in objectives.all_objectives().values()],
-        precision=plugin_forms.of_schema("precision", Precision.model_json_schema()),
+        precision=precision,
         optimizer=plugin_forms.of_schema("optimizer", Optimizer.model_json_schema()),
         chosen=asked.get("file", ""),
         model=asked.get("model", ""),
@@ -115,12 +113,22 @@ def new_job_page(request: Request, session: ReadSession, page: PageDep) -> Respo
     )
 
 
-def _models(session: Session, project_id: str, *asked: str) -> list[str]:
-    """Return the names that a job can start from: bases, newest adapters, those asked for."""
-    names = [model.name for model in base_models.active(session)]
+def _bases(session: Session, project_id: str, asked: str) -> dict[str, str]:
+    """Return the names that a job can start from, and the base of each.
+
+    They are the bases, the newest adapters and the one asked for, which may be no adapter at all.
+    """
+    found = {model.name: model.name for model in base_models.active(session)}
     tuned = adapters.list_page(session, project_id, Cursor(limit=MAX_CHOICES))
-    names += [adapter.name for adapter in tuned.rows]
-    return list(dict.fromkeys([*names, *filter(None, asked)]))
+    found |= {adapter.name: adapter.base_model for adapter in tuned.rows}
+    return found | ({asked: ""} if asked and asked not in found else {})
+
+
+def _shapes(session: Session) -> dict[str, BaseShape | None]:
+    return {
+        model.name: None if model.shape is None else BaseShape.model_validate(model.shape)
+        for model in base_models.active(session)
+    }
 
 
 @router.get("/jobs/{job_id}")
@@ -128,7 +136,8 @@ def job_page(
     job_id: str, request: Request, session: ReadSession, services: ServicesDep, page: PageDep
 ) -> Response:
     job = jobs.get(session, page.key.project_id, job_id)
-    body = bodies.job_body(job, services.settings.api.organization)
+    place = turns.places(session, [job]).get(job_id)
+    body = bodies.job_body(job, services.settings.api.organization, place)
     points, n_points = metrics.sample(session, job_id, 0, PAGE_POINTS)
     saved = checkpoints.list_page(session, job_id, Cursor(limit=100))
     best = checkpoints.best(saved.rows)
@@ -155,12 +164,12 @@ def _sample_file(session: Session, page: PageSession, job: JsonObject) -> str | 
 
 
 def _point(point: StepMetrics) -> JsonObject:
-    """Return what the curves need of a step, to seven digits."""
+    """Return what the curves need of a step, to seven digits, and times to a tenth of a second."""
     given = point.model_dump(exclude_none=True, include=set(POINT_FIELDS))
     return {
         name: float(f"{value:.7g}") if isinstance(value, float) else value
         for name, value in given.items()
-    }
+    } | ({"recorded_at": round(point.recorded_at, 1)} if point.recorded_at is not None else {})
 
 
 @router.get("/compare")

@@ -7,10 +7,13 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
+from sqlalchemy.orm import Session
 
 from api import bodies
+from api.access import is_operator
 from api.deps import ReadSession, ServicesDep
 from api.operation_bodies import usage_buckets, workers_body
+from api.page_session import PageSession
 from api.ui import texts
 from api.ui.frame import THEMES, PageDep, PageRoute, render
 from models.domain.access import Scope, allows
@@ -22,6 +25,7 @@ router = APIRouter(route_class=PageRoute)
 
 RANGES = (7, 30, 90)
 GROUPS = ("day", "model", "key")
+KEY_DAYS = (7, 30, 90, 365)
 COUNTERS = (
     "num_model_requests",
     "input_tokens",
@@ -33,14 +37,21 @@ COUNTERS = (
 
 @router.get("/workers")
 def workers_page(request: Request, session: ReadSession, page: PageDep) -> Response:
-    return render(request, "workers.html", page, workers=workers_body(session, page.key.project_id))
+    return render(request, "workers.html", page, **_workers(session, page))
 
 
 @router.get("/workers/table")
 def workers_table(request: Request, session: ReadSession, page: PageDep) -> Response:
     """The cards alone, which the page asks for every few seconds."""
-    found = workers_body(session, page.key.project_id)
-    return render(request, "_workers.html", page, workers=found)
+    return render(request, "_workers.html", page, **_workers(session, page))
+
+
+def _workers(session: Session, page: PageSession) -> dict[str, Any]:
+    project = page.key.project_id
+    return {
+        "workers": workers_body(session, project),
+        "may_drain": allows(page.key.scopes, Scope.ADMIN) and is_operator(session, project),
+    }
 
 
 @router.get("/usage")
@@ -133,7 +144,13 @@ def keys_page(request: Request, session: ReadSession, page: PageDep) -> Response
     found = tenancy.list_keys(session, page.key.project_id)
     rows = [bodies.key_body(key) for key in found]
     return render(
-        request, "keys.html", page, keys=rows, own=page.key.id, scopes=[str(each) for each in Scope]
+        request,
+        "keys.html",
+        page,
+        keys=rows,
+        own=page.key.id,
+        scopes=[str(each) for each in Scope],
+        lifetimes=KEY_DAYS,
     )
 
 

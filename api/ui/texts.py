@@ -15,7 +15,7 @@ SCRIPTS = Path(__file__).parent / "static" / "js"
 WORDS = frozenset(
     {
         *(str(each).replace("_", " ") for each in (*JobStatus, *FileStatus)),
-        *("active", "revoked", "online", "offline", "busy", "idle"),
+        *("active", "revoked", "online", "draining", "offline", "busy", "idle"),
         *("preparing", "training", "done", "system", "light", "dark"),
     }
 )

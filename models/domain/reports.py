@@ -75,7 +75,8 @@ class StepMetrics(Frozen):
     """Metrics of one optimizer step; losses are means over trained tokens, in nats.
 
     ``valid_*`` come from a small batch at the step, ``full_valid_*`` from the whole validation
-    split (OpenAI's names).
+    split (OpenAI's names). `recorded_at` is when the step was done, in seconds since 1970 by the
+    clock of its worker; steps of older versions have none.
     """
 
     step: int
@@ -91,6 +92,7 @@ class StepMetrics(Frozen):
     valid_mean_token_accuracy: float | None = None
     full_valid_loss: float | None = None
     full_valid_mean_token_accuracy: float | None = None
+    recorded_at: float | None = None
 
 
 class ManifestFile(Frozen):

@@ -5,15 +5,17 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from models.prepared import PreparedInsert
 from models.registry.page import Cursor, Page, page
 from models.tables import AuditLog, new_id
 
+_insert = PreparedInsert(AuditLog)
+
 
 def record(session: Session, entry: AuditLog) -> None:
-    """Add an entry; its `id` is set here."""
+    """Add an entry; its `id` is set here, its time by the database."""
     entry.id = new_id("audit_log-")
-    session.add(entry)
-    session.flush()
+    _insert.add(session, {name: getattr(entry, name) for name in _insert.names})
 
 
 def list_page(

@@ -3,12 +3,15 @@
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-from sqlalchemy import select, update
+from sqlalchemy import bindparam, select, update
 from sqlalchemy.orm import Session
 
 from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
+from models.prepared import PreparedRows
 from models.tables import BaseModel
+
+_by_name = PreparedRows(BaseModel, select(BaseModel).where(BaseModel.name == bindparam("name")))
 
 
 class Identity(Protocol):
@@ -61,16 +64,20 @@ def active(session: Session) -> Sequence[BaseModel]:
 
 
 def get(session: Session, name: str) -> BaseModel:
-    """Return an active base model, or raise `InvalidRequestError` listing the names there are."""
-    row = session.get(BaseModel, name)
-    if row is None or row.retired:
+    """Return an active base model, only to be read.
+
+    Raises:
+        InvalidRequestError: there is none; it lists the names there are.
+    """
+    found = _by_name.all(session, name=name)
+    if not found or found[0].retired:
         known = ", ".join(model.name for model in active(session)) or "none"
         raise InvalidRequestError(
             f"Model {name!r} is not available for fine-tuning. Base models here: {known}.",
             param="model",
             code="model_not_found",
         )
-    return row
+    return found[0]
 
 
 def record_identity(session: Session, info: Identity) -> None:

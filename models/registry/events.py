@@ -7,8 +7,11 @@ from sqlalchemy.orm import Session
 
 from models.domain.base import JsonObject
 from models.domain.status import EventLevel
+from models.prepared import PreparedInsert
 from models.registry.page import Cursor, Page, page
 from models.tables import Event, Job, new_id
+
+_insert = PreparedInsert(Event)
 
 
 def append(
@@ -35,6 +38,22 @@ def append(
         )
     )
     session.flush()
+
+
+def begin(session: Session, job_id: str, *messages: str) -> None:
+    """Add the first events of a job that was just added and that nobody else can see yet."""
+    rows = [
+        {
+            "id": new_id("ftevent-"),
+            "job_id": job_id,
+            "sequence": sequence,
+            "level": EventLevel.INFO,
+            "type": "message",
+            "message": message,
+        }
+        for sequence, message in enumerate(messages, start=1)
+    ]
+    _insert.add(session, *rows)
 
 
 def marks(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[str, int]]:

@@ -16,7 +16,7 @@ from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
 from models.domain.training import TrainingSpec
 from models.errors import LeaseLostError
-from models.registry import events, quotas, turns, usage
+from models.registry import events, quotas, turns, usage, workers
 from models.registry.jobs import end_as_failed, move, to_queue
 from models.registry.usage import Used, User
 from models.tables import Checkpoint, Job, JobAttempt, Project
@@ -26,8 +26,10 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     """Take the next queued job: that of the project whose turn it is (see ``turns``), of its jobs
     the one with the highest priority, then the oldest.
 
-    Returns the job with its new attempt number, or None when nothing waits.
+    Returns the job with its new attempt number, or None when nothing waits or the worker drains.
     """
+    if workers.is_draining(session, worker):
+        return None
     job = next(filter(None, (_next_of(session, project) for project in turns.order(session))), None)
     if job is None:
         return None
@@ -64,13 +66,7 @@ def _next_of(session: Session, project_id: str) -> Job | None:
         session.refresh(project, with_for_update={"key_share": True})
         if quotas.n_running(session, project_id) >= (project.max_running_jobs or 0):
             return None
-    return session.scalar(
-        select(Job)
-        .where(Job.project_id == project_id, Job.status == JobStatus.QUEUED)
-        .order_by(Job.priority.desc(), Job.created_at, Job.id)
-        .limit(1)
-        .with_for_update(skip_locked=True)
-    )
+    return turns.next_job(session, project_id)
 
 
 def has_queued(session: Session) -> bool:

@@ -16,6 +16,7 @@ from models.errors import InvalidRequestError, NotFoundError
 from models.registry import events, job_files, usage, webhooks
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
+from models.registry.quotas import NOTHING, Reservation
 from models.registry.usage import Used, User
 from models.tables import Job, new_id
 
@@ -26,6 +27,7 @@ def create(
     spec: TrainingSpec,
     metadata: JsonObject | None,
     key_id: str | None = None,
+    reserved: Reservation = NOTHING,
 ) -> Job:
     """Add a job in state ``validating_files``; a worker moves it on once its files are linted."""
     job = Job(
@@ -38,14 +40,15 @@ def create(
         spec=spec.model_dump(mode="json"),
         request_metadata=metadata,
         priority=spec.priority,
+        reserved_tokens=reserved.tokens,
+        reserved_device_seconds=reserved.device_seconds,
     )
     session.add(job)
     session.flush()
-    events.append(session, job.id, f"Created fine-tuning job: {job.id}")
     names = f"training file: {spec.training_file}"
     if spec.validation_file:
         names += f" and validation file: {spec.validation_file}"
-    events.append(session, job.id, f"Validating {names}")
+    events.begin(session, job.id, f"Created fine-tuning job: {job.id}", f"Validating {names}")
     return job
 
 
@@ -53,12 +56,17 @@ def get(session: Session, project_id: str, job_id: str) -> Job:
     """Return a job of this project, or raise `NotFoundError` as for an id that never existed."""
     job = session.get(Job, job_id)
     if job is None or job.project_id != project_id:
-        raise NotFoundError(
-            f"Could not find fine-tuning job: {job_id!r}.",
-            param="fine_tuning_job_id",
-            code="fine_tuning_job_not_found",
-        )
+        raise not_found(job_id)
     return job
+
+
+def not_found(job_id: str) -> NotFoundError:
+    """Return the error for a job that does not exist, or that belongs to another project."""
+    return NotFoundError(
+        f"Could not find fine-tuning job: {job_id!r}.",
+        param="fine_tuning_job_id",
+        code="fine_tuning_job_not_found",
+    )
 
 
 def has_ended(job: Job) -> bool:

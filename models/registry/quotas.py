@@ -9,12 +9,14 @@ was used. Checks hold the project's row, so that of many requests at once no two
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
+from models.db import db_now
 from models.domain.status import JobStatus, UploadStatus
 from models.domain.training import TrainingSpec
 from models.errors import PayloadTooLargeError, QuotaError
+from models.prepared import PreparedQuery, PreparedRows
 from models.registry import usage
 from models.registry.usage import DAY_SECONDS
 from models.tables import File, Job, Project, Upload, Usage
@@ -41,8 +43,23 @@ class InUse:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
+    """What a job is expected to take of its project's limits."""
+
     tokens: int
     device_seconds: float
+
+
+NOTHING = Reservation(0, 0.0)
+# NO KEY UPDATE: rows that refer to the project, such as a new file, may hold its key already.
+_limits = PreparedRows(
+    Project, select(Project).where(Project.id == bindparam("id")).with_for_update(key_share=True)
+)
+_time_and_tokens = PreparedQuery(
+    select(func.sum(Usage.device_seconds), func.sum(Usage.trained_tokens)).where(
+        Usage.model == bindparam("model"),
+        Usage.day > db_now() / DAY_SECONDS - HISTORY_DAYS - 1,
+    )
+)
 
 
 def in_use(session: Session, project_id: str) -> InUse:
@@ -90,20 +107,24 @@ def bytes_exceeded(room: int) -> PayloadTooLargeError:
     )
 
 
-def reserve(session: Session, job: Job) -> None:
-    """Reserve for a job that was just added; holds the project's row until the commit.
+def reserve(session: Session, project_id: str, spec: TrainingSpec, n_bytes: int) -> Reservation:
+    """Return what to reserve for a job to be added; holds the project's row until the commit.
+
+    Args:
+        session: That which adds the job.
+        project_id: Whose job it is.
+        spec: What is to be trained.
+        n_bytes: Size of its training file.
 
     Raises:
         QuotaError: too many jobs wait, or the tokens or hours that are left are not enough.
     """
-    project = _locked(session, job.project_id)
-    wanted = _expected(session, job)
+    project = _limits.all(session, id=project_id)[0]
+    wanted = _expected(session, spec, n_bytes)
     _check_waiting(session, project)
     _check_tokens(session, project, wanted.tokens)
     _check_hours(session, project, wanted.device_seconds)
-    job.reserved_tokens = wanted.tokens
-    job.reserved_device_seconds = wanted.device_seconds
-    session.flush()
+    return wanted
 
 
 def check_serving(session: Session, project_id: str, n_unwritten: int) -> None:
@@ -122,8 +143,7 @@ def check_serving(session: Session, project_id: str, n_unwritten: int) -> None:
 
 def _check_waiting(session: Session, project: Project) -> None:
     limit = project.max_waiting_jobs
-    # The new job is among them.
-    if limit is not None and _n_jobs(session, project.id, WAITING) > limit:
+    if limit is not None and _n_jobs(session, project.id, WAITING) >= limit:
         raise QuotaError(
             f"{limit} jobs of this project wait already, which is its limit. Submit this one when "
             "another has started or been cancelled."
@@ -160,8 +180,7 @@ def _check_hours(session: Session, project: Project, wanted_seconds: float) -> N
 
 
 def _locked(session: Session, project_id: str) -> Project:
-    # NO KEY UPDATE: rows that refer to the project, such as the new job, hold its key already.
-    lock = {"key_share": True}
+    lock = {"key_share": True}  # as `_limits`
     return session.get_one(Project, project_id, with_for_update=lock, populate_existing=True)
 
 
@@ -192,24 +211,16 @@ def _reserved(session: Session, project_id: str) -> Reservation:
     return Reservation(int(tokens), float(seconds))
 
 
-def _expected(session: Session, job: Job) -> Reservation:
+def _expected(session: Session, spec: TrainingSpec, n_bytes: int) -> Reservation:
     """Return what a job is expected to take, from what is known before its files are read."""
-    spec = TrainingSpec.model_validate(job.spec)
-    file = session.get(File, job.training_file)
     epochs = spec.hyperparameters.n_epochs
-    n_bytes = 0 if file is None else file.bytes
     tokens = n_bytes // BYTES_PER_TOKEN * (EPOCHS if epochs == "auto" else epochs)
-    return Reservation(tokens, tokens * _seconds_per_token(session, job.base_model))
+    return Reservation(tokens, tokens * _seconds_per_token(session, spec.model))
 
 
 def _seconds_per_token(session: Session, base_model: str) -> float:
     """Return the device time that a trained token took on a base model lately; 0 if none was."""
-    since = usage.today(session) - HISTORY_DAYS
-    seconds, tokens = session.execute(
-        select(func.sum(Usage.device_seconds), func.sum(Usage.trained_tokens)).where(
-            Usage.model == base_model, Usage.day >= since
-        )
-    ).one()
+    ((seconds, tokens),) = _time_and_tokens.fetch(session, model=base_model)
     return float(seconds) / int(tokens) if seconds and tokens else 0.0
 
 

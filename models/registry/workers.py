@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from models.db import db_now
 from models.domain.machine import Machine
 from models.domain.status import JobStatus
+from models.errors import NotFoundError
 from models.tables import InferenceServer, Job, Worker
 
 KEEP_SECONDS = 24 * 3600
@@ -49,6 +50,27 @@ def announce(session: Session, worker: Announcement, ttl_seconds: float) -> None
 
 def withdraw(session: Session, worker_id: str) -> None:
     session.execute(sql_delete(Worker).where(Worker.id == worker_id))
+
+
+def set_draining(session: Session, worker_id: str, draining: bool) -> Worker:
+    """Have a worker take no new job, or take jobs again; what it trains goes on to its end.
+
+    Raises:
+        NotFoundError: no worker of this id lives.
+    """
+    worker = session.scalar(
+        select(Worker).where(Worker.id == worker_id, Worker.lease_until >= db_now())
+    )
+    if worker is None:
+        raise NotFoundError(f"No such worker: {worker_id!r}.", param="worker_id")
+    worker.draining = draining
+    return worker
+
+
+def is_draining(session: Session, owner: str) -> bool:
+    """Say whether the worker of a slot, given as `slot_owner` names it, takes no new job."""
+    worker_id = owner.rpartition(":")[0]
+    return bool(session.scalar(select(Worker.draining).where(Worker.id == worker_id)))
 
 
 def slot_owner(worker_id: str, slot: int) -> str:

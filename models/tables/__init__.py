@@ -6,7 +6,7 @@ from models.tables.batch import Batch, BatchResult
 from models.tables.file import File, Upload, UploadPart
 from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
-from models.tables.job import Event, Job, JobAttempt
+from models.tables.job import Event, Job, JobAttempt, JobLogPart
 from models.tables.operations import Usage, Worker
 from models.tables.result import Adapter, Checkpoint, Metric
 from models.tables.stored_completion import StoredCompletion
@@ -37,6 +37,7 @@ __all__ = [
     "InferenceServer",
     "Job",
     "JobAttempt",
+    "JobLogPart",
     "Metric",
     "Organization",
     "Project",

@@ -91,3 +91,18 @@ class Event(Created, Base):
     type: Mapped[str]
     message: Mapped[str]
     data: Mapped[JsonObject | None]
+
+
+class JobLogPart(Base):
+    """Whole lines of what the trainers of a job wrote to standard error, in order.
+
+    `start` and `n_bytes` count bytes of the whole log in UTF-8; the oldest parts go when it grows.
+    """
+
+    __tablename__ = "job_log_parts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    n_bytes: Mapped[int]
+    attempt: Mapped[int]
+    text: Mapped[str]

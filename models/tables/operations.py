@@ -12,7 +12,7 @@ class Worker(Created, Base):
     """A worker process that trains; gone when its lease runs out.
 
     `devices` are dumped ``Device``s; memory is in bytes: the machine's, what of it is free, and
-    what the worker holds together with its trainers.
+    what the worker holds together with its trainers. A draining worker takes no new job.
     """
 
     __tablename__ = "workers"
@@ -26,6 +26,7 @@ class Worker(Created, Base):
     memory_total: Mapped[int] = mapped_column(BigInteger)
     memory_available: Mapped[int] = mapped_column(BigInteger)
     memory_used: Mapped[int] = mapped_column(BigInteger)
+    draining: Mapped[bool] = mapped_column(default=False)
     seen_at: Mapped[float]
     lease_until: Mapped[float]
 

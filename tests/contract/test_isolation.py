@@ -69,6 +69,7 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
             "completion_id": "chatcmpl-theirs",
             "sweep_id": new_sweep(client),
             "batch_id": new_batch(client).json()["id"],
+            "worker_id": "worker-none",  # workers are of no project: only the operator drains one
         }
         with database.write() as session:
             adapter = Adapter(

@@ -11,8 +11,13 @@ from playwright.sync_api import Browser, Page, expect
 from tests.flow.conftest import Up, first_rows
 from worker.base_models import load_tokenizer
 
-TRAINED = 720_000
-"""Milliseconds that two epochs on the sample may take."""
+TRAINED = 600_000
+"""Milliseconds that one epoch on the sample may take at most; two free cores take half a minute."""
+SHORT = {
+    "hyperparameters.n_epochs": "1",
+    "hyperparameters.batch_size": "2",
+    "optimizer.learning_rate": "0.002",
+}
 
 
 @pytest.fixture
@@ -39,7 +44,9 @@ def test_from_the_sample_data_to_two_answers_side_by_side(page: Page) -> None:
         sample.click()
     page.wait_for_url("**/ui/jobs/new?file=*")
     page.locator('[data-field="suffix"]').fill("page")
-    page.locator('[data-field="hyperparameters.n_epochs"]').fill("2")
+    # The form's own fields make it short: every row once, in quick steps.
+    for field, value in SHORT.items():
+        page.locator(f'[data-field="{field}"]').fill(value)
     page.get_by_role("button", name="Start").click()
     page.wait_for_url(re.compile("/ui/jobs/ftjob-"))
     status = page.locator("#status .status")
@@ -57,6 +64,8 @@ def test_from_the_sample_data_to_two_answers_side_by_side(page: Page) -> None:
     expect(page.locator("#sample-wanted")).to_contain_text("Ticket")
     page.locator("#try").click()
     page.wait_for_url("**/ui/playground?*")
+    page.locator("#options summary").click()
+    page.get_by_label("System prompt").fill("You are the harbour desk.")  # as in the sample
     page.get_by_label("Message").fill("Boat 3: The water is too shallow here.")
     page.keyboard.press("Enter")
     base, tuned = page.locator(".pane").nth(0), page.locator(".pane").nth(1)

@@ -15,7 +15,7 @@ from models.broker import Bell, make_celery
 from models.db import Database
 from models.domain.status import FileStatus, JobStatus
 from models.domain.training import TrainingSpec
-from models.registry import base_models, jobs, tenancy
+from models.registry import base_models, job_logs, jobs, tenancy
 from models.settings import BrokerSettings, DatabaseSettings
 from models.storage import LocalStore, upload_key
 from models.tables import Adapter, Checkpoint, Event, File, Job, JobAttempt, Metric
@@ -241,6 +241,10 @@ def test_a_running_job_is_cancelled_at_its_next_step(stage: Stage) -> None:
         )
     assert ended.status == JobStatus.CANCELLED, stage.logs()
     assert ended.step < 2 * N_EPOCHS
+    with stage.database.read() as session:
+        kept = job_logs.read(session, job_id, 0, 100_000).text
+    assert '"event": "trainer_ended"' in kept
+    assert job_id in kept
     assert stage.all(Adapter) == []
 
 

@@ -1,7 +1,7 @@
 // The page's pure functions; run by tests/web/test_scripts.py with `node --test`.
 import assert from "node:assert/strict";
 import test from "node:test";
-import { asCode, duration, eventReader, merge, number, put, remaining, size, smooth } from "../../api/ui/static/js/lib.js";
+import { asCode, duration, elapsed, eventReader, merge, number, put, remaining, size, smooth } from "../../api/ui/static/js/lib.js";
 
 test("smoothing is an average without a bias at its start, and none at 0", () => {
   assert.deepEqual(smooth([3, 1, 2], 0), [3, 1, 2]);
@@ -36,6 +36,11 @@ test("the remaining time follows from the newest steps, and is unknown at first"
   assert.equal(remaining([{ step: 1, at: 0 }, { step: 9, at: 8 }], 100), null);
   assert.equal(remaining([{ step: 10, at: 0 }, { step: 20, at: 20 }], 100), 160);
   assert.equal(remaining([], 100), null);
+});
+
+test("the time since the first step never goes back", () => {
+  assert.deepEqual(elapsed([{ recorded_at: 100 }, { recorded_at: 103 }, { recorded_at: 102 }, { recorded_at: 110 }]), [0, 3, 3, 10]);
+  assert.deepEqual(elapsed([]), []);
 });
 
 test("nested fields become a nested body", () => {

@@ -9,8 +9,7 @@ from models.domain.generation import Chunk
 from models.registry import inference_servers
 from models.registry.inference_servers import Announcement
 from tests.api.fake_inference import FINISHED, STARTED, FakeInference, Hold, running_fake
-from tests.web.conftest import ADAPTER, Site
-from tests.web.test_pages import HOSTILE
+from tests.web.site import ADAPTER, HOSTILE, Site
 
 
 @pytest.fixture

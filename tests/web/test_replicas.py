@@ -20,8 +20,15 @@ from models.domain.status import JobStatus
 from models.processes import die_with_parent
 from models.registry import jobs
 from tests.flow.conftest import process, wait_until
-from tests.web.conftest import TOTAL_STEPS, Site, new_key, open_context, rows, settings_in
-from tests.web.test_pages import everything, upload
+from tests.web.site import (
+    TOTAL_STEPS,
+    Site,
+    everything,
+    make_key,
+    open_context,
+    rows,
+    settings_in,
+)
 
 PREFIX = "/forge"
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
@@ -144,7 +151,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> 
         for replica in replicas:
             replica.wait()
         url = stack.enter_context(nginx(tmp_path, ports[0], ports[1], port))
-        site = Site(url, new_key(database), database, settings, tmp_path / "scratch")
+        site = Site(url, *make_key(database), database, settings, tmp_path / "scratch")
         yield Fleet(site, replicas)
 
 
@@ -163,7 +170,7 @@ def start_by_hand(site: Site, page: Page, path: str) -> str:
 def test_a_replica_that_dies_costs_no_reload_and_no_point(browser: Browser, fleet: Fleet) -> None:
     site = fleet.site
     context = open_context(browser, site)
-    path = upload(site, context, rows(40))
+    path = site.upload(rows(40))
     page = context.new_page()
     job_id = start_by_hand(site, page, path)
     mark, chart = page.locator("#mark"), page.locator("#loss-chart")

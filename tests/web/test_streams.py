@@ -5,8 +5,8 @@ from playwright.sync_api import BrowserContext, Page, expect
 from models.domain.reports import StepMetrics
 from models.registry import metrics
 from tests.flow.conftest import wait_until
-from tests.web.conftest import TOTAL_STEPS, Site
-from tests.web.test_pages import TURN
+from tests.web.site import TOTAL_STEPS, Site
+from tests.web.test_jobs import TURN
 
 N_TABS = 8
 

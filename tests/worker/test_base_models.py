@@ -117,6 +117,21 @@ def test_many_callers_at_once_convert_once(
     assert results == results[:1] * 8
 
 
+def test_a_model_whose_files_moved_away_is_fetched_again(tmp_path: Path, tiny: Path) -> None:
+    package = tmp_path / "package"
+    package.symlink_to(tiny)
+    settings = settings_for(tmp_path, f"path:{package}")
+    directory, info = materialise("tiny", settings)
+    moved = tiny.rename(tmp_path / "moved")
+    with pytest.raises(UnavailableError, match=r"no config\.json"):
+        materialise("tiny", settings)
+    package.unlink()
+    package.symlink_to(moved)
+    again = materialise("tiny", settings)
+    assert again == (directory, info)
+    assert (directory / "config.json").read_text()
+
+
 def test_a_failed_conversion_leaves_nothing_and_can_be_repeated(tmp_path: Path, tiny: Path) -> None:
     settings = settings_for(tmp_path, f"path:{tmp_path / 'later'}")
     with pytest.raises(UnavailableError, match=r"no config\.json"):

@@ -21,8 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from models.domain.training import Precision
 from worker.base_models import compute_dtype, load_model
 from worker.heads import COPIES
+from worker.inference.engine.params import ModuleShape
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
+from worker.training.reversible.tuner import PEFT_TYPE as MEFT
+from worker.training.reversible.tuner import stack_of
 from worker.training.tuners.attach import head_of, linear_layers, without_known_warnings
+from worker.training.tuners.families import anatomy
 
 PROBE_TOKENS = 16
 LOGITS_TOLERANCE = 1e-5
@@ -90,17 +94,29 @@ def trainable_parameters(
     return found
 
 
-def linear_shapes(model: PeftModel) -> dict[str, tuple[int, int, bool]]:
-    """Return (inputs, outputs, is the head) of the base's linear layers by their own paths."""
-    head = head_of(model.get_base_model())
+def module_shapes(model: PeftModel) -> dict[str, ModuleShape]:
+    """Return what adapters may change of the base, by its own paths, as an inference server does.
+
+    Of Transformer layers only those that run in two streams, since nothing else changes one.
+    """
+    base: Any = model.get_base_model()
+    head = head_of(base)
     shapes = {}
     for path, module in linear_layers(model, with_head=True).items():
         if isinstance(module, nn.Linear):
-            shapes[path] = (module.in_features, module.out_features, module is head)
+            inputs, outputs = module.in_features, module.out_features
         else:
             assert isinstance(module, Conv1D)
             inputs, outputs = module.weight.shape
-            shapes[path] = (inputs, outputs, module is head)
+        shapes[path] = ModuleShape(inputs, outputs, is_output=module is head)
+    width = base.config.get_text_config().hidden_size
+    for path in anatomy(model).norms:
+        norm = base.get_submodule(path)
+        has_bias = isinstance(getattr(norm, "bias", None), torch.Tensor)
+        shapes[path] = ModuleShape(width, width, kind="norm", has_bias=has_bias)
+    if MEFT in {config.peft_type for config in model.peft_config.values()}:
+        for path in stack_of(model).paths:
+            shapes[path] = ModuleShape(width, width, kind="layer")
     return shapes
 
 

@@ -37,7 +37,6 @@ from worker.adapter_format import ADAPTER_FILES, digest_of, fetch_adapter, put_a
 from worker.base_models import BaseModelInfo
 from worker.inference.engine.adapters import read_adapter
 from worker.inference.engine.errors import AdapterFormatError
-from worker.inference.engine.params import LinearShape
 from worker.training import methods
 from worker.training.checkpoint import (
     ADAPTER_TENSORS,
@@ -47,7 +46,7 @@ from worker.training.checkpoint import (
 )
 from worker.training.loop import Trainer
 from worker.training.methods.base import Served
-from worker.training.model import gives_same_logits, linear_shapes
+from worker.training.model import gives_same_logits, module_shapes
 from worker.training.task import Progress
 
 KEPT_CHECKPOINTS = 2
@@ -258,10 +257,7 @@ class Publisher:
             stored = fetch_adapter(self._store, manifest.digest, scratch)
             batched = task.method.served(task.method_params) is Served.BATCHED
             if batched and task.objective.head == "causal_lm":
-                shapes = {
-                    path: LinearShape(*shape) for path, shape in linear_shapes(task.model).items()
-                }
-                read_adapter(scratch, stored.digest, shapes)
+                read_adapter(scratch, stored.digest, module_shapes(task.model))
             found = load_file(scratch / ADAPTER_TENSORS)
         except (ValueError, AdapterFormatError) as error:
             raise _not_servable(str(error)) from error

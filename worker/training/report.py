@@ -49,7 +49,7 @@ class DatabaseReporter:
 
     def step(self, metrics: StepMetrics, progress: Progress, total_steps: int) -> None:
         """Take the metrics of one step. Raises `LeaseLostError` when a write finds it so."""
-        self._waiting.append(metrics)
+        self._waiting.append(metrics.model_copy(update={"recorded_at": time.time()}))
         self._total_steps = total_steps
         self._values = {
             "step": progress.step,

@@ -23,6 +23,9 @@ def test_workers_and_what_was_used_are_printed(tunery: Tunery, database: Databas
     for part in ("box:1", "training", "H100", "2.0 GiB", "idle"):
         assert part in shown
     assert json.loads(tunery("workers", "--json"))["data"][0]["id"] == "box:1"
+    assert "draining" in tunery("drain", "box:1")
+    assert "takes no new job" in tunery("workers")
+    assert "online" in tunery("drain", "box:1", "--undo")
     shown = tunery("usage")
     for part in ("base", "1,234", "1.50"):
         assert part in shown

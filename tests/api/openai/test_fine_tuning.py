@@ -156,7 +156,14 @@ def test_a_job_is_paused_and_resumed_by_its_owner_alone(
     with database.write() as session:
         assert jobs.move(session, job_id, JobStatus.QUEUED)
     assert client.post(f"{URL}/{job_id}/pause").json()["status"] == "paused"
-    assert client.post(f"{URL}/{job_id}/resume").json()["status"] == "queued"
+    resumed = client.post(f"{URL}/{job_id}/resume").json()
+    assert (resumed["status"], resumed["queue_position"], resumed["queue_length"]) == (
+        "queued",
+        1,
+        1,
+    )
+    assert client.get(f"{URL}/{job_id}").json() == resumed
+    assert client.get(URL).json()["data"] == [resumed]
     client.post(f"{URL}/{job_id}/cancel")
     expect(client.post(f"{URL}/{job_id}/pause"), 400, "fine_tuning_job_id", "job_not_pausable")
 

@@ -6,6 +6,7 @@ from typing import Any
 from fastapi.testclient import TestClient
 
 from models.db import Database
+from models.registry import job_logs, job_runs
 from tests.api.calls import expect
 from tests.api.test_feed import end, write
 
@@ -79,3 +80,26 @@ def test_a_bad_position_or_a_foreign_job_is_refused(client: TestClient, job_id: 
     expect(
         client.get(f"{URL}/ftjob-x/stream"), 404, "fine_tuning_job_id", "fine_tuning_job_not_found"
     )
+
+
+def test_the_log_is_read_on_from_an_offset_until_the_job_has_ended(
+    client: TestClient, database: Database, job_id: str
+) -> None:
+    url = f"{URL}/{job_id}/log"
+    with database.write() as session:
+        job_logs.append(session, job_id, 1, "one\ntwo\n", 1000)
+    first = client.get(url).json()
+    assert (first["text"], first["offset"], first["next_offset"]) == ("one\ntwo\n", 0, 8)
+    assert (first["object"], first["has_more"], first["has_ended"]) == (
+        "fine_tuning.job.log",
+        False,
+        False,
+    )
+    with database.write() as session:
+        job_logs.append(session, job_id, 1, "three\n", 1000)
+        job_runs.fail(session, job_id, 1, "x", "It failed.")
+        job_runs.end_attempt(session, job_id, 1, "failed", 3)
+    rest = client.get(url, params={"after": 8}).json()
+    assert (rest["text"], rest["next_offset"], rest["has_ended"]) == ("three\n", 14, True)
+    expect(client.get(url, params={"after": 15}), 400, "after", "invalid_value")
+    expect(client.get(f"{URL}/ftjob-x/log"), 404, *NOT_FOUND)

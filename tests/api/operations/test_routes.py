@@ -3,13 +3,15 @@
 from typing import Any
 
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 from models.db import Database
 from models.domain.machine import Device, Machine
+from models.domain.status import JobStatus
 from models.registry import job_runs, tenancy, workers
 from models.registry.usage import DAY_SECONDS
 from models.tables import Job
-from tests.api.calls import chat, expect
+from tests.api.calls import chat, expect, new_job
 from tests.api.fake_inference import FakeInference
 
 CPU = Device(type="cpu", index=0, name="2 x CPU", memory_total=8, memory_used=3)
@@ -86,3 +88,29 @@ def test_the_range_of_usage_is_checked(client: TestClient) -> None:
     wide = client.get(f"/v1/usage?start_time=0&end_time={day}")
     assert "366 days" in expect(wide, 400, "start_time", "invalid_value")
     expect(client.get("/v1/usage?group_by=colour"), 400, "group_by[0]", "invalid_value")
+
+
+def test_a_draining_worker_takes_no_job_until_it_is_resumed(
+    client: TestClient, database: Database
+) -> None:
+    new_job(client)
+    with database.write() as session:
+        about = workers.Announcement("box:1", "box", 7, "0.1.0", 1, MACHINE)
+        workers.announce(session, about, 60)
+        session.execute(update(Job).values(status=JobStatus.QUEUED))
+
+    def claimed() -> bool:
+        with database.write() as session:
+            return job_runs.claim(session, workers.slot_owner("box:1", 0), 60) is not None
+
+    headers = other_project(database)
+    expect(client.post("/v1/workers/none/drain"), 404, "worker_id", "not_found")
+    refused = client.post("/v1/workers/box:1/drain", headers=headers)
+    expect(refused, 403, None, "insufficient_permissions")
+    assert client.post("/v1/workers/box:1/drain").json()["status"] == "draining"
+    assert client.get("/v1/workers").json()["data"][0]["status"] == "draining"
+    assert not claimed()
+    assert client.post("/v1/workers/box:1/resume").json()["status"] == "online"
+    assert claimed()
+    entries = client.get("/v1/audit_logs").json()["data"]
+    assert [each["type"] for each in entries][:2] == ["worker.resumed", "worker.drained"]

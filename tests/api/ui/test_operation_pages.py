@@ -55,6 +55,23 @@ def test_a_worker_that_falls_silent_is_shown_as_offline(
     assert 'data-worker="a" data-status="offline"' in page.get("/ui/workers/table").text
 
 
+def test_only_the_operators_admin_key_is_offered_to_drain_a_worker(
+    page: TestClient, database: Database
+) -> None:
+    announce(database, "a", 60)
+    assert 'data-worker-action="drain"' in page.get("/ui/workers").text
+    with database.write() as session:
+        workers.set_draining(session, "a", True)
+    text = page.get("/ui/workers/table").text
+    assert 'data-status="draining"' in text
+    assert 'data-worker-action="resume"' in text
+    with database.write() as session:
+        other = tenancy.create_project(session, "other")
+        key, _ = tenancy.create_key(session, other.id, "theirs")
+    page.cookies.set(page_session.COOKIE, page_session.make_cookie(key))
+    assert "data-worker-action" not in page.get("/ui/workers").text
+
+
 def test_usage_is_shown_by_day_model_and_key_and_as_csv(
     page: TestClient, database: Database
 ) -> None:

@@ -55,9 +55,8 @@ def submit(database: Database, project_id: str) -> str:
         peft={"type": "lora"},
     )
     with database.write() as session:
-        job = jobs.create(session, project_id, spec, None)
-        quotas.reserve(session, job)
-        return job.id
+        held = quotas.reserve(session, project_id, spec, N_BYTES)
+        return jobs.create(session, project_id, spec, None, reserved=held).id
 
 
 def in_use(database: Database, project_id: str) -> quotas.InUse:

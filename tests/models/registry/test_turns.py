@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from models.db import Database, db_now
 from models.domain.limits import ProjectLimits
@@ -43,6 +43,11 @@ def claim(database: Database) -> Job | None:
 
 def run(database: Database, seconds: float) -> str:
     """Let the next job run for so long; return its project."""
+    return run_job(database, seconds).project_id
+
+
+def run_job(database: Database, seconds: float) -> Job:
+    """Let the next job run for so long; return it."""
     with database.write() as session:
         job = job_runs.claim(session, "worker", 30)
         assert job is not None
@@ -53,7 +58,7 @@ def run(database: Database, seconds: float) -> str:
         )
         job_runs.succeed(session, job.id, 1, fine_tuned_model="ft:x")
         job_runs.end_attempt(session, job.id, 1, "succeeded", 0)
-        return job.project_id
+        return job
 
 
 def test_many_jobs_of_one_project_do_not_hold_up_the_few_of_another(database: Database) -> None:
@@ -104,3 +109,33 @@ def test_no_more_jobs_run_than_a_project_may_have(database: Database) -> None:
         claimed.append(job)
     owners = [job.project_id for job in claimed]
     assert (owners.count(limited), owners.count(free)) == (2, 1)
+
+
+def test_places_in_the_queue_are_told_in_the_order_of_the_claims(database: Database) -> None:
+    large, small = project(database, "large", share=2.3), project(database, "small")
+    late = project(database, "late", share=0.71)
+    for owner, number in ((large, 7), (small, 5), (late, 3)):
+        for at in range(number):
+            queue(database, owner, priority=at % 2)
+    run(database, 60)
+    run(database, 60)
+    with database.read() as session:
+        queued = session.scalars(select(Job).where(Job.status == JobStatus.QUEUED)).all()
+        told = turns.places(session, queued)
+    assert sorted(place.position for place in told.values()) == list(range(1, 14))
+    assert {place.length for place in told.values()} == {13}
+    taken = [run_job(database, 60).id for _ in range(13)]
+    assert sorted(told, key=lambda job_id: told[job_id].position) == taken
+    with database.read() as session:
+        assert turns.places(session, session.scalars(select(Job))) == {}
+
+
+def test_no_more_jobs_are_placed_than_are_worth_counting(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "MAX_PLACED", 2)
+    owner = project(database, "one")
+    made = [queue(database, owner) for _ in range(3)]
+    with database.read() as session:
+        told = turns.places(session, [session.get_one(Job, job_id) for job_id in made])
+    assert {job_id: place.position for job_id, place in told.items()} == {made[0]: 1, made[1]: 2}

@@ -17,7 +17,7 @@ from worker.adapter_format import digest_of, put_adapter
 from worker.base_models import BaseModelInfo
 from worker.inference.engine.engine import BatchingEngine, Engine, Request
 from worker.inference.engine.errors import EngineError
-from worker.inference.engine.params import LinearShape, TokenEvent
+from worker.inference.engine.params import ModuleShape, TokenEvent
 
 ADAPTER_BYTES = 7168
 """What the adapter of `Files` takes in memory on `tiny_llama`, in float32."""
@@ -56,10 +56,10 @@ def byte_engine(model: LlamaForCausalLM | None = None, **options: Any) -> Batchi
     return BatchingEngine(model or tiny_llama(), decode_bytes, [END], **options)
 
 
-def shapes_of(model: torch.nn.Module) -> dict[str, LinearShape]:
+def shapes_of(model: torch.nn.Module) -> dict[str, ModuleShape]:
     """The linear layers of an unwrapped model, as the engine would see them."""
     return {
-        path: LinearShape(module.in_features, module.out_features, is_output=path == "lm_head")
+        path: ModuleShape(module.in_features, module.out_features, is_output=path == "lm_head")
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
@@ -69,7 +69,7 @@ class Files:
     """The two files of an adapter before they are written, for a test to spoil."""
 
     def __init__(
-        self, shapes: Mapping[str, LinearShape], *, seed: int = 0, r: int = 4, size: float = 0.1
+        self, shapes: Mapping[str, ModuleShape], *, seed: int = 0, r: int = 4, size: float = 0.1
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.config: dict[str, Any] = {

@@ -28,12 +28,13 @@ from tests.worker.training.tiny import (
 )
 from worker.base_shape import read_shape
 from worker.inference.engine.adapters import read_adapter
-from worker.inference.engine.params import LinearShape
+from worker.inference.engine.lora import BaseLayers
+from worker.inference.engine.slots import Slots
 from worker.training import checkpoint, methods, objectives
 from worker.training.headed import headed_forward
 from worker.training.loop import Trainer
 from worker.training.methods.base import Served
-from worker.training.model import linear_shapes, trainable_parameters
+from worker.training.model import module_shapes, trainable_parameters
 from worker.training.objectives.base import IGNORED
 from worker.training.tuners.attach import without_known_warnings
 
@@ -300,10 +301,18 @@ def test_what_is_saved_gives_the_same_logits_everywhere(run: Run, tmp_path: Path
         loaded = PeftModel.from_pretrained(tiny_model(run.family), str(tmp_path / "adapter"))
     assert_close(logits(loaded), expected)
     if run.served is Served.BATCHED and run.family in DECODERS:
-        shapes = {path: LinearShape(*s) for path, s in linear_shapes(trainer.task.model).items()}
-        served = read_adapter(tmp_path / "adapter", "0" * 40, shapes)
-        assert served.modules
-    if run.served is not Served.OWN:
+        model = tiny_model(run.family)
+        layers = BaseLayers(model)
+        expected_shapes = module_shapes(trainer.task.model)
+        stored = read_adapter(tmp_path / "adapter", "0" * 40, expected_shapes)
+        assert {path: layers.shapes[path] for path in stored.modules} == {
+            path: expected_shapes[path] for path in stored.modules
+        }
+        slots = Slots(layers.shapes, 1, torch.empty(0))
+        layers.attach(slots)
+        slots.use([stored.weights(layers.read)])
+        assert_close(logits(model), expected)
+    if trainer.task.method.merges(trainer.task.method_params):
         merged: Any = copy.deepcopy(loaded).merge_and_unload()
         assert_close(logits(merged), expected)
 

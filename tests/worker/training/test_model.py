@@ -14,6 +14,7 @@ from tests.worker.training.service import chat_rows
 from tests.worker.training.tiny import attach, digest_of_base, lora, make_spec, tiny_llama
 from worker.base_models import BaseModelInfo, compute_dtype, load_tokenizer, nf4_bits_per_parameter
 from worker.chat import ChatRenderer
+from worker.inference.engine.params import ModuleShape
 from worker.training import methods, objectives
 from worker.training.batches import RowPolicy, build_dataset
 from worker.training.forward import PaddedForward, choose_forward
@@ -21,7 +22,7 @@ from worker.training.loop import Trainer
 from worker.training.model import (
     build_model,
     guard_quantised_weights,
-    linear_shapes,
+    module_shapes,
     trainable_parameters,
 )
 from worker.training.objectives.base import Example, LanguageForward
@@ -99,10 +100,11 @@ def test_the_base_takes_the_papers_bits_per_parameter(nf4: PeftModel) -> None:
 
 
 def test_only_the_head_stays_outside(nf4: PeftModel) -> None:
-    shapes = linear_shapes(nf4)
-    assert len(shapes) == N_LINEARS + 1
-    assert shapes["lm_head"] == (576, 49152, True)
-    assert shapes["model.layers.0.self_attn.k_proj"] == (576, 192, False)
+    shapes = module_shapes(nf4)
+    assert len([each for each in shapes.values() if each.kind == "linear"]) == N_LINEARS + 1
+    assert shapes["lm_head"] == ModuleShape(576, 49152, is_output=True)
+    assert shapes["model.layers.0.self_attn.k_proj"] == ModuleShape(576, 192)
+    assert shapes["model.layers.0.input_layernorm"] == ModuleShape(576, 576, kind="norm")
 
 
 def test_training_and_evaluating_leave_gradients_what_they_were(

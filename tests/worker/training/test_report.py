@@ -36,7 +36,11 @@ def test_the_first_step_is_seen_at_once_and_the_next_ones_together(service: Serv
         report(reporter, step)
     assert [p.step for p in service.trace(job.id)] == [1]
     reporter.flush()
-    assert [p.step for p in service.trace(job.id)] == [1, 2, 3]
+    trace = service.trace(job.id)
+    assert [p.step for p in trace] == [1, 2, 3]
+    times = [p.recorded_at or 0 for p in trace]
+    assert times == sorted(times)
+    assert 0 <= time.time() - times[0] < 3600
     row = service.job(job.id)
     assert (row.step, row.total_steps, row.trained_tokens) == (3, 10, 30)
     reporter.flush()

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from worker.inference.engine.adapter_config import read_config
 from worker.inference.engine.errors import AdapterFormatError
 from worker.inference.engine.methods.base import Method
-from worker.inference.engine.params import LinearShape
+from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.weights import AdapterWeights, BaseLinear
 
 MAX_HEADER_BYTES = 1024**2
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"F32", "F16", "BF16"}
 _KEY = re.compile(
-    r"base_model\.model\.(?P<path>[A-Za-z0-9_.]+?)\.(?P<name>(?:lora|ia3)_[A-Za-z0-9_.]+)"
+    r"base_model\.model\.(?P<path>[A-Za-z0-9_.]+?)\.(?P<name>(?:lora|ia3|own|meft)_[A-Za-z0-9_.]+)"
 )
 
 
@@ -37,14 +37,13 @@ class StoredAdapter:
     modules: Mapping[str, Mapping[str, torch.Tensor]]
 
     def weights(self, base: Callable[[str], BaseLinear]) -> AdapterWeights:
-        """Return what it does to the layers of the base model, which `base` gives by path.
+        """Return what it does to the layers of the base model, whose weights `base` gives by path.
 
         Raises:
             AdapterFormatError: a gain that follows from both is not finite.
         """
         modules = {
-            path: self.method.change(path, tensors, base(path))
-            for path, tensors in self.modules.items()
+            path: self.method.change(path, tensors, base) for path, tensors in self.modules.items()
         }
         for path, change in modules.items():
             for name, tensor in change.tensors().items():
@@ -56,16 +55,16 @@ class StoredAdapter:
         return AdapterWeights(self.digest, modules)
 
 
-def read_adapter(directory: Path, digest: str, linears: Mapping[str, LinearShape]) -> StoredAdapter:
+def read_adapter(directory: Path, digest: str, parts: Mapping[str, ModuleShape]) -> StoredAdapter:
     """Read ``adapter_config.json`` and ``adapter_model.safetensors`` of one adapter.
 
     Args:
         directory: Where the two files are.
         digest: The identity that the result carries.
-        linears: The base model's linear layers by full path.
+        parts: What may be changed of the base model, by full path.
 
     Returns:
-        Float32 tensors on the CPU, for every linear layer that the configuration targets.
+        Float32 tensors on the CPU, for every module that the configuration targets.
 
     Raises:
         AdapterFormatError: anything is missing, left over, of another shape, not finite, or asks
@@ -75,9 +74,12 @@ def read_adapter(directory: Path, digest: str, linears: Mapping[str, LinearShape
     file = directory / "adapter_model.safetensors"
     shapes = _read_header(file)
     modules = _group(shapes, method)
-    _check_targets(method, modules, linears)
+    _check_targets(method, modules, parts)
     for path, keys in modules.items():
-        for name, should in method.shapes(path, linears[path]).items():
+        expected = method.shapes(path, parts[path])
+        for name in keys.keys() - expected.keys():
+            raise AdapterFormatError("unknown_tensor", f"{path!r} has {name}, which it must not")
+        for name, should in expected.items():
             if name not in keys:
                 raise AdapterFormatError("missing_tensor", f"{path!r} has no {name}")
             if (has := shapes[keys[name]]) != should:
@@ -159,21 +161,21 @@ def _group(shapes: Mapping[str, Any], method: Method) -> dict[str, dict[str, str
 
 
 def _check_targets(
-    method: Method, modules: Mapping[str, Any], linears: Mapping[str, LinearShape]
+    method: Method, modules: Mapping[str, Any], parts: Mapping[str, ModuleShape]
 ) -> None:
     for path in modules:
-        if path not in linears:
+        if path not in parts:
             raise AdapterFormatError(
-                "unknown_module", f"the base model has no linear layer {path!r}"
+                "unknown_module", f"the base model has no module {path!r} to be adapted"
             )
-        if not method.targets(path, linears[path]):
+        if not method.targets(path, parts[path]):
             raise AdapterFormatError(
-                "unknown_module", f"{path!r} has tensors, but target_modules does not name it"
+                "unknown_module", f"{path!r} has tensors, but its configuration does not name it"
             )
-    for path, shape in linears.items():
+    for path, shape in parts.items():
         if path not in modules and method.targets(path, shape):
             raise AdapterFormatError(
-                "missing_tensor", f"target_modules names {path!r}, but it has no tensors"
+                "missing_tensor", f"its configuration names {path!r}, but it has no tensors"
             )
 
 

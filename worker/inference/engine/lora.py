@@ -1,4 +1,6 @@
-"""The linear layers of the base model, wrapped once; every row gets its own adapter's change."""
+"""The modules of the base model, wrapped once; every row gets its own adapter's change."""
+
+from typing import Any
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -7,27 +9,20 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from worker.inference.engine.params import LinearShape
+from worker.inference.engine.bottlenecks import beside
+from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.slots import LayerBuffers, Slots
 from worker.inference.engine.weights import BaseLinear
+from worker.inference.engine.wrapped import Adapted, AdaptedLayer, AdaptedNorm, is_norm
+from worker.transformer_blocks import (
+    UnknownLayersError,
+    feed_forward_of,
+    transformer_layers,
+)
 
 
-class AdaptedLinear(nn.Module):
-    """A linear layer that does to each row what the row's adapter makes of it (`ModuleChange`).
-
-    It has no ``weight``: a model that multiplies by a layer's weight itself, and so would lose the
-    adapter without a word, fails with an ``AttributeError`` instead.
-    """
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-        self._slots: Slots | None = None
-        self._mine: LayerBuffers | None = None
-
-    def attach(self, slots: Slots, path: str) -> None:
-        """Let `slots` decide what is added; before that the layer is the base's own."""
-        self._slots, self._mine = slots, slots.layers[path]
+class AdaptedLinear(Adapted):
+    """A linear layer that does to each row what the row's adapter makes of it (`ModuleChange`)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` [rows, …, in] to [rows, …, out]; without adapters, the base's own tensor."""
@@ -36,63 +31,94 @@ class AdaptedLinear(nn.Module):
             y: torch.Tensor = self.base(x)
             return y
         gains = {
-            name: _of_rows(slots, buffers.gains[name], x.dim())
-            for name, users in buffers.gained.items()
-            if not users.isdisjoint(slots.active)
+            name: _of_rows(slots, buffers.vectors[name], x.dim())
+            for name in ("gain_in", "gain", "shift")
+            if self._users(name)
         }
         y = self.base((x * gains["gain_in"]).to(x.dtype) if "gain_in" in gains else x)
         if "gain" in gains:
             scaled = y * gains["gain"]
             y = (scaled + gains["shift"] if "shift" in gains else scaled).to(y.dtype)
+        y = self._with_low_rank(x, y, slots, buffers)
+        for bottlenecks in buffers.bottlenecks.values():
+            if bottlenecks.is_used_by(slots.active):
+                y = y + bottlenecks.added(y, slots.index, slots.active).to(y.dtype)
+        return y
+
+    def _with_low_rank(
+        self, x: torch.Tensor, y: torch.Tensor, slots: Slots, buffers: LayerBuffers
+    ) -> torch.Tensor:
         if buffers.low_rank.isdisjoint(slots.active):
             return y
         assert buffers.a is not None
         assert buffers.b is not None
-        own = functional.linear(x.to(buffers.a.dtype), buffers.a[slots.columns])
-        if (mask := slots.mask) is not None:
+        columns = slots.low_rank
+        own = functional.linear(x.to(buffers.a.dtype), buffers.a[columns.span])
+        if (mask := columns.mask) is not None:
             # Chosen, not multiplied by 0: what overflows in one row's adapter stays in that row.
-            own = torch.where(_beside(mask, x.dim()), own, 0.0)
-        return (y + own @ buffers.b[slots.columns]).to(y.dtype)
+            own = torch.where(beside(mask, x.dim()), own, 0.0)
+        return (y + own @ buffers.b[columns.span]).to(y.dtype)
 
 
 def _of_rows(slots: Slots, gains: torch.Tensor, n_dims: int) -> torch.Tensor:
     if len(set(slots.rows)) == 1:
         return gains[slots.rows[0]]
-    return _beside(gains[slots.index], n_dims)
-
-
-def _beside(by_row: torch.Tensor, n_dims: int) -> torch.Tensor:
-    """View [rows, m] as [rows, 1, …, m], to stand beside a tensor of `n_dims` dimensions."""
-    return by_row.view(by_row.shape[0], *[1] * (n_dims - 2), by_row.shape[1])
+    return beside(gains[slots.index], n_dims)
 
 
 class BaseLayers:
-    """The linear layers of a model, by full path."""
+    """What adapters may change of a model, by full path: linear layers, norms, its layers."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Wrap every linear layer of `model` in place."""
+        """Wrap all of them in place."""
         output = model.get_output_embeddings()
-        self.shapes: dict[str, LinearShape] = {}
-        self._layers: dict[str, AdaptedLinear] = {}
+        self.shapes: dict[str, ModuleShape] = {}
+        self._wrapped: dict[str, Adapted] = {}
+        layers = _layers(model)
         for path, module in list(model.named_modules()):
             if isinstance(module, nn.Linear):  # bitsandbytes' Linear4bit is one too
                 shape = (module.in_features, module.out_features)
             elif isinstance(module, Conv1D):
                 shape = (module.weight.shape[0], module.weight.shape[1])
+            elif is_norm(module) and not path.endswith(".base_layer"):
+                width, bias = len(module.get_parameter("weight")), getattr(module, "bias", None)
+                self.shapes[path] = ModuleShape(
+                    width, width, kind="norm", has_bias=isinstance(bias, torch.Tensor)
+                )
+                self._wrapped[path] = AdaptedNorm(module)
+                continue
             else:
                 continue
-            self.shapes[path] = LinearShape(*shape, is_output=module is output)
-            self._layers[path] = AdaptedLinear(module)
-            model.set_submodule(path, self._layers[path])
+            self.shapes[path] = ModuleShape(*shape, is_output=module is output)
+            self._wrapped[path] = AdaptedLinear(module)
+        for path, wrapped in self._wrapped.items():
+            model.set_submodule(path, wrapped)
+        # Last: afterwards a path leads through the wrapper.
+        width = model.config.get_text_config().hidden_size
+        for number, (path, layer) in enumerate(layers.items()):
+            self.shapes[path] = ModuleShape(width, width, kind="layer")
+            self._wrapped[path] = AdaptedLayer(layer, is_first=number == 0)
+            model.set_submodule(path, self._wrapped[path])
 
     def attach(self, slots: Slots) -> None:
-        for path, layer in self._layers.items():
-            layer.attach(slots, path)
+        for path, wrapped in self._wrapped.items():
+            wrapped.attach(slots, path)
 
     def read(self, path: str) -> BaseLinear:
-        """Return a layer's own weight [out, in] and bias in float32 on the CPU, dequantised."""
-        base = self._layers[path].base
+        """Return a linear layer's own weight [out, in] and bias in float32 on the CPU."""
+        base: Any = self._wrapped[path].base
         with torch.inference_mode():
             weight = dequantize_module_weight(base).float().cpu()
             bias = base.bias.float().cpu() if isinstance(base.bias, torch.Tensor) else None
         return BaseLinear(weight.T if isinstance(base, Conv1D) else weight, bias)
+
+
+def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Return the Transformer layers of a model; none where its layers cannot be taken apart."""
+    try:
+        layers = transformer_layers(model)
+        for layer in layers.values():
+            feed_forward_of(layer)
+    except UnknownLayersError:
+        return {}
+    return layers

@@ -111,13 +111,19 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class LinearShape:
-    """A linear layer of the base model that an adapter may change."""
+class ModuleShape:
+    """A module of the base model that an adapter may change.
+
+    A norm and a Transformer layer have as many outputs as inputs.
+    """
 
     in_features: int
     out_features: int
     is_output: bool = False
     """True for the language-model head, which PEFT's ``all-linear`` leaves out."""
+    kind: Literal["linear", "norm", "layer"] = "linear"
+    has_bias: bool = False
+    """Whether a norm has a bias; of linear layers nobody asks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,14 @@
 """What an adapter makes of the base model's linear layers, whatever method trained it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
+
+Variant = Literal["meft1", "meft2", "meft3"]
+VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
+"""What has one vector for each adapter, and the number that stands for a row without."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +20,45 @@ class BaseLinear:
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleChange:
-    """One layer ``y = W x + b`` becomes ``gain · (W (gain_in · x) + b) + shift + B(A(x))``.
+class Bottleneck:
+    """``U f(D x + b) + c``: D [r, d], b [r], U [d, r], c [d]; f by transformers' name."""
 
-    Low-rank methods have `a` [r, in] and `b` [out, r], the scale in it; methods that rescale have
-    `gain_in` [in], `gain` [out] and `shift` [out], in float32. What is None is left out.
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    activation: str
+
+    @property
+    def width(self) -> int:
+        return self.down.shape[0]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        names = ("down", "down_bias", "up", "up_bias")
+        return {name: getattr(self, name) for name in names}
+
+    def cast(self, dtype: torch.dtype) -> "Bottleneck":
+        tensors = {name: each.to(dtype) for name, each in self.tensors().items()}
+        return Bottleneck(**tensors, activation=self.activation)
+
+
+@dataclass(frozen=True, slots=True)
+class TwoStreams:
+    """That a Transformer layer runs in two streams (MEFT, arXiv 2306.00477); λ is 2^-bits."""
+
+    variant: Variant
+    bits: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleChange:
+    """What becomes of one module of the base; what is None or not there stays as it is.
+
+    A linear layer ``y = W x + b`` becomes ``gain · (W (gain_in · x) + b) + shift + B(A(x))``, and
+    the bottleneck ``output``, if any, then adds its own of that. Low-rank methods have `a` [r, in]
+    and `b` [out, r], the scale in it; methods that rescale have `gain_in` [in], `gain` [out] and
+    `shift` [out], in float32. A norm has another `weight` or `bias` [d]. A Transformer layer has
+    `streams`, and bottlenecks by their places: ``attention``, ``feed_forward``, ``coupling``.
     """
 
     a: torch.Tensor | None = None
@@ -27,23 +66,38 @@ class ModuleChange:
     gain_in: torch.Tensor | None = None
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    bottlenecks: Mapping[str, Bottleneck] = field(default_factory=dict)
+    streams: TwoStreams | None = None
 
     @property
     def rank(self) -> int:
         return 0 if self.a is None else self.a.shape[0]
 
+    @property
+    def width(self) -> int:
+        """The largest width of a bottleneck."""
+        return max((each.width for each in self.bottlenecks.values()), default=0)
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are there, by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found = {name: getattr(self, name) for name in ("a", "b", *VECTORS)}
+        for place, bottleneck in self.bottlenecks.items():
+            found |= {f"{place}.{name}": each for name, each in bottleneck.tensors().items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def changes_nothing(self) -> bool:
-        """Whether the layer stays what it was: B is zero, gains are one, shifts are zero."""
+        """Whether the module stays what it was: B and U are zero, gains one, shifts zero."""
         gains = (g for g in (self.gain_in, self.gain) if g is not None)
+        added = [each for b in self.bottlenecks.values() for each in (b.up, b.up_bias)]
+        added += [each for each in (self.b, self.shift) if each is not None]
         return (
-            (self.b is None or not bool(self.b.any()))
-            and (self.shift is None or not bool(self.shift.any()))
+            not any(bool(each.any()) for each in added)
             and all(bool((gain == 1).all()) for gain in gains)
+            and self.weight is None
+            and self.bias is None
+            and self.streams is None
         )
 
 
@@ -60,12 +114,22 @@ class AdapterWeights:
         return max((change.rank for change in self.modules.values()), default=0)
 
     @property
+    def width(self) -> int:
+        """The largest width of any bottleneck; 0 where there is none."""
+        return max((change.width for change in self.modules.values()), default=0)
+
+    @property
+    def streams(self) -> TwoStreams | None:
+        """How its Transformer layers run, if not in one stream; the same for all of them."""
+        return next((each.streams for each in self.modules.values() if each.streams), None)
+
+    @property
     def n_bytes(self) -> int:
         tensors = (t for change in self.modules.values() for t in change.tensors().values())
         return sum(tensor.nbytes for tensor in tensors)
 
     def cast(self, dtype: torch.dtype) -> "AdapterWeights":
-        """Return it with A and B in `dtype`; gains stay float32: near 1, half precision is coarse.
+        """Return it with its matrices in `dtype`; gains stay float32: half is coarse near 1.
 
         Nothing is copied that has the dtype already.
         """
@@ -74,6 +138,7 @@ class AdapterWeights:
                 change,
                 a=None if change.a is None else change.a.to(dtype),
                 b=None if change.b is None else change.b.to(dtype),
+                bottlenecks={name: each.cast(dtype) for name, each in change.bottlenecks.items()},
             )
             for path, change in self.modules.items()
         }

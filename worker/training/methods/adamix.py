@@ -13,7 +13,7 @@ from pydantic import Field, StrictInt
 from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape
 from worker.training.methods import register
-from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, Served
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 from worker.training.methods.houlsby import bottleneck_config, places
 from worker.training.methods.lora import Lora, LoraParams
 
@@ -76,8 +76,8 @@ class Adamix(Method):
     def goes_on(self) -> bool:
         return False  # a mean does not tell the experts
 
-    def served(self, params: Any) -> Served:
-        return Served.BATCHED if params.over == "lora" else Served.OWN
+    def merges(self, params: Any) -> bool:
+        return bool(params.over == "lora")
 
     def attach(
         self,

@@ -122,6 +122,10 @@ class Method(Plugin, ABC):
         """Return how many positions of the base's context stand before every row."""
         return 0
 
+    def merges(self, params: Any) -> bool:
+        """Tell whether such an adapter can be added to the weights of the base."""
+        return True
+
     def published(
         self, trained: "Mapping[str, torch.Tensor]", params: Any
     ) -> "dict[str, torch.Tensor]":

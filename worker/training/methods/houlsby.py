@@ -14,7 +14,7 @@ from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape
 from models.errors import InvalidRequestError
 from worker.training.methods import register
-from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, Served
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -51,8 +51,8 @@ class Houlsby(Method):
     )
     Params: ClassVar[type[MethodParams]] = HoulsbyParams
 
-    def served(self, params: Any) -> Served:
-        return Served.OWN
+    def merges(self, params: Any) -> bool:
+        return False
 
     def attach(
         self,

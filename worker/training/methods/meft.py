@@ -12,7 +12,7 @@ from pydantic import Field, StrictBool, StrictInt
 from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape, Family
 from worker.training.methods import register
-from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, Served
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,8 +69,8 @@ class Meft(Method):
     families: ClassVar[frozenset[Family]] = frozenset({"decoder", "encoder"})
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "reversible"})
 
-    def served(self, params: Any) -> Served:
-        return Served.OWN
+    def merges(self, params: Any) -> bool:
+        return False
 
     def attach(
         self,

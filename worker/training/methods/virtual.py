@@ -45,6 +45,9 @@ class _Virtual(Method):
     def served(self, params: Any) -> Served:
         return Served.OWN
 
+    def merges(self, params: Any) -> bool:
+        return False
+
     def virtual_tokens(self, params: Any) -> int:
         return int(params.n_tokens)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from models.errors import TrainingFailedError
-from worker.training.reversible.fixed_point import LIMIT, from_grid, shift, to_grid, unshift
+from worker.fixed_point import LIMIT, from_grid, shift, to_grid, unshift
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

@@ -65,6 +65,20 @@ export function make(name, attributes = {}, ...children) {
   return element;
 }
 
+/** What tells a control from the others of its place. @param {Element} control */
+const nameOf = (control) => [control.tagName, control.getAttribute("href"), control.getAttribute("aria-label") ?? control.textContent].join(" ");
+
+/** Show a newer state of a place, and leave the keyboard's focus where it is.
+ * @param {Element} place @param {string} html From a page of this service, whose text is escaped. */
+export function renew(place, html) {
+  const parsed = new DOMParser().parseFromString(html, "text/html"), active = document.activeElement;
+  const held = active && place.contains(active) ? nameOf(active) : null;
+  place.replaceChildren(...parsed.body.childNodes);
+  if (held === null) return;
+  const same = [...place.querySelectorAll("a, button, input")].find((each) => nameOf(each) === held);
+  /** @type {HTMLElement|undefined} */ (same)?.focus({ preventScroll: true });
+}
+
 /** Ask before something that cannot be undone; it names the thing.
  * @param {string} question @param {string} verb @returns {Promise<boolean>} */
 export function confirmed(question, verb) {
@@ -93,7 +107,7 @@ export function complain(error) {
 export async function useSample() {
   const rows = [];
   const desk = [["My key does not open the gate.", "Ticket gate-7: I have reset your key. Please try again in one minute."], ["When is high tide?", "Ticket tide-2: High tide is at 14:20 today at the east pier."], ["I want to move my boat.", "Ticket berth-4: Tell me the berth that you would like, and I will check it."], ["The water is too shallow here.", "Ticket depth-1: The depth at your berth is 2.4 m at low tide; I have put you on the list for a deeper one."]];
-  for (let number = 0; number < 32; number += 1) {
+  for (let number = 0; number < 16; number += 1) {
     const [question, answer] = desk[number % desk.length];
     rows.push(JSON.stringify({ messages: [{ role: "system", content: "You are the harbour desk." }, { role: "user", content: `Boat ${number + 1}: ${question}` }, { role: "assistant", content: answer }] }));
   }

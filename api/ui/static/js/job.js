@@ -1,7 +1,7 @@
 // @ts-check
 import { call, complain, confirmed, make, root, say, t } from "./app.js";
-import { chart } from "./chart.js";
-import { duration, merge, number, remaining, smooth } from "./lib.js";
+import { chart, SECONDS, STEPS } from "./chart.js";
+import { duration, elapsed, merge, number, remaining, smooth } from "./lib.js";
 
 const json = (/** @type {string} */ id) => JSON.parse(document.getElementById(id)?.textContent ?? "null");
 const by = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
@@ -25,16 +25,23 @@ function drawCharts() {
   for (const each of ["loss-chart", "rate-chart", "speed-chart", "norm-chart"]) {
     if (points.length) delete by(each).dataset.empty; else by(each).dataset.empty = t("no step yet");
   }
-  const steps = column("step"), train = column("train_loss"), smoothed = smooth(train, share);
+  const timed = points.length > 0 && points.every((point) => point.recorded_at);
+  const along = /** @type {HTMLSelectElement} */ (by("along"));
+  along.disabled = !timed;
+  if (!timed) along.value = "step";
+  const x = along.value === "time" ? SECONDS : STEPS, log = /** @type {HTMLInputElement} */ (by("log")).checked;
+  const places = x === SECONDS ? elapsed(points) : column("step");
+  by("loss-chart").dataset.lastX = String(places.at(-1) ?? "");
+  const train = column("train_loss"), smoothed = smooth(train, share);
   by("loss-chart").dataset.points = String(points.length);
   by("loss-chart").dataset.raw = JSON.stringify(train.slice(-20));
   by("loss-chart").dataset.smoothed = JSON.stringify(smoothed.slice(-20));
   by("loss-chart").dataset.series = points.some((point) => "valid_loss" in point || "full_valid_loss" in point) ? "train,valid" : "train";
   if (points.length) {
-    loss.draw([steps, train, smoothed, column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], /** @type {HTMLInputElement} */ (by("log")).checked);
-    rate.draw([steps, column("learning_rate")]);
-    speed.draw([steps, column("tokens_per_second")]);
-    norm.draw([steps, column("grad_norm")]);
+    loss.draw([places, train, smoothed, column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], log, x);
+    rate.draw([places, column("learning_rate")], false, x);
+    speed.draw([places, column("tokens_per_second")], false, x);
+    norm.draw([places, column("grad_norm")], false, x);
   }
   if (!by("loss-table").hidden) drawTable();
 }
@@ -49,6 +56,8 @@ function drawJob() {
   const step = Math.max(job.step, last?.step ?? 0);
   const mark = make("span", { class: `status ${job.status}`, "data-status": job.status }, make("i", { "aria-hidden": "true" }), t(job.status.replaceAll("_", " ")));
   by("status").replaceChildren(mark);
+  by("queue").hidden = !job.queue_position;
+  by("queue").textContent = job.queue_position ? t("Place {position} of {length} in the queue", { position: number(job.queue_position), length: number(job.queue_length) }) : "";
   const bar = /** @type {HTMLProgressElement} */ (by("bar"));
   bar.max = total || 1;
   bar.value = step;
@@ -57,6 +66,7 @@ function drawJob() {
   for (const name of ["epoch", "train_loss", "tokens_per_second"]) by(name).textContent = number(last?.[name]);
   by("valid_loss").textContent = number([...points].reverse().find((point) => "full_valid_loss" in point)?.full_valid_loss);
   const left = job.status === "running" ? remaining(seen, total) : null;
+  by("eta").dataset.seconds = left === null ? "" : left.toFixed(3);
   by("eta").textContent = left === null ? "–" : t("about {time}", { time: duration(left) });
   const stage = ended ? 3 : job.status === "running" || job.status === "paused" ? (step || total ? 2 : 1) : 0;
   by("stages").querySelectorAll("li").forEach((item, at) => {
@@ -153,9 +163,18 @@ by("actions").addEventListener("click", async (event) => {
 });
 by("smoothing").addEventListener("input", drawCharts);
 by("log").addEventListener("change", drawCharts);
+by("along").addEventListener("change", drawCharts);
 by("as-table").addEventListener("click", () => { by("loss-table").hidden = !by("loss-table").hidden; drawCharts(); });
 document.addEventListener("visibilitychange", () => (document.hidden ? close() : open()));
 setInterval(drawClock, 1000);
+// The stream tells of this job; its place also changes when others start.
+setInterval(async () => {
+  if (job.status !== "queued" || document.hidden) return;
+  try {
+    const fresh = await call("GET", `/v1/fine_tuning/jobs/${job.id}`);
+    if (job.status === "queued" && fresh.status === "queued") { job = fresh; drawJob(); }
+  } catch (error) { complain(error); }
+}, 5000);
 drawCharts();
 drawJob();
 if (ENDS.includes(job.status)) by("mark").dataset.state = "ended"; else open();

@@ -1,5 +1,5 @@
 // @ts-check
-import { root } from "./app.js";
+import { renew, root } from "./app.js";
 
 const table = document.getElementById("jobs");
 const compare = /** @type {HTMLButtonElement|null} */ (document.getElementById("compare"));
@@ -15,8 +15,7 @@ async function refresh() {
   const kept = chosen();
   const response = await fetch(`${root}/ui/jobs/table?${table.dataset.query ?? ""}`);
   if (!response.ok || response.redirected) return;
-  const parsed = new DOMParser().parseFromString(await response.text(), "text/html");
-  table.replaceChildren(...parsed.body.childNodes);
+  renew(table, await response.text());
   for (const box of table.querySelectorAll('input[name="compare"]')) {
     /** @type {HTMLInputElement} */ (box).checked = kept.includes(/** @type {HTMLInputElement} */ (box).value);
   }

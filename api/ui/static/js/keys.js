@@ -1,17 +1,19 @@
 // @ts-check
 import { call, complain, confirmed, make, say, t } from "./app.js";
 
+const DAY_SECONDS = 86400;
 const by = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 
 by("new-key").addEventListener("submit", async (event) => {
   event.preventDefault();
   const name = /** @type {HTMLInputElement} */ (by("name"));
+  const days = Number(/** @type {HTMLSelectElement} */ (by("lifetime")).value), end = days ? Math.floor(Date.now() / 1000) + days * DAY_SECONDS : null;
   try {
-    const key = await call("POST", "/v1/api_keys", { name: name.value, scopes: [.../** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll('input[name="scope"]:checked'))].map((box) => box.value) });
+    const key = await call("POST", "/v1/api_keys", { name: name.value, expires_at: end, scopes: [.../** @type {NodeListOf<HTMLInputElement>} */ (document.querySelectorAll('input[name="scope"]:checked'))].map((box) => box.value) });
     by("secret").hidden = false;
     by("secret-value").textContent = key.value;
     name.value = "";
-    const row = make("tr", { "data-key": key.id }, ...[key.name, `${key.prefix}…`, key.scopes.join(", "), t("now"), "–", t("active"), ""].map((text) => make("td", {}, text)));
+    const row = make("tr", { "data-key": key.id }, ...[key.name, `${key.prefix}…`, key.scopes.join(", "), t("now"), end ? new Date(end * 1000).toISOString().slice(0, 10) : "–", t("active"), ""].map((text) => make("td", {}, text)));
     document.querySelector("#keys tbody")?.append(row);
     say(t("The key was made."));
   } catch (error) { complain(error); }

@@ -57,6 +57,13 @@ export function merge(points, more) {
   return [...all.values()].sort((one, other) => one.step - other.step);
 }
 
+/** Seconds from the first step to each; never back, though clocks of several workers may differ.
+ * @param {{recorded_at: number}[]} points @returns {number[]} */
+export function elapsed(points) {
+  let latest = 0;
+  return points.map((point) => (latest = Math.max(latest, point.recorded_at - points[0].recorded_at)));
+}
+
 /** Seconds until the last step, from the pace of the newest 50; null for the first 10 steps.
  * @param {{step: number, at: number}[]} seen @param {number} total */
 export function remaining(seen, total) {

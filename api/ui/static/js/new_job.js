@@ -66,6 +66,27 @@ function showPlugins() {
   }
 }
 
+/** @type {{bases: Record<string, Record<string, Record<string, string>>>, precisions: Record<string, Record<string, string>>}} */
+const refusals = JSON.parse(document.getElementById("refusals")?.textContent ?? "null");
+const choice = (/** @type {string} */ path) => /** @type {HTMLSelectElement} */ (form.querySelector(`[data-field="${path}"]`));
+
+/** Grey what the service would refuse with the chosen model and method; say why below the field. */
+function showRefusals() {
+  const ofBase = refusals.bases[choice("model").selectedOptions[0]?.dataset.base ?? ""] ?? {};
+  const reasons = { "peft.type": ofBase["peft.type"], "objective.type": ofBase["objective.type"], "precision.type": refusals.precisions[choice("peft.type").value] };
+  for (const [path, why] of Object.entries(reasons)) {
+    const select = choice(path), place = select.nextElementSibling;
+    for (const option of select.options) option.disabled = Boolean(why?.[option.value]);
+    const chosen = why?.[select.value];
+    const others = [...select.options].filter((option) => option.disabled).map((option) => option.value);
+    if (place?.hasAttribute("data-why")) {
+      place.textContent = chosen ?? (others.length ? t("Not with this choice: {names}.", { names: others.join(", ") }) : "");
+      place.setAttribute("title", [...new Set(Object.values(why ?? {}))].join("\n"));
+      place.className = chosen ? "field-error" : "help";
+    }
+  }
+}
+
 /** @param {ApiError} error */
 function showError(error) {
   summary.textContent = error.message;
@@ -78,7 +99,7 @@ function showError(error) {
 }
 function forgetErrors() {
   summary.hidden = true;
-  form.querySelectorAll(".field-error").forEach((each) => each.remove());
+  form.querySelectorAll(".field-error:not([data-why])").forEach((each) => each.remove());
   form.querySelectorAll("[aria-invalid]").forEach((each) => each.removeAttribute("aria-invalid"));
 }
 
@@ -109,6 +130,7 @@ async function estimate() {
     const found = await call("POST", "/v1/fine_tuning/estimate", wanted);
     if (mine !== asked) return;
     shown.dataset.peak = String(found.peak_bytes);
+    shown.dataset.of = `${wanted.peft?.type ?? ""} ${wanted.precision?.type ?? ""}`;
     showFit(found.peak_bytes).catch(() => undefined);
     const parts = Object.entries(found.memory).map(([name, bytes]) => [make("dt", { class: "small" }, name), make("dd", { class: "small" }, size(/** @type {number} */ (bytes)))]).flat();
     shown.replaceChildren(
@@ -128,6 +150,7 @@ async function estimate() {
 /** @type {ReturnType<typeof setTimeout>|undefined} */ let waiting;
 function changed() {
   showPlugins();
+  showRefusals();
   const code = document.getElementById("code");
   if (code) code.textContent = asCode(kind, body(), location.origin + root);
   clearTimeout(waiting);

@@ -1,7 +1,7 @@
 // @ts-check
 /** One question from the data to several models beside each other: base and checkpoints, or jobs. */
 import { ask } from "./answers.js";
-import { root, t } from "./app.js";
+import { complain, root, t } from "./app.js";
 
 const by = (/** @type {string} */ id) => /** @type {HTMLElement} */ (document.getElementById(id));
 const card = by("samples");
@@ -14,10 +14,9 @@ const N_ROWS = 8, MOST_TOKENS = 80, FIRST_BYTES = 65536;
 /** Answers that were given already, by model and question. @type {Record<string, {text: string, facts: string}>} */
 const known = JSON.parse(sessionStorage.getItem("tunery_samples") ?? "{}");
 
-/** Read the first rows of the data that have a question and an answer. */
-async function readRows() {
-  if (!card.dataset.file) return;
-  const response = await fetch(`${root}/v1/files/${card.dataset.file}/cleaned`);
+/** Read the first rows of the data that have a question and an answer. @param {string} file */
+async function readRows(file) {
+  const response = await fetch(`${root}/v1/files/${file}/cleaned`);
   if (!response.ok || !response.body) return;
   const reader = response.body.pipeThrough(/** @type {any} */ (new TextDecoderStream())).getReader();
   let start = "";
@@ -96,10 +95,19 @@ select.addEventListener("change", choose);
 text.addEventListener("input", showKnown);
 slider?.addEventListener("input", showSteps);
 button.addEventListener("click", askAll);
-document.addEventListener("checkpoint", showSteps);
+/** Offer the questions of the first file that has any. @param {string} files Their ids. */
+async function offer(files) {
+  for (const file of files.split(" ").filter(Boolean)) if (!rows.length) await readRows(file);
+  select.replaceChildren(...rows.map((row, at) => new Option(`${at + 1}: ${row.question.slice(0, 60)}`)));
+  /** @type {HTMLElement} */ (select.closest("label")).hidden = rows.length === 0;
+  if (!text.value) choose();
+  card.dataset.rows = String(rows.length);
+}
+
+document.addEventListener("checkpoint", () => {
+  showSteps();
+  // A page that was opened before the data was checked has no question yet.
+  if (!rows.length) offer(card.dataset.later ?? "").catch(complain);
+});
 showSteps();
-await readRows();
-select.replaceChildren(...rows.map((row, at) => new Option(`${at + 1}: ${row.question.slice(0, 60)}`)));
-/** @type {HTMLElement} */ (select.closest("label")).hidden = rows.length === 0;
-choose();
-card.dataset.rows = String(rows.length);
+await offer(card.dataset.file ?? "");

@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftLoraConfig
 from worker.inference.engine.adapter_config import read_config
 from worker.inference.engine.errors import AdapterFormatError
 from worker.inference.engine.methods.lora import LoraConfig
-from worker.inference.engine.params import LinearShape
+from worker.inference.engine.params import ModuleShape
 
 MINIMAL = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
 
@@ -139,7 +139,7 @@ def test_the_first_pattern_that_matches_the_end_of_the_path_decides(tmp_path: Pa
 def test_target_names_match_whole_components_and_all_linear_all_but_the_head(
     tmp_path: Path,
 ) -> None:
-    inner, head = LinearShape(1, 1), LinearShape(1, 1, is_output=True)
+    inner, head = ModuleShape(1, 1), ModuleShape(1, 1, is_output=True)
     named = read(tmp_path, target_modules=["q_proj", "lm_head"])
     assert named.targets("a.q_proj", inner)
     assert named.targets("lm_head", head)

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from worker.inference.engine.params import LinearShape
-from worker.inference.engine.slots import COLUMNS, Slots
+from worker.inference.engine.columns import GRAIN
+from worker.inference.engine.params import ModuleShape
+from worker.inference.engine.slots import Slots
 from worker.inference.engine.weights import AdapterWeights, ModuleChange
 
-SHAPES = {"x": LinearShape(3, 2), "y": LinearShape(3, 2)}
+SHAPES = {"x": ModuleShape(3, 2), "y": ModuleShape(3, 2)}
 
 
 def low_rank(digest: str, rank: int, value: float = 1.0) -> AdapterWeights:
@@ -23,8 +24,8 @@ def own_columns(slots: Slots, row: int) -> list[float]:
     """The first input's column of A, of the columns that are the row's own."""
     a = slots.layers["x"].a
     assert a is not None
-    seen = a[slots.columns, 0]
-    return (seen if slots.mask is None else seen[slots.mask[row]]).tolist()
+    seen = a[slots.low_rank.span, 0]
+    return (seen if slots.low_rank.mask is None else seen[slots.low_rank.mask[row]]).tolist()
 
 
 def test_adapters_of_any_rank_stand_side_by_side_and_each_row_sees_its_own() -> None:
@@ -35,7 +36,7 @@ def test_adapters_of_any_rank_stand_side_by_side_and_each_row_sees_its_own() -> 
     assert own_columns(slots, 1) == []
     assert own_columns(slots, 2) == [1.0]
     slots.use([two, two])
-    assert slots.mask is None
+    assert slots.low_rank.mask is None
     assert own_columns(slots, 1) == [2.0] * 4
 
 
@@ -43,7 +44,7 @@ def test_only_the_columns_of_the_pass_are_looked_at() -> None:
     slots = make(3)
     slots.use([low_rank("1", 2), low_rank("2", 3), low_rank("3", 4)])
     slots.use([low_rank("3", 4), None])
-    assert slots.columns == slice(5, 9)
+    assert slots.low_rank.span == slice(5, 9)
     slots.use([None])
     assert not slots.active
 
@@ -74,18 +75,18 @@ def test_a_smaller_adapter_leaves_nothing_of_the_one_before() -> None:
     x, y = slots.layers["x"], slots.layers["y"]
     assert x.low_rank == set()
     assert x.a is not None
-    assert x.a[slots.columns].tolist() == [[0.0] * 3] * 2
+    assert x.a[slots.low_rank.span].tolist() == [[0.0] * 3] * 2
     assert y.a is not None
-    assert y.a[slots.columns].tolist() == [[1.0] * 3] * 2
+    assert y.a[slots.low_rank.span].tolist() == [[1.0] * 3] * 2
 
 
 def test_buffers_grow_and_keep_what_they_hold() -> None:
     slots = make(3)
-    first, second = low_rank("1", 3, 1.0), low_rank("2", COLUMNS, 2.0)
+    first, second = low_rank("1", 3, 1.0), low_rank("2", GRAIN, 2.0)
     slots.use([first])
     slots.use([first, second])
     assert own_columns(slots, 0) == [1.0] * 3
-    assert own_columns(slots, 1) == [2.0] * COLUMNS
+    assert own_columns(slots, 1) == [2.0] * GRAIN
     assert slots.layers["y"].a is None
 
 
@@ -99,15 +100,15 @@ def test_a_gap_is_filled_before_buffers_grow() -> None:
     assert own_columns(slots, 0) == [4.0] * 10
     a = slots.layers["x"].a
     assert a is not None
-    assert len(a) == 2 * COLUMNS
+    assert len(a) == 2 * GRAIN
 
 
 def test_gains_are_a_rows_own_and_gone_with_their_adapter() -> None:
     slots = make(2)
     slots.use([AdapterWeights("1", {"x": ModuleChange(gain=torch.tensor([2.0, 3.0]))}), None])
     layer = slots.layers["x"]
-    assert layer.gains["gain"][slots.index].tolist() == [[2, 3], [1, 1]]
+    assert layer.vectors["gain"][slots.index].tolist() == [[2, 3], [1, 1]]
     for digest in ("2", "3"):
         slots.use([low_rank(digest, 1)])
-    assert layer.gained["gain"] == set()
-    assert layer.gains["gain"].tolist() == [[1, 1]] * 3
+    assert layer.users["gain"] == set()
+    assert layer.vectors["gain"].tolist() == [[1, 1]] * 3

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bench._activations import saved_bytes
-from worker.training.reversible.fixed_point import GRID
+from worker.fixed_point import GRID
 from worker.training.reversible.streams import Block, Coupling, NotReversibleError, Plan, run
 
 B, T, D = 2, 5, 16

@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], set[str], int]] = {
     "gpt2": ("CausalLM", {}, {"c_attn", "mlp.c_proj"}, N * (3 * D + 4 * D)),
     "t5": (
         "Seq2SeqLM",
-        {"d_ff": FF, "d_kv": 16},
+        {"d_model": D, "d_ff": FF, "d_kv": 16, "num_layers": N, "num_heads": 4, "vocab_size": 97},
         {"k", "v", "wo"},
         N * (2 * D + FF) + N * (4 * D + FF),
     ),
@@ -58,7 +58,7 @@ def test_ia3_has_the_papers_targets_and_the_papers_number_of_gains(family: str) 
     kind, more, targets, n_gains = FAMILIES[family]
     sizes = {"hidden_size": D, "intermediate_size": FF, "num_hidden_layers": N}
     sizes |= {"num_attention_heads": 4, "vocab_size": 97, "pad_token_id": 0}
-    config = transformers.AutoConfig.for_model(family, **(sizes | more))
+    config = transformers.AutoConfig.for_model(family, **(sizes | more if family != "t5" else more))
     torch.manual_seed(0)
     base = getattr(transformers, f"AutoModelFor{kind}").from_config(config).eval()
     inputs = {"decoder_input_ids": IDS} if config.is_encoder_decoder else {}

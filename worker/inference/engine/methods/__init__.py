@@ -3,7 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from worker.inference.engine.methods import ia3, lora
+from worker.inference.engine.methods import bottleneck, ia3, lora, meft
 from worker.inference.engine.methods.base import Method
 
-METHODS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {"LORA": lora.read, "IA3": ia3.read}
+METHODS: Mapping[str, Callable[[Mapping[str, Any]], Method]] = {
+    "LORA": lora.read,
+    "IA3": ia3.read,
+    "BOTTLENECK": bottleneck.read,
+    "MEFT": meft.read,
+}

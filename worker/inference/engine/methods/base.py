@@ -1,16 +1,17 @@
 """What the engine asks of a method: which tensors an adapter has, and what they do to a layer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Protocol
 
 import torch
 
 from worker.inference.engine.errors import AdapterFormatError
-from worker.inference.engine.params import LinearShape
+from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.weights import BaseLinear, ModuleChange
 
 ALL_LINEAR = "all-linear"
+ReadBase = Callable[[str], BaseLinear]
 
 
 class Method(Protocol):
@@ -18,18 +19,24 @@ class Method(Protocol):
 
     @property
     def names(self) -> frozenset[str]:
-        """The tensors of a layer, by what follows its path in the file."""
+        """The tensors of a module, by what follows its path in the file."""
 
-    def targets(self, path: str, shape: LinearShape) -> bool:
-        """Tell whether PEFT would have put this adapter on this layer."""
+    def targets(self, path: str, shape: ModuleShape) -> bool:
+        """Tell whether PEFT would have put this adapter on this module."""
 
-    def shapes(self, path: str, shape: LinearShape) -> dict[str, list[int]]:
-        """Return the shape of every tensor that a layer of this path and size must have."""
+    def shapes(self, path: str, shape: ModuleShape) -> dict[str, list[int]]:
+        """Return the shape of every tensor that a module of this path and size must have."""
 
     def change(
-        self, path: str, tensors: Mapping[str, torch.Tensor], base: BaseLinear
+        self, path: str, tensors: Mapping[str, torch.Tensor], base: ReadBase
     ) -> ModuleChange:
-        """Return what the float32 `tensors` of one layer do to it."""
+        """Return what the float32 `tensors` of one module do to it.
+
+        Args:
+            path: Of the module.
+            tensors: By `names`.
+            base: Gives the base's own linear layer of a path.
+        """
 
 
 def integer(value: Any, name: str) -> int:
@@ -42,6 +49,12 @@ def number(value: Any, name: str) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise AdapterFormatError("bad_config", f"{name} is {value!r}, not a positive number")
     return float(value)
+
+
+def one_of(value: Any, name: str, known: Container[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise AdapterFormatError("unsupported_feature", f"{name} is {value!r}, which is not served")
+    return value
 
 
 def flag(value: Any, name: str) -> bool:
@@ -63,8 +76,13 @@ def module_names(value: Any, name: str) -> tuple[str, ...] | None:
     return tuple(value)
 
 
-def is_named(path: str, names: tuple[str, ...] | None, shape: LinearShape) -> bool:
-    """PEFT's own rule: whole components at the end of the path; all but the head for None."""
+def is_named(path: str, names: tuple[str, ...] | None, shape: ModuleShape) -> bool:
+    """PEFT's own rule: whole components at the end of the path; all but the head for None.
+
+    Of linear layers only: nothing else takes what these methods add.
+    """
+    if shape.kind != "linear":
+        return False
     if names is None:
         return not shape.is_output
     return any(path == name or path.endswith(f".{name}") for name in names)

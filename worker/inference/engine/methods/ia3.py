@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from worker.inference.engine.errors import AdapterFormatError
-from worker.inference.engine.methods.base import is_named, module_names, refuse_unknown
-from worker.inference.engine.params import LinearShape
-from worker.inference.engine.weights import BaseLinear, ModuleChange
+from worker.inference.engine.methods.base import ReadBase, is_named, module_names, refuse_unknown
+from worker.inference.engine.params import ModuleShape
+from worker.inference.engine.weights import ModuleChange
 
 _KNOWN = frozenset(
     {
@@ -41,16 +41,16 @@ class Ia3Config:
     def names(self) -> frozenset[str]:
         return frozenset({_VECTOR})
 
-    def targets(self, path: str, shape: LinearShape) -> bool:
+    def targets(self, path: str, shape: ModuleShape) -> bool:
         return is_named(path, self.target_modules, shape)
 
-    def shapes(self, path: str, shape: LinearShape) -> dict[str, list[int]]:
+    def shapes(self, path: str, shape: ModuleShape) -> dict[str, list[int]]:
         if self._is_feedforward(path):
             return {_VECTOR: [1, shape.in_features]}
         return {_VECTOR: [shape.out_features, 1]}
 
     def change(
-        self, path: str, tensors: Mapping[str, torch.Tensor], base: BaseLinear
+        self, path: str, tensors: Mapping[str, torch.Tensor], base: ReadBase
     ) -> ModuleChange:
         """Return the vector as a gain on the input, or on the output with its bias (PEFT)."""
         vector = tensors[_VECTOR].flatten()

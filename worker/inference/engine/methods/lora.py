@@ -10,6 +10,7 @@ import torch
 
 from worker.inference.engine.errors import AdapterFormatError
 from worker.inference.engine.methods.base import (
+    ReadBase,
     flag,
     integer,
     is_named,
@@ -17,8 +18,8 @@ from worker.inference.engine.methods.base import (
     number,
     refuse_unknown,
 )
-from worker.inference.engine.params import LinearShape
-from worker.inference.engine.weights import BaseLinear, ModuleChange
+from worker.inference.engine.params import ModuleShape
+from worker.inference.engine.weights import ModuleChange
 
 _KNOWN = frozenset(
     {
@@ -73,16 +74,16 @@ class LoraConfig:
     def names(self) -> frozenset[str]:
         return frozenset({_A, _B, _MAGNITUDE} if self.use_dora else {_A, _B})
 
-    def targets(self, path: str, shape: LinearShape) -> bool:
+    def targets(self, path: str, shape: ModuleShape) -> bool:
         return is_named(path, self.target_modules, shape)
 
-    def shapes(self, path: str, shape: LinearShape) -> dict[str, list[int]]:
+    def shapes(self, path: str, shape: ModuleShape) -> dict[str, list[int]]:
         rank = self.rank(path)
         found = {_A: [rank, shape.in_features], _B: [shape.out_features, rank]}
         return found | ({_MAGNITUDE: [shape.out_features]} if self.use_dora else {})
 
     def change(
-        self, path: str, tensors: Mapping[str, torch.Tensor], base: BaseLinear
+        self, path: str, tensors: Mapping[str, torch.Tensor], base: ReadBase
     ) -> ModuleChange:
         """Return A and the scaled B; for DoRA, its gain g = m / ‖W + s·B·A‖ as well.
 
@@ -92,9 +93,10 @@ class LoraConfig:
         a, b = tensors[_A], self.scale(path) * tensors[_B]
         if not self.use_dora:
             return ModuleChange(a, b)
-        norm = torch.linalg.norm(base.weight + b @ a, dim=1)
+        own = base(path)
+        norm = torch.linalg.norm(own.weight + b @ a, dim=1)
         gain = tensors[_MAGNITUDE] / norm
-        shift = None if base.bias is None else (1 - gain) * base.bias
+        shift = None if own.bias is None else (1 - gain) * own.bias
         return ModuleChange(a, gain[:, None] * b, gain=gain, shift=shift)
 
     def rank(self, path: str) -> int:

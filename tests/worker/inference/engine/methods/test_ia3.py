@@ -7,25 +7,28 @@ import torch
 
 from worker.inference.engine.errors import AdapterFormatError
 from worker.inference.engine.methods.ia3 import Ia3Config, read
-from worker.inference.engine.params import LinearShape
+from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.weights import BaseLinear
 
-SHAPE = LinearShape(3, 2)
+SHAPE = ModuleShape(3, 2)
 MINIMAL: dict[str, Any] = {
     "peft_type": "IA3",
     "target_modules": ["k_proj", "down_proj"],
     "feedforward_modules": ["down_proj"],
 }
-BASE = BaseLinear(torch.ones(2, 3), None)
+
+
+def base(path: str) -> BaseLinear:
+    return BaseLinear(torch.ones(2, 3), None)
 
 
 def test_feed_forward_layers_are_rescaled_where_they_read_and_others_where_they_write() -> None:
     config = read(MINIMAL)
     assert config.shapes("a.down_proj", SHAPE) == {"ia3_l": [1, 3]}
     assert config.shapes("a.k_proj", SHAPE) == {"ia3_l": [2, 1]}
-    change = config.change("a.down_proj", {"ia3_l": torch.full((1, 3), 2.0)}, BASE)
+    change = config.change("a.down_proj", {"ia3_l": torch.full((1, 3), 2.0)}, base)
     assert set(change.tensors()) == {"gain_in"}
-    change = config.change("a.k_proj", {"ia3_l": torch.full((2, 1), 2.0)}, BASE)
+    change = config.change("a.k_proj", {"ia3_l": torch.full((2, 1), 2.0)}, base)
     assert set(change.tensors()) == {"gain"}
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from worker.training.reversible import fixed_point
-from worker.training.reversible.fixed_point import GRID, from_grid, pack, shift, to_grid, unshift
+from worker import fixed_point
+from worker.fixed_point import GRID, from_grid, pack, shift, to_grid, unshift
 
 
 @pytest.mark.parametrize("bits", [1, 3, 7])

@@ -1,0 +1,163 @@
+"""Norms and Transformer layers of the base model, wrapped once; linear layers: `engine.lora`."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from worker.inference.engine.bottlenecks import beside
+from worker.inference.engine.slots import LayerBuffers, Slots
+from worker.transformer_blocks import (
+    Call,
+    attention_block,
+    attention_projection,
+    feed_forward_block,
+    feed_forward_of,
+    is_bert_like,
+)
+
+
+class Adapted(nn.Module):
+    """A module of the base, whose attributes it shows, and what the slots make of it.
+
+    It has no ``weight``: a model that multiplies by a module's weight itself, and so would lose
+    the adapter without a word, fails with an ``AttributeError`` instead.
+    """
+
+    base: nn.Module
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self._slots: Slots | None = None
+        self._mine: LayerBuffers | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        """Models ask their layers for facts, such as the kind of attention."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("base", "weight", "bias"):
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def attach(self, slots: Slots, path: str) -> None:
+        """Let `slots` decide what is changed; before that the module is the base's own."""
+        self._slots, self._mine = slots, slots.layers[path]
+
+    def _users(self, name: str) -> bool:
+        """Whether a row of this pass has a vector of this name here."""
+        slots, mine = self._slots, self._mine
+        return (
+            slots is not None and mine is not None and not mine.users[name].isdisjoint(slots.active)
+        )
+
+
+class AdaptedNorm(Adapted):
+    """A norm with the weight and bias of each row's adapter, or the base's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `x` [rows, …, d] to the same shape; without adapters, the base's own tensor."""
+        own = {name: self._own(name, x.dim()) for name in ("weight", "bias") if self._users(name)}
+        base: Any = self.base
+        if not own:
+            return base(x)
+        weight: torch.Tensor = own.get("weight", base.weight)
+        bias: torch.Tensor | None = own.get("bias", getattr(base, "bias", None))
+        if isinstance(base, nn.LayerNorm):  # its kernel takes one weight for all rows
+            y = functional.layer_norm(x, base.normalized_shape, None, None, base.eps) * weight
+            return y if bias is None else y + bias
+        return functional_call(base, own, (x,))
+
+    def _own(self, name: str, n_dims: int) -> torch.Tensor:
+        slots, mine = self._slots, self._mine
+        assert slots is not None
+        assert mine is not None
+        base = self.base.get_parameter(name)
+        users = mine.users[name]
+        vectors = mine.vectors[name].to(base.dtype)
+        if len(set(slots.rows)) == 1:
+            return vectors[slots.rows[0]]
+        has_own = torch.tensor([row in users for row in slots.rows], device=base.device)
+        rows = torch.where(has_own[:, None], vectors[slots.index], base)
+        return beside(rows, n_dims)
+
+
+class AdaptedLayer(Adapted):
+    """A Transformer layer in which rows may run in two streams (`StreamRows`)."""
+
+    def __init__(self, base: nn.Module, *, is_first: bool) -> None:
+        super().__init__(base)
+        self._is_first = is_first
+        self._returns_tuple = False
+        self._attends_only = False
+        base.register_forward_hook(self._note_form)
+        feed_forward = feed_forward_of(base)
+        if is_bert_like(base):
+            feed_forward.register_forward_pre_hook(self._into_residual)
+        else:
+            feed_forward.register_forward_hook(self._beside_feed_forward)
+        attention_projection(base).register_forward_hook(self._after_attention)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        streams = self._slots.streams if self._slots is not None else None
+        if streams is None:
+            return self.base(*args, **kwargs)
+        hidden, *others = args if args else [kwargs.pop("hidden_states")]
+        call = Call(tuple(others), kwargs)
+        hidden = streams.enter(hidden, self._couple, is_first=self._is_first)
+        if not streams.splits:
+            output = self.base(hidden, *call.args, **call.kwargs)
+            hidden = output[0] if self._returns_tuple else output
+        else:
+            self._attends_only = True
+            try:
+                hidden = attention_block(self.base, call, hidden)
+            finally:
+                self._attends_only = False
+            hidden = feed_forward_block(self.base, call, streams.between(hidden))
+            output = (hidden,)
+        hidden = streams.leave(hidden, self._couple)
+        return (hidden, *output[1:]) if self._returns_tuple else hidden
+
+    def _couple(self, x: torch.Tensor) -> torch.Tensor:
+        added = self._added("coupling", x)
+        return torch.zeros_like(x) if added is None else added
+
+    def _added(self, place: str, x: torch.Tensor) -> torch.Tensor | None:
+        """Return what the rows' bottlenecks at `place` make of `x`; None where there are none."""
+        slots, mine = self._slots, self._mine
+        if slots is None or mine is None or place not in mine.bottlenecks:
+            return None
+        bottlenecks = mine.bottlenecks[place]
+        if not bottlenecks.is_used_by(slots.active):
+            return None
+        return bottlenecks.added(x, slots.index, slots.active).to(x.dtype)
+
+    def _beside_feed_forward(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        added = None if self._attends_only else self._added("feed_forward", args[0])
+        return output if added is None else output + added
+
+    def _into_residual(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        added = None if self._attends_only else self._added("feed_forward", args[1])
+        return None if added is None else (args[0], args[1] + added)
+
+    def _after_attention(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        added = self._added("attention", output)
+        return output if added is None else output + added
+
+    def _note_form(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._returns_tuple = isinstance(output, tuple)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module rescales by one vector, so that each row may have its own."""
+    weight = getattr(module, "weight", None)
+    return (
+        "Norm" in type(module).__name__
+        and isinstance(weight, torch.Tensor)
+        and weight.dim() == 1
+        and not list(module.children())
+    )
