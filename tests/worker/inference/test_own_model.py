@@ -20,7 +20,11 @@ from worker.training.tuners.attach import without_known_warnings
 
 IDS = torch.arange(3, 15)[None]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    # So PEFT's own pass calls the cache of a prefix.
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")
