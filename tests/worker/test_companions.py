@@ -116,6 +116,7 @@ def test_the_setting_keeps_every_job_alone(database: Database) -> None:
         {"peft": methods.parse_params({"type": "ia3"}).model_dump()},
         {"objective": objectives.parse_params({"type": "dpo"}).model_dump()},
         {"num_devices": 2},
+        {"packing": False},
         {"n_bytes": 40_000},
         {"hyperparameters": {"n_epochs": 1, "batch_size": 10}},
     ],

@@ -190,7 +190,11 @@ class JobRun:
             source.training,
             source.validation,
             given,
-            min(given.max_seq_length, base.max_length, tokenizer.model_max_length),
+            min(
+                given.max_seq_length,
+                base.max_length - methods.virtual_tokens(given.peft),
+                tokenizer.model_max_length,
+            ),
             Tools(
                 around.store,
                 around.scratch,

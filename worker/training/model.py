@@ -25,7 +25,7 @@ from worker.inference.engine.params import ModuleShape
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 from worker.training.reversible.tuner import PEFT_TYPE as MEFT
 from worker.training.reversible.tuner import stack_of
-from worker.training.tuners.attach import head_of, linear_layers
+from worker.training.tuners.attach import head_of, linear_layers, without_known_warnings
 from worker.training.tuners.families import anatomy
 
 PROBE_TOKENS = 16
@@ -139,7 +139,7 @@ def gives_same_logits(model: PeftModel, directory: Path) -> bool:
     [own] = model.active_adapters
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_known_warnings():
             trained = _answer(model, ids)
             model.load_adapter(str(directory), _READ_BACK, is_trainable=False)
             model.set_adapter(_READ_BACK)
