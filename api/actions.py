@@ -263,7 +263,7 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
 
 
 def _trainable(session: Session, caller: Caller, file_id: str, param: str) -> File:
-    file = files.get(session, caller.project_id, file_id, param=param)
+    file = files.read(session, caller.project_id, file_id, param=param)
     if file.purpose != files.TRAINABLE:
         raise InvalidRequestError(
             f"File {file_id} has purpose '{file.purpose}'; it must be uploaded with purpose "

@@ -51,7 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = Services.from_settings(settings)
+        services = Services.from_settings(app.state.settings)
         await run_in_threadpool(_sync_catalog, services)
         app.state.services = services
         runner = BatchRunner(app, services)
@@ -67,6 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("tunery"),
         lifespan=lifespan,
     )
+    app.state.settings = settings
     app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)

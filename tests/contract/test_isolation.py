@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from api.app import create_app
 from models.db import Database
 from models.registry import adapters, permissions, stored_completions, tenancy
 from models.settings import Settings
 from models.tables import Adapter, StoredCompletion
 from tests.api.calls import chat, new_batch, new_job, upload
+from tests.apps import app_for
 from tests.contract.places import Place, bodies, changed, operations, sent
 
 NAME = "ft:base:local:mine:abcdefgh"
@@ -64,7 +64,7 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
         key, theirs = tenancy.create_key(session, project.id, "theirs")
         other = tenancy.create_project(session, "other")
         _, own = tenancy.create_key(session, other.id, "own")
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    with TestClient(app_for(settings), raise_server_exceptions=False) as client:
         client.headers["authorization"] = f"Bearer {theirs}"
         job = new_job(client).json()
         pending = {"bytes": 9, "filename": "a", "mime_type": "a/b", "purpose": "fine-tune"}

@@ -28,15 +28,21 @@ def load_own_model(
     Raises:
         KeyError, RuntimeError, ValueError: the adapter's files do not fit the base.
     """
+    from worker.training.tuners.virtual import with_virtual_tokens
+
     model: Any = load_model(base, precision=precision, device=device)
     if precision == "nf4":
         dequantise_(model)
     if served == "merged":
         model = model.float()
     adapted = with_adapter(model, adapter, device)
-    whole: PreTrainedModel = (
-        adapted.merge_and_unload() if served == "merged" else adapted.get_base_model()
-    )
+    whole: PreTrainedModel
+    if served == "merged":
+        whole = adapted.merge_and_unload()
+    elif adapted.active_peft_config.is_prompt_learning:
+        whole = with_virtual_tokens(adapted)
+    else:
+        whole = adapted.get_base_model()
     return whole.requires_grad_(False).eval()
 
 
@@ -57,9 +63,9 @@ def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
     # Both make their configurations known to PEFT.
     import worker.training.reversible.tuner
     import worker.training.tuners.own  # noqa: F401
+    from worker.training.tuners.attach import without_known_warnings
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with without_known_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
         adapted: Any = PeftModel.from_pretrained(
             model, str(adapter), autocast_adapter_dtype=False, torch_device=device
