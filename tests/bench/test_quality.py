@@ -7,8 +7,12 @@ import pytest
 
 from bench import quality
 from bench._quality_worker import (
+    FULL,
     LABELS,
+    LORA,
     PACKAGE,
+    PROBE,
+    QLORA,
     TEST_PER_CLASS,
     TRAIN_PER_CLASS,
     VALID_PER_CLASS,
@@ -68,16 +72,16 @@ def test_a_row_has_the_mean_of_the_seeds_and_the_highest_peak() -> None:
 
 def test_what_misses_a_goal_is_named_with_the_difference() -> None:
     figures = {
-        quality.PROBE: _runs(0.80),
-        quality.FULL: _runs(0.90),
-        quality.LORA: _runs(0.90),
-        quality.QLORA: _runs(0.889),
+        PROBE: _runs(0.80),
+        FULL: _runs(0.90),
+        LORA: _runs(0.90),
+        QLORA: _runs(0.889),
         "weak": _runs(0.84),
     }
     assert quality.misses(figures) == [
-        f"weak is +4.0 points from {quality.PROBE}; the goal is +5.",
-        f"weak is -6.0 points from {quality.FULL}; the goal is -2.",
-        f"{quality.QLORA} is -1.1 points from {quality.LORA}; the goal is -1.",
+        f"weak is +4.0 points from {PROBE}; the goal is +5.",
+        f"weak is -6.0 points from {FULL}; the goal is -2.",
+        f"{QLORA} is -1.1 points from {LORA}; the goal is -1.",
     ]
     assert quality.misses({"alone": _runs(0.2)}) == []
 
