@@ -68,6 +68,7 @@ def default_differences(job: JsonObject) -> list[str]:
         "early_stopping": None,
         "priority": 0,
         "num_devices": 1,
+        "packing": True,
         "peft": _defaults(methods.get_method(job["peft"]["type"]).Params),
         "objective": _defaults(objectives.get_objective(job["objective"]["type"]).Params),
         "optimizer": Optimizer().model_dump(exclude={"learning_rate"}),
