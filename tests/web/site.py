@@ -240,7 +240,7 @@ def running_site(folder: Path) -> Iterator[Site]:
 def open_context(browser: Browser, site: Site, **options: Any) -> BrowserContext:
     """Return a logged-in browser window whose faults end in `site.faults`."""
     context = browser.new_context(base_url=site.url, **options)
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     context.on("weberror", lambda error: site.faults.append(str(error.error)))
     context.on(
         "console",

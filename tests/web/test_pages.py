@@ -19,6 +19,11 @@ MOST_BYTES = 250_000
 """Of a page with all of its files, as the browser unpacks them."""
 
 
+SIZE = """() => ['navigation', 'resource']
+    .flatMap(type => performance.getEntriesByType(type))
+    .reduce((sum, each) => sum + each.decodedBodySize, 0)"""
+
+
 @dataclass
 class Visit:
     """What a page was like in the browser."""
@@ -36,16 +41,13 @@ def visits(service: Site, browser: Browser) -> dict[str, Visit]:
     service.clear()
     paths = [*everything(service), "/ui/nothing", "/ui/login"]
     context = open_context(browser, service)
-    sizes: list[int] = []
-    context.on("response", lambda answer: sizes.append(len(answer.body())))
     found = {}
     for path in paths:
         page = context.new_page()
-        sizes.clear()
         response = page.goto(path)
         assert response is not None
         page.wait_for_timeout(150)
-        n_bytes = sum(sizes)
+        n_bytes = page.evaluate(SIZE)
         page.evaluate(AXE.read_text())
         problems = {theme: axe(page, theme) for theme in ("light", "dark")}
         page.set_viewport_size({"width": PHONE, "height": 844})
