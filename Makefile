@@ -32,9 +32,10 @@ demo: $(READY) ## Train a small model on this machine and talk to it, from start
 up: $(READY) ## Run the whole service on 127.0.0.1
 	$(BIN)/tunery up
 
-# Two files at a time, on one core each: models of tests are too small for more.
+# Two files at a time, on one core each: models of tests are too small for more. Threads that wait
+# sleep, so that they take no core from the other.
 test: $(READY) ## Run all tests; they start the servers that they need
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-web: $(READY) ## Run the tests of the web page alone, in a browser
 	$(BIN)/python -m pytest tests/web

@@ -1,14 +1,12 @@
-"""Which scope a group of routes asks for, and who speaks for the whole service."""
+"""Which scope a group of routes asks for."""
 
 from fastapi import Request
 from fastapi.openapi.models import HTTPBearer
 from fastapi.security.base import SecurityBase
-from sqlalchemy.orm import Session
 
 from api.deps import get_caller
 from models.domain.access import Scope, allows
 from models.errors import PermissionDeniedError
-from models.registry import tenancy
 
 _SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -38,12 +36,8 @@ class Access(SecurityBase):
             )
 
 
+READING = Access(reads=Scope.READ, writes=Scope.READ)
 TRAINING = Access(reads=Scope.READ, writes=Scope.TRAIN)
 MODELS = Access(reads=None, writes=Scope.TRAIN)
 INFERENCE = Access(reads=Scope.INFER, writes=Scope.INFER)
 ADMINISTRATION = Access(reads=Scope.ADMIN, writes=Scope.ADMIN)
-
-
-def is_operator(session: Session, project_id: str) -> bool:
-    """Say whether keys of a project speak for the service: it is the one that was there first."""
-    return tenancy.get_project(session, project_id).name == tenancy.DEFAULT_PROJECT

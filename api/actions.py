@@ -22,15 +22,17 @@ from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, PayloadTooLargeError
-from models.registry import adapters, base_models, files, jobs, quotas
+from models.registry import adapters, base_models, files, jobs, merges, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
-from models.tables import File, Job, new_id
+from models.tables import BaseModel, File, Job, Merge, new_id
 from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
 
 MAX_NAME_BYTES = 255
+MERGED_BYTES = 2
+"""Of a parameter of a merged model."""
 _DEVICES = {"CON", "PRN", "AUX", "NUL"} | {
     f"{port}{n}" for port in ("COM", "LPT") for n in range(10)
 }
@@ -261,7 +263,7 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
 
 
 def _trainable(session: Session, caller: Caller, file_id: str, param: str) -> File:
-    file = files.get(session, caller.project_id, file_id, param=param)
+    file = files.read(session, caller.project_id, file_id, param=param)
     if file.purpose != files.TRAINABLE:
         raise InvalidRequestError(
             f"File {file_id} has purpose '{file.purpose}'; it must be uploaded with purpose "
@@ -282,3 +284,29 @@ def delete_model(session: Session, services: Services, caller: Caller, name: str
             f"delete {orphan}",
             partial(delete_tree, services.store, adapter_prefix(orphan)),
         )
+
+
+def merge_adapter(session: Session, services: Services, caller: Caller, name: str) -> Merge:
+    """Ask for an adapter's merged model, and ring a worker.
+
+    Raises:
+        NotFoundError: this project has no such adapter.
+        InvalidRequestError: it is none, or of a kind that is not merged (``not_mergeable``).
+        PayloadTooLargeError: what the project may store does not suffice.
+    """
+    adapter = adapters.get_own(session, caller.project_id, name, "merged", "not_mergeable")
+    base = session.get_one(BaseModel, adapter.base_model)
+    shape = None if base.shape is None else BaseShape.model_validate(base.shape)
+    if adapter.manifest.get("served") == "own" or (shape and shape.family != "decoder"):
+        raise InvalidRequestError(
+            f"{name!r} cannot be merged: only adapters of causal language models whose method adds "
+            "to the weights can be. Download the adapter instead.",
+            param="model",
+            code="not_mergeable",
+        )
+    merge, is_new = merges.want(session, caller.project_id, name)
+    if is_new:
+        quotas.check_bytes(session, caller.project_id, MERGED_BYTES * (base.n_parameters or 0))
+        note(session, caller, "model.merge_requested", name, merge_id=merge.id)
+        services.bell.ring_after_commit(session)
+    return merge

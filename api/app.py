@@ -9,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from api import openapi
-from api.access import ADMINISTRATION, INFERENCE, MODELS, TRAINING
+from api.access import ADMINISTRATION, INFERENCE, MODELS, READING, TRAINING
 from api.adapters import routes as adapters
 from api.batches import BatchRunner
 from api.deps import ServicesDep, require_tokens
@@ -30,6 +30,7 @@ from api.openai import (
     models,
     permissions,
     progress,
+    samples,
     stored,
     sweeps,
     uploads,
@@ -50,7 +51,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        services = Services.from_settings(settings)
+        services = Services.from_settings(app.state.settings)
         await run_in_threadpool(_sync_catalog, services)
         app.state.services = services
         runner = BatchRunner(app, services)
@@ -66,6 +67,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("tunery"),
         lifespan=lifespan,
     )
+    app.state.settings = settings
     app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)
@@ -89,6 +91,7 @@ def _include_v1(app: FastAPI, settings: Settings) -> None:
         (uploads.router, TRAINING, limits.max_part_bytes + FORM_OVERHEAD),
         (progress.router, TRAINING, limits.max_body_bytes),
         (estimates.router, TRAINING, limits.max_body_bytes),
+        (samples.router, READING, limits.max_body_bytes),
         (permissions.router, ADMINISTRATION, limits.max_body_bytes),
         (models.router, MODELS, limits.max_body_bytes),
         (adapters.router, TRAINING, limits.max_upload_bytes + FORM_OVERHEAD),

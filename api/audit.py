@@ -11,7 +11,7 @@ from models.tables import AuditLog
 
 
 def note(session: Session, caller: Caller, type_: str, object_id: str, **details: Any) -> None:
-    """Record a change of the caller's in the transaction that makes it.
+    """Record a change of the caller's in its own project, in the transaction that makes it.
 
     Args:
         session: That of the change.
@@ -20,8 +20,24 @@ def note(session: Session, caller: Caller, type_: str, object_id: str, **details
         object_id: What was changed.
         details: Anything worth reading later; never a secret.
     """
+    note_in(session, caller, caller.project_id, (type_, object_id), **details)
+
+
+def note_in(
+    session: Session, caller: Caller, project_id: str, what: tuple[str, str], **details: Any
+) -> None:
+    """Record a change that the caller makes in a project, which may be another than its own.
+
+    Args:
+        session: That of the change.
+        caller: Who makes it.
+        project_id: Where it is made.
+        what: The kind of change and what was changed.
+        details: As in `note`.
+    """
+    type_, object_id = what
     entry = AuditLog(
-        project_id=caller.project_id,
+        project_id=project_id,
         key_id=caller.key_id,
         request_id=get_contextvars().get("request_id"),
         type=type_,

@@ -22,6 +22,7 @@ from models.tables import (
     Event,
     File,
     Job,
+    Merge,
     Upload,
     UploadPart,
 )
@@ -102,6 +103,7 @@ def _spec_body(text: bytes) -> JsonObject:
         "checkpoint_steps": spec.checkpoint_steps,
         "priority": spec.priority,
         "num_devices": spec.num_devices,
+        "packing": spec.packing,
         "base_model": spec.model,
     }
 
@@ -241,6 +243,18 @@ def made_body(adapter: Adapter) -> JsonObject:
         "step": manifest["step"],
         "versions": manifest["versions"],
         "archived_at": _seconds(adapter.archived_at),
+    }
+
+
+def merge_body(merge: Merge) -> JsonObject:
+    return {
+        "id": merge.id,
+        "object": "adapter.merge",
+        "created_at": int(merge.created_at),
+        "model": merge.model,
+        "status": merge.status,
+        "file_id": merge.file_id,
+        "error": merge.error,
     }
 
 

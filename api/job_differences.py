@@ -25,15 +25,22 @@ def differences(jobs: Sequence[JsonObject]) -> list[tuple[str, list[object]]]:
 
     Nested fields are named with dots; a value that a job does not have is None.
     """
+    return [(name, values) for name, values in _rows(jobs) if differ(values)]
+
+
+def settings(jobs: Sequence[JsonObject]) -> list[tuple[str, list[object]]]:
+    """Return (field, its value in each job) of all that was asked for, as `differences` does."""
+    return [row for row in _rows(jobs) if row[0].partition(".")[0] not in COURSE]
+
+
+def differ(values: Sequence[object]) -> bool:
+    return any(each != values[0] for each in values)
+
+
+def _rows(jobs: Sequence[JsonObject]) -> list[tuple[str, list[object]]]:
     flat = [dict(_flat(job)) for job in jobs]
     names = list(dict.fromkeys(name for each in flat for name in each))
-    rows = [(name, [each.get(name) for each in flat]) for name in names]
-    return [(name, values) for name, values in rows if any(each != values[0] for each in values)]
-
-
-def settings_that_differ(jobs: Sequence[JsonObject]) -> list[tuple[str, list[object]]]:
-    """Return `differences` in what was asked for alone."""
-    return [row for row in differences(jobs) if row[0].partition(".")[0] not in COURSE]
+    return [(name, [each.get(name) for each in flat]) for name in names]
 
 
 def _flat(value: JsonObject, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -61,6 +68,7 @@ def default_differences(job: JsonObject) -> list[str]:
         "early_stopping": None,
         "priority": 0,
         "num_devices": 1,
+        "packing": True,
         "peft": _defaults(methods.get_method(job["peft"]["type"]).Params),
         "objective": _defaults(objectives.get_objective(job["objective"]["type"]).Params),
         "optimizer": Optimizer().model_dump(exclude={"learning_rate"}),

@@ -1,9 +1,10 @@
-"""What the OpenAPI document says of errors: OpenAI's error object, and which statuses may come."""
+"""What the OpenAPI document says beside the types: examples, OpenAI's error object, statuses."""
 
 from typing import Any
 
 from fastapi import FastAPI
 
+from api.openapi_examples import EXAMPLES
 from models.domain.base import JsonObject
 
 _ERROR: JsonObject = {
@@ -31,7 +32,7 @@ _ALWAYS = {
     503: "A part of the service is not there right now; try again after `Retry-After` seconds.",
 }
 _NOT_FOUND = "Nothing of this project has the name."
-_TOO_LARGE = "The body is larger than this service accepts."
+_TOO_LARGE = "The body, or what would come of it, is larger than this service or project accepts."
 _UNUSABLE = {
     409: "Two valid things do not fit each other, or a request with this key is under way.",
     422: "What is named exists and cannot be used.",
@@ -39,7 +40,7 @@ _UNUSABLE = {
 
 
 def install(app: FastAPI) -> None:
-    """Have the document of `app` name the errors of every operation."""
+    """Have the document of `app` give every operation's errors, and an example of its body."""
     build = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -61,10 +62,13 @@ def _describe(path: str, method: str, operation: JsonObject) -> None:
     errors = dict(_ALWAYS)
     if "{" in path or "requestBody" in operation or "parameters" in operation:
         errors[404] = _NOT_FOUND
-    if "requestBody" in operation:
+    if "requestBody" in operation or method == "post":
         errors[413] = _TOO_LARGE
     if method == "post":
         errors |= _UNUSABLE
+    content = operation.get("requestBody", {}).get("content", {})
+    if "application/json" in content and path in EXAMPLES:
+        content["application/json"]["example"] = EXAMPLES[path]
     responses = operation["responses"]
     responses.pop("422", None)  # FastAPI's own, which this service answers as 400
     for status, description in sorted(errors.items()):

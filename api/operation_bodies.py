@@ -90,11 +90,12 @@ def usage_buckets(rows: Sequence[Usage], group_by: Sequence[str]) -> list[JsonOb
 
 
 def _results(rows: list[Usage], group_by: Sequence[str]) -> list[JsonObject]:
-    sums: dict[tuple[str | None, str | None], Used] = {}
+    sums: dict[tuple[str | None, str | None, str | None], Used] = {}
     for row in rows:
+        project_id = row.project_id if "project_id" in group_by else None
         model = row.model if "model" in group_by else None
         key_id = (row.key_id or None) if "api_key_id" in group_by else None
-        total = sums.setdefault((model, key_id), Used())
+        total = sums.setdefault((project_id, model, key_id), Used())
         total += Used(
             row.requests,
             row.prompt_tokens,
@@ -105,6 +106,7 @@ def _results(rows: list[Usage], group_by: Sequence[str]) -> list[JsonObject]:
     return [
         {
             "object": "usage.result",
+            "project_id": project_id,
             "model": model,
             "api_key_id": key_id,
             "num_model_requests": used.requests,
@@ -113,5 +115,5 @@ def _results(rows: list[Usage], group_by: Sequence[str]) -> list[JsonObject]:
             "trained_tokens": used.trained_tokens,
             "device_seconds": round(used.device_seconds, 3),
         }
-        for (model, key_id), used in sums.items()
+        for (project_id, model, key_id), used in sums.items()
     ]

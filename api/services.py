@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from anyio import CapacityLimiter
 from starlette.concurrency import run_in_threadpool
 
 from api.feed import JobFeed
@@ -14,6 +15,9 @@ from models.broker import Bell, make_celery
 from models.db import Database
 from models.settings import Settings
 from models.storage import ObjectStore, open_store
+
+THREADS = 40
+"""As many as starlette has for routes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,8 @@ class Services:
     rates: RateLimits
     batch_wake: Wake
     callers: KeyCache[object]
+    writers: CapacityLimiter
+    """For short writes: on a file of this machine one thread writes as much as many do."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
@@ -44,6 +50,7 @@ class Services:
             rates=rates,
             batch_wake=Wake(),
             callers=KeyCache(settings.api.key_seconds),
+            writers=CapacityLimiter(1 if database.is_embedded else THREADS),
         )
 
     async def aclose(self) -> None:

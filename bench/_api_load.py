@@ -11,8 +11,9 @@ HEAD_END = b"\r\n\r\n"
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What came of a load: requests a second, and seconds that a request took."""
+    """What came of a load: requests, how many a second, and seconds that a request took."""
 
+    n_requests: int
     requests_per_s: float
     p50_s: float
     p99_s: float
@@ -57,7 +58,7 @@ async def load(url: str, sent: bytes, seconds: float, n_streams: int) -> Load:
     started = time.perf_counter()
     await asyncio.gather(*(stream() for _ in range(n_streams)))
     elapsed = time.perf_counter() - started
-    return Load(len(times) / elapsed, percentile(times, 50), percentile(times, 99))
+    return Load(len(times), len(times) / elapsed, percentile(times, 50), percentile(times, 99))
 
 
 class Listener(asyncio.Protocol):

@@ -42,21 +42,23 @@ TRAIN_PER_CLASS, VALID_PER_CLASS, TEST_PER_CLASS = 20, 40, 100
 
 @dataclass(frozen=True)
 class Way:
-    """How to train: `peft` and how the base is held; `longer` times the steps.
+    """How to train: `peft`, how the base is held; `longer` times the steps, `rate` the rate.
 
-    A probe trains the head alone, at LoRA's rate, on the hidden states of the frozen base.
+    A probe trains the head alone on the hidden states of the frozen base; at 30 times LoRA's rate
+    its validation loss is lower than at 10 times or once.
     """
 
     peft: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
     longer: int = 1
+    rate: float = 1.0
     is_probe: bool = False
 
 
 PROBE, FULL, LORA, QLORA = "frozen, head only", "full", "LoRA r 8", "QLoRA r 8"
 _LORA = {"type": "lora", "r": 8, "alpha": 16.0}
 WAYS = {
-    PROBE: Way(_LORA, is_probe=True),
+    PROBE: Way(_LORA, rate=30.0, is_probe=True),
     FULL: Way({"type": "full"}),
     LORA: Way(_LORA),
     QLORA: Way(_LORA, precision="nf4"),
@@ -142,7 +144,7 @@ class Bench:
             hyperparameters=Hyperparameters(
                 n_epochs=max(1, round(self.steps / steps_per_epoch)),
                 batch_size=BATCH,
-                learning_rate_multiplier=self.factor,
+                learning_rate_multiplier=self.factor * self.way.rate,
             ),
             objective=self.params.model_dump(),
             peft=method_params.model_dump(),

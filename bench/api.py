@@ -141,10 +141,10 @@ def ours(made: World, folder: Path) -> Iterator[tuple[str, psutil.Process]]:
 
 
 @contextmanager
-def bare(made: World) -> Iterator[str]:
+def bare(made: World) -> Iterator[tuple[str, psutil.Process]]:
     port = _free_port()
-    with running(["-m", "bench._api_bare", str(made.path), str(port)], port, {}):
-        yield f"http://127.0.0.1:{port}"
+    with running(["-m", "bench._api_bare", str(made.path), str(port)], port, {}) as process:
+        yield f"http://127.0.0.1:{port}", process
 
 
 def _free_port() -> int:
@@ -153,7 +153,15 @@ def _free_port() -> int:
         return port
 
 
-def measure(made: World, folder: Path, seconds: float) -> dict[str, tuple[Load, Load]]:
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What a server did under a load; `cpu_s` is its processor time for a request."""
+
+    load: Load
+    cpu_s: float
+
+
+def measure(made: World, folder: Path, seconds: float) -> dict[str, tuple[Side, Side]]:
     """Return what both sides do under each load: ours, bare."""
     job_id = f"ftjob-{0:024d}"
     body = json.dumps({"model": "base", "training_file": "file-bench", "seed": 1}).encode()
@@ -162,16 +170,23 @@ def measure(made: World, folder: Path, seconds: float) -> dict[str, tuple[Load, 
         "list 20 jobs": ("GET", "/jobs", b""),
         "create a job": ("POST", "/jobs", body),
     }
-    found: dict[str, tuple[Load, Load]] = {}
-    with ours(made, folder) as (url, _), bare(made) as bare_url:
+    found: dict[str, tuple[Side, Side]] = {}
+    with ours(made, folder) as us, bare(made) as them:
         for name, (method, path, content) in ways.items():
             sides = []
-            for base, prefix in ((url, "/v1/fine_tuning"), (bare_url, "")):
+            for (base, process), prefix in ((us, "/v1/fine_tuning"), (them, "")):
                 sent = request(method, prefix + path, made.key, content)
                 asyncio.run(load(base, sent, seconds / 4, STREAMS))  # warm
-                sides.append(asyncio.run(load(base, sent, seconds, STREAMS)))
+                before = _cpu_s(process)
+                done = asyncio.run(load(base, sent, seconds, STREAMS))
+                sides.append(Side(done, (_cpu_s(process) - before) / done.n_requests))
             found[name] = (sides[0], sides[1])
     return found
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +257,7 @@ def main() -> None:
     options = parse_options(__doc__)
     seconds = 2.0 if options.quick else 5.0
     table = Table("load", "jobs", "requests/s", "bare", "ratio", title=describe_machine())
-    for heading in ("p50, ms", "p99, ms", "bare p99, ms"):
+    for heading in ("p50, ms", "p99, ms", "bare p99, ms", "CPU, ms", "bare CPU, ms"):
         table.add_column(heading)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name, run_valkey(Path(name)) as broker:
@@ -250,16 +265,17 @@ def main() -> None:
         for n_jobs in (FEW, MANY):
             with world(folder, n_jobs, broker.url) as made:
                 for load_name, (us, them) in measure(made, folder, seconds).items():
-                    ratio = us.requests_per_s / them.requests_per_s
+                    ratio = us.load.requests_per_s / them.load.requests_per_s
                     figures[f"{load_name}, {n_jobs}: ratio"] = ratio
-                    figures[f"{load_name}, {n_jobs}: p99 ms"] = 1000 * us.p99_s
-                    cells = [us.requests_per_s, them.requests_per_s]
+                    figures[f"{load_name}, {n_jobs}: p99 ms"] = 1000 * us.load.p99_s
+                    cells = [us.load.requests_per_s, them.load.requests_per_s]
+                    times = (us.load.p50_s, us.load.p99_s, them.load.p99_s, us.cpu_s, them.cpu_s)
                     table.add_row(
                         load_name,
                         f"{n_jobs:,}",
                         *(f"{value:.0f}" for value in cells),
                         f"{ratio:.2f}",
-                        *(f"{1000 * value:.1f}" for value in (us.p50_s, us.p99_s, them.p99_s)),
+                        *(f"{1000 * value:.1f}" for value in times),
                     )
                 if n_jobs == FEW:
                     streamed = stream(made, folder, 5 if options.quick else 20)

@@ -12,7 +12,7 @@ _CODES = {
     "extra_forbidden": "unknown_parameter",
     "json_invalid": "invalid_json",
 }
-_BRANCHES = {"str", "int", "float", "bool", "dict", "list"}
+_BRANCHES = {"str", "int", "float", "bool", "dict", "list", "NamedTool"}
 
 
 def explain(findings: Sequence[Any], *prefix: str) -> InvalidRequestError:

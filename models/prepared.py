@@ -38,7 +38,7 @@ class PreparedRows(Generic[Row]):
         self._query = PreparedQuery(statement)
         columns = list(statement.selected_columns)
         self._names = [str(column.key) for column in columns]
-        self._types = {str(column.key): column.type for column in columns}
+        self._types = [column.type for column in columns]
         self._processors: dict[str, list[tuple[str, Process]]] = {}
 
     def all(self, source: Source, **values: object) -> Sequence[Row]:
@@ -47,17 +47,16 @@ class PreparedRows(Generic[Row]):
         Raises:
             DBAPIError: the same subclasses as from a session.
         """
-        processors = self._processors_of(_dialect(source))
-        return [self._row(found, processors) for found in self._query.fetch(source, **values)]
-
-    def _processors_of(self, dialect: Dialect) -> list[tuple[str, Process]]:
-        if dialect.name not in self._processors:
-            self._processors[dialect.name] = [
+        rows, codes = self._query.fetch_typed(source, values)
+        dialect = _dialect(source)
+        processors = self._processors.get(dialect.name)
+        if processors is None:
+            processors = self._processors[dialect.name] = [
                 (name, process)
-                for name, type_ in self._types.items()
-                if (process := type_.dialect_impl(dialect).result_processor(dialect, None))
+                for name, type_, code in zip(self._names, self._types, codes, strict=True)
+                if (process := type_.dialect_impl(dialect).result_processor(dialect, code))
             ]
-        return self._processors[dialect.name]
+        return [self._row(found, processors) for found in rows]
 
     def _row(self, found: Sequence[Any], processors: list[tuple[str, Process]]) -> Row:
         row = self._table.__new__(self._table)
@@ -71,18 +70,24 @@ class PreparedRows(Generic[Row]):
 class PreparedQuery:
     """Any ``select``; its rows come as the driver gives them."""
 
-    def __init__(self, statement: Select[Any]) -> None:
+    def __init__(self, statement: Select[*tuple[Any, ...]]) -> None:
         self._statement = statement
         self._compiled: dict[str, _Compiled] = {}
 
     def fetch(self, source: Source, **values: object) -> Sequence[Sequence[Any]]:
         """Return the rows; raises as `PreparedRows.all`."""
+        return self.fetch_typed(source, values)[0]
+
+    def fetch_typed(
+        self, source: Source, values: dict[str, object]
+    ) -> tuple[Sequence[Sequence[Any]], list[Any]]:
+        """Return the rows, and the driver's codes of the types of their columns."""
         dialect = _dialect(source)
         if dialect.name not in self._compiled:
             self._compiled[dialect.name] = _Compiled(self._statement, dialect)
         compiled = self._compiled[dialect.name]
         with compiled.run(source, [values]) as cursor:
-            return cursor.fetchall()
+            return cursor.fetchall(), [column[1] for column in cursor.description]
 
 
 class PreparedInsert:
@@ -125,7 +130,9 @@ class PreparedInsert:
         compiled, processors = self._compiled[dialect.name]
         made = []
         for row in rows:
-            full = self._empty | row
+            if not row.keys() <= self._empty.keys():
+                raise KeyError(f"No columns that can be given: {row.keys() - self._empty.keys()}.")
+            full = {**self._empty, **row}
             for name, process in processors.items():
                 full[name] = process(full[name])
             made.append({f"p_{name}": value for name, value in full.items()})
@@ -136,7 +143,7 @@ class PreparedInsert:
 class _Compiled:
     """A statement in one dialect."""
 
-    def __init__(self, statement: Select[Any] | Insert, dialect: Dialect) -> None:
+    def __init__(self, statement: Select[*tuple[Any, ...]] | Insert, dialect: Dialect) -> None:
         compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         assert isinstance(compiled, SQLCompiler)
         self._text = str(compiled)
@@ -167,6 +174,7 @@ def _dialect(source: Source) -> Dialect:
 @contextmanager
 def _cursor(source: Source) -> Iterator[DBAPICursor]:
     if isinstance(source, Session):
+        source.flush()  # as before a query of its own
         with closing(source.connection().connection.cursor()) as cursor:
             yield cursor
     else:

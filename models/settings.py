@@ -100,6 +100,13 @@ class WorkerSettings(Group):
         description="Most devices of a worker's machine that one job may train on: GPUs, or CPU "
         "processes where there is none.",
     )
+    joint_jobs: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="Most queued jobs with small steps over one base model that a trainer takes "
+        "together, sharing its weights and passes; 1 trains each alone.",
+    )
     lease_seconds: float = Field(
         30, gt=0, description="A job whose worker is silent this long is taken over."
     )
@@ -120,6 +127,11 @@ class WorkerSettings(Group):
     )
     warm_spare: bool = Field(
         True, description="Keep one trainer process waiting with torch imported."
+    )
+    warm_base: bool = Field(
+        True,
+        description="Let it load the base model of the last job meanwhile, on a CPU and where that "
+        "takes at most a quarter of the free memory.",
     )
     job_log_bytes: int = Field(
         1024**2, ge=4096, description="Log that is kept of each job; the oldest lines go first."

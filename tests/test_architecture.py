@@ -24,6 +24,7 @@ TESTED_ELSEWHERE = {
     "models/domain": "every model that derives from it, the registry's and the API's tests",
     "models/explain.py": "tests/api/test_openai.py: the words of every refused field",
     "models/registry/uploads.py": "tests/api/openai/test_uploads.py",
+    "models/registry/merges.py": "tests/api/adapters/test_routes.py; worker/training/test_merge.py",
     "models/registry/audit.py": "tests/api/keys/test_audit_logs.py",
     "models/registry/permissions.py": "tests/api/openai/test_permissions.py",
     "models/broker.py": "tests/flow/test_recovery.py: with Valkey, doubled, and without any",

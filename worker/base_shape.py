@@ -37,7 +37,10 @@ def _shape_of(sizes: Mapping[str, Sequence[int]], family: Family) -> BaseShape:
             continue
         blocks.add(block)
         if kind == "weight" and len(size) == 2:
-            kinds[path.rpartition(".")[2], size[0], size[1]] += 1
+            outputs, inputs = size
+            if list(sizes.get(f"{path}.bias", ())) == [inputs] != [outputs]:
+                outputs, inputs = inputs, outputs  # transposed, as GPT-2's are
+            kinds[path.rpartition(".")[2], outputs, inputs] += 1
         elif kind == "weight" and len(size) == 1:
             norms[size[0]] += 1
     # Layers of one name and several sizes become one of their most common size.

@@ -20,12 +20,14 @@ from models.db import Database
 from models.registry import job_runs, workers
 from models.settings import Settings, WebhookSettings, WorkerSettings
 from models.storage import ObjectStore, open_store
+from models.tables import Job
 from models.webhook_sender import WebhookSender
-from worker import machine, tasks
+from worker import companions, machine, tasks
 from worker.deliveries import deliver_due
-from worker.launch import TrainerProcess
+from worker.launch import Seat, TrainerProcess
 from worker.lint_files import FileLinter
 from worker.measure import measure_next
+from worker.merging import merge_next
 
 POSTMAN_SECONDS = 2.0
 """How often a worker looks for events to send: what writes them rings no bell."""
@@ -157,7 +159,7 @@ class _Postman(_Looker):
 
 
 class _Slot(_Looker):
-    """Trains one job at a time, and keeps one warm trainer for the next."""
+    """Trains one job at a time, or a few small ones together; keeps a warm trainer for the next."""
 
     def __init__(self, database: Database, settings: WorkerSettings, worker: str) -> None:
         super().__init__(f"slot-{worker}", settings.sweep_seconds)
@@ -165,22 +167,50 @@ class _Slot(_Looker):
         self._settings = settings
         self._worker = worker
         self._spare: TrainerProcess | None = None
+        self._device = machine.look().devices[0].type
 
     def look(self) -> bool:
         if self._settings.warm_spare:
             self._spare = self._warm()
-        with self._database.write() as session:
-            job = job_runs.claim(session, self._worker, self._settings.lease_seconds)
-        if job is None:
-            return measure_next(self._database, self._stopping.is_set)
+        claimed = self._claim()
+        if not claimed:
+            is_stopping = self._stopping.is_set
+            return merge_next(self._database, is_stopping) or measure_next(
+                self._database, is_stopping
+            )
         trainer = self._warm()
         self._spare = None
-        run = tasks.TrainingRun(self._database, self._settings, job, trainer, self._stopping.is_set)
-        run.watch()
+        if len(claimed) == 1:
+            self._run(claimed[0], trainer).watch()
+        else:
+            seats = trainer.seats([(job.id, job.attempt) for job in claimed])
+            runs = [self._run(*each) for each in zip(claimed, seats, strict=True)]
+            try:
+                tasks.watch_together(runs)
+            finally:
+                trainer.kill()  # every end was told: it has nothing left to do but to exit
         return True
 
+    def _claim(self) -> list[Job]:
+        """Take the next job, and those that are trained beside it; none where nothing waits."""
+        with self._database.write() as session:
+            job = job_runs.claim(session, self._worker, self._settings.lease_seconds)
+            if job is None:
+                return []
+            return [job, *companions.claim(session, job, self._settings, self._device)]
+
+    def _run(self, job: Job, trainer: TrainerProcess | Seat) -> tasks.TrainingRun:
+        return tasks.TrainingRun(
+            self._database, self._settings, job, trainer, self._stopping.is_set
+        )
+
     def _warm(self) -> TrainerProcess:
-        return self._spare if self._spare and self._spare.is_alive else TrainerProcess()
+        if self._spare and self._spare.is_alive:
+            return self._spare
+        if not self._settings.warm_base:
+            return TrainerProcess()
+        with self._database.read() as session:
+            return TrainerProcess(job_runs.last_base(session))
 
     def close(self) -> None:
         if self._spare is not None:

@@ -1,7 +1,8 @@
 """What a worker does when it looks: advance jobs, take over lost ones, train."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -16,7 +17,7 @@ from models.settings import WorkerSettings
 from models.storage import ObjectStore
 from models.tables import Job
 from worker.job_log import LogKeeper
-from worker.launch import TrainerProcess
+from worker.launch import Seat, TrainerProcess
 from worker.training import exit_codes, objectives
 
 log = structlog.get_logger(__name__)
@@ -59,7 +60,7 @@ class TrainingRun:
 
     Args:
         job: The row as `job_runs.claim` returned it.
-        trainer: A warm process that has no job yet.
+        trainer: A warm process that has no job yet, or the job's seat in one.
         is_stopping: Says whether this worker is shutting down.
     """
 
@@ -68,7 +69,7 @@ class TrainingRun:
         database: Database,
         settings: WorkerSettings,
         job: Job,
-        trainer: TrainerProcess,
+        trainer: TrainerProcess | Seat,
         is_stopping: Callable[[], bool],
     ) -> None:
         self._database = database
@@ -92,7 +93,7 @@ class TrainingRun:
             self._trainer.assign(self._job.id, self._job.attempt)
             exit_code = self._wait()
         except LeaseLostError:
-            self._trainer.kill()
+            self._trainer.abandon()
             self._end("lease_lost", None)
             return
         except OSError:
@@ -203,6 +204,13 @@ class TrainingRun:
         self._log.info("training_ended", outcome=outcome, exit_code=exit_code)
         with self._database.write() as session:
             job_runs.end_attempt(session, self._job.id, self._job.attempt, outcome, exit_code)
+
+
+def watch_together(runs: Sequence[TrainingRun]) -> None:
+    """Watch several runs in one trainer to the end of the last."""
+    with ThreadPoolExecutor(len(runs), thread_name_prefix="joint") as pool:
+        for watching in [pool.submit(run.watch) for run in runs]:
+            watching.result()
 
 
 def _reason(exit_code: int) -> job_runs.LostRun:

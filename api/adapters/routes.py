@@ -8,7 +8,7 @@ from fastapi import APIRouter, File, Form, Query, UploadFile
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from api import bodies
+from api import actions, bodies
 from api.adapters import imports
 from api.adapters.archive import pack
 from api.adapters.imports import Import
@@ -18,7 +18,7 @@ from api.model_card import model_card
 from api.services import Services
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError
-from models.registry import adapters
+from models.registry import adapters, merges
 from models.registry.page import Cursor
 
 SUFFIX = r"^[A-Za-z0-9_-]{0,64}$"
@@ -83,6 +83,26 @@ def _packed(services: Services, caller: Caller, model: str) -> Iterator[bytes]:
             code="model_not_fine_tuned",
         )
     return pack(services.store, found.adapter.digest)
+
+
+@router.post("/{model:path}/merge")
+def merge_adapter(
+    model: str, session: WriteSession, services: ServicesDep, caller: CallerDep
+) -> JsonObject:
+    """Have a worker add an adapter to its base: whole weights in 16 bits, as a zip archive.
+
+    When ``status`` is "succeeded", the archive is the file ``file_id``. Asked again, the answer is
+    the same merge, unless it has failed or its file was deleted.
+    """
+    merge = actions.merge_adapter(session, services, caller, model)
+    return bodies.merge_body(merge)
+
+
+@router.get("/{model:path}/merge")
+def retrieve_merge(model: str, session: ReadSession, caller: CallerDep) -> JsonObject:
+    """Show how the merging of an adapter stands."""
+    adapters.resolve_own(session, caller.project_id, model)
+    return bodies.merge_body(merges.get(session, caller.project_id, model))
 
 
 @router.post("/{model:path}/archive")

@@ -46,13 +46,28 @@ class Client:
 
     def upload(self, file: Path) -> JsonObject:
         """Upload a training file, streamed from disk."""
+        return self.send_file("/files", file, {"purpose": "fine-tune"})
+
+    def send_file(self, path: str, file: Path, fields: dict[str, str]) -> JsonObject:
+        """Send a form with a file, which is streamed from disk."""
         with file.open("rb") as content:
-            return self._json(
-                "POST",
-                "/files",
-                files={"file": (file.name, content)},
-                data={"purpose": "fine-tune"},
-            )
+            return self._json("POST", path, files={"file": (file.name, content)}, data=fields)
+
+    def download(self, path: str, target: Path) -> int:
+        """Write the bytes at `path` to a new file and return how many; half a file is not left."""
+        n_bytes = 0
+        try:
+            with self._errors(), self._http.stream("GET", path) as response:
+                if response.status_code != 200:
+                    response.read()
+                    raise _error(response)
+                with target.open("xb") as out:
+                    for chunk in response.iter_bytes():
+                        n_bytes += out.write(chunk)
+        except UnavailableError:
+            target.unlink(missing_ok=True)
+            raise
+        return n_bytes
 
     def stream(self, path: str, body: JsonObject) -> Iterator[JsonObject]:
         """Yield the server-sent events of a streamed answer; raises an error event as an error."""

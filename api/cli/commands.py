@@ -13,6 +13,7 @@ from api.cli import demo as demo_command
 from api.cli import migrate as migrations
 from api.cli import tune as tuning
 from api.cli import up as embedded
+from api.cli.adapter_commands import adapters_app
 from api.cli.chat import converse, say
 from api.cli.common import HomeOption, console, errors, reported, service
 from api.cli.estimate import show, wait_for_estimate
@@ -36,6 +37,7 @@ app.add_typer(jobs_app, name="jobs")
 app.command("diff")(diff_jobs)
 app.command("methods")(list_methods)
 app.add_typer(models_app, name="models")
+app.add_typer(adapters_app, name="adapters")
 app.add_typer(data_app, name="data")
 app.add_typer(key_app, name="key")
 app.add_typer(project_app, name="project")

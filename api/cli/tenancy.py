@@ -5,11 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
 from rich.table import Table
+from sqlalchemy.orm import Session
 
 from api.cli.common import HomeOption, console, give_up, reported
 from api.cli.home import Home
@@ -17,14 +18,23 @@ from models.db import Database
 from models.domain.access import Scope
 from models.domain.limits import KeyRates, ProjectLimits
 from models.explain import explain
-from models.registry import tenancy
+from models.registry import audit, tenancy
 from models.settings import DatabaseSettings
+from models.tables import AuditLog
 
 key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 project_app = typer.Typer(help="Make, list and limit projects.", no_args_is_help=True)
 
 _LIMITS = ", ".join(ProjectLimits.model_fields)
 RateOption = Annotated[int | None, typer.Option(min=1)]
+
+
+def _note(session: Session, project_id: str, type_: str, object_id: str, **details: Any) -> None:
+    """Write what the operator does to the audit log of the project."""
+    entry = AuditLog(
+        project_id=project_id, type=type_, object_id=object_id, details=details or None
+    )
+    audit.record(session, entry)
 
 
 @contextmanager
@@ -65,6 +75,7 @@ def create_key(  # noqa: PLR0913 (one argument for each option of the command)
             requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute
         )
         key, secret = tenancy.create_key(session, owner.id, name, scopes, expires_at, rates)
+        _note(session, owner.id, "api_key.created", key.id, name=name, scopes=key.scopes)
     console.print(f"{key.id}  {secret}", highlight=False, soft_wrap=True)
 
 
@@ -89,7 +100,8 @@ def list_keys(home: HomeOption = None) -> None:
 def revoke_key(key_id: str, home: HomeOption = None) -> None:
     """Make a key useless from now on."""
     with _database(home) as database, database.write() as session:
-        tenancy.revoke_key(session, key_id)
+        key = tenancy.revoke_key(session, key_id)
+        _note(session, key.project_id, "api_key.deleted", key_id, name=key.name)
     console.print(f"Revoked {key_id}.", highlight=False)
 
 
@@ -102,6 +114,7 @@ def create_project(
     """Make a project named NAME; `tunery key create --project NAME` gives it a key."""
     with _database(home) as database, database.write() as session:
         project = tenancy.create_project(session, name, organization)
+        _note(session, project.id, "project.created", project.id, name=name)
     console.print(project.id, highlight=False)
 
 
@@ -133,7 +146,10 @@ def limit_project(
         except ValidationError as error:
             raise explain(error.errors()) from None
         with database.write() as session:
-            tenancy.set_limits(session, tenancy.project_named(session, name), wanted)
+            project = tenancy.project_named(session, name)
+            tenancy.set_limits(session, project, wanted)
+            changed = wanted.model_dump(exclude_unset=True)
+            _note(session, project.id, "project.updated", project.id, limits=changed)
     console.print(f"Changed the limits of {name}.", highlight=False)
 
 

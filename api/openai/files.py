@@ -14,6 +14,7 @@ from api import actions, bodies
 from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, Text, WriteSession
 from api.openai.schemas import PURPOSES
 from api.services import Services
+from api.strict_json import StrictJsonRoute
 from models.domain.base import JsonObject
 from models.domain.generation import PreviewRequest
 from models.domain.reports import DataOptions, DatasetReport
@@ -25,7 +26,7 @@ from models.registry.page import Cursor
 from models.storage import CHUNK, ObjectNotFoundError
 from models.tables import File
 
-router = APIRouter(prefix="/files", tags=["files"])
+router = APIRouter(prefix="/files", tags=["files"], route_class=StrictJsonRoute)
 
 MAX_OFFSET = 2**31 - 1
 

@@ -27,7 +27,8 @@ def list_metrics(
     job_id: str,
     session: ReadSession,
     caller: CallerDep,
-    after: Annotated[int, Query(ge=0, description="Only steps after this one.")] = 0,
+    after: Annotated[int, Query(ge=0, le=MAX_OFFSET, description="Only steps after this.")] = 0,
+    until: Annotated[int | None, Query(ge=0, le=MAX_OFFSET, description="None after this.")] = None,
     max_points: Annotated[int, Query(ge=2, le=MAX_POINTS)] = 1000,
 ) -> JsonObject:
     """The metrics of a job's steps in order; of a long run, evenly spaced ones and the last.
@@ -35,7 +36,7 @@ def list_metrics(
     Steps with a validation loss are never left out.
     """
     jobs.get(session, caller.project_id, job_id)
-    points, n_all = metrics.sample(session, job_id, after, max_points)
+    points, n_all = metrics.sample(session, job_id, after, max_points, until)
     return {
         "object": "list",
         "data": [point.model_dump(exclude_none=True) for point in points],

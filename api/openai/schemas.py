@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StrictBool,
@@ -13,7 +14,7 @@ from pydantic import (
     model_validator,
 )
 
-from models.domain.base import JsonObject, Parameters, Text
+from models.domain.base import JsonObject, Parameters, Text, require_known
 from models.domain.generation import MAX_CHOICES
 from models.domain.rows import ChatMessage
 from models.domain.training import (
@@ -115,6 +116,7 @@ class JobCreate(Parameters):
     checkpoint_steps: Auto | Annotated[StrictInt, Field(ge=1, le=1_000_000)] | None = None
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] | None = None
     num_devices: Annotated[StrictInt, Field(ge=1, le=64)] | None = None
+    packing: StrictBool | None = None
 
     @field_validator("suffix", mode="before")
     @classmethod
@@ -158,13 +160,19 @@ def _plain_message(value: Any) -> Any:
     """Drop what an assistant message of an earlier answer carries along and no model reads."""
     if not isinstance(value, dict):
         return value
-    return {
+    plain = {
         key: item
         for key, item in value.items()
         if item is not None
         and key not in _IGNORED_IN_MESSAGES
         and (key, item) != ("tool_calls", [])
     }
+    require_known(ChatMessage, plain)
+    return plain
+
+
+Message = Annotated[ChatMessage, BeforeValidator(_plain_message)]
+"""A turn of a conversation as clients send it."""
 
 
 Stop = (
@@ -244,10 +252,8 @@ class CompletionRequest(SamplingFields):
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 
-class JsonSchemaFormat(BaseModel):
+class JsonSchemaFormat(Parameters):
     """OpenAI's ``json_schema``: `schema_` is on the wire ``schema``."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: FunctionName
     description: Text | None = None
@@ -312,7 +318,7 @@ class ChatRequest(SamplingFields):
     """
 
     model: Text
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=2048)]
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
@@ -338,11 +344,6 @@ class ChatRequest(SamplingFields):
     store: StrictBool | None = None
     metadata: Metadata | None = None
     moderation: Any = None
-
-    @field_validator("messages", mode="before")
-    @classmethod
-    def _plain_messages(cls, value: Any) -> Any:
-        return [_plain_message(item) for item in value] if isinstance(value, list) else value
 
     @model_validator(mode="after")
     def _top_logprobs_need_logprobs(self) -> "ChatRequest":

@@ -42,6 +42,7 @@ def training_spec(body: JobCreate, start: Start) -> TrainingSpec:
             "checkpoint_steps",
             "priority",
             "num_devices",
+            "packing",
         )
         if (value := getattr(body, name)) is not None
     }

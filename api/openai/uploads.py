@@ -13,6 +13,7 @@ from api import actions, bodies
 from api.deps import Caller, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.openai.schemas import PURPOSES
 from api.services import Services
+from api.strict_json import StrictJsonRoute
 from models.db import after_commit
 from models.domain.base import JsonObject, Parameters, Text
 from models.domain.status import UploadStatus
@@ -21,7 +22,7 @@ from models.registry import files, quotas, uploads
 from models.storage import CHUNK, part_key
 from models.tables import Upload, UploadPart, new_id
 
-router = APIRouter(prefix="/uploads", tags=["uploads"])
+router = APIRouter(prefix="/uploads", tags=["uploads"], route_class=StrictJsonRoute)
 
 
 class UploadCreate(Parameters):

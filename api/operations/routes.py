@@ -1,17 +1,17 @@
 """``/v1/workers`` and ``/v1/usage``; only the operator's key drains a worker."""
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Depends, Query
 from sqlalchemy.orm import Session
 
-from api.access import is_operator
 from api.audit import note
 from api.deps import Caller, CallerDep, ReadSession, ServicesDep, WriteSession
 from api.operation_bodies import usage_buckets, worker_body, workers_body
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError, PermissionDeniedError
-from models.registry import usage, workers
+from models.registry import tenancy, usage, workers
 from models.registry.usage import DAY_SECONDS
 
 DEFAULT_DAYS = 30
@@ -22,6 +22,14 @@ router = APIRouter(tags=["operations"])
 operator_router = APIRouter(prefix="/workers", tags=["operations"])
 
 Time = Annotated[int | None, Query(ge=0, le=MAX_TIME)]
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """From when to when, in seconds since 1970."""
+
+    start_time: Time = None
+    end_time: Time = None
 
 
 @router.get("/workers")
@@ -39,15 +47,17 @@ def show_usage(
     session: ReadSession,
     services: ServicesDep,
     caller: CallerDep,
-    start_time: Time = None,
-    end_time: Time = None,
-    group_by: Annotated[list[Literal["model", "api_key_id"]] | None, Query()] = None,
+    asked: Annotated[Period, Depends()],
+    group_by: Annotated[list[Literal["project_id", "model", "api_key_id"]] | None, Query()] = None,
+    all_projects: bool = False,
 ) -> JsonObject:
     """Show what the project used on each day (UTC): requests, tokens served and trained, seconds
     of devices. Times are seconds since 1970; the default is the last 30 days. ``group_by`` may be
-    repeated.
+    repeated. ``all_projects`` counts all that the key can see: those of its organisation, for a key
+    with that scope.
     """
     services.meter.flush()
+    start_time, end_time = asked.start_time, asked.end_time
     last = usage.today(session) if end_time is None else max(0, end_time - 1) // DAY_SECONDS
     first = last - DEFAULT_DAYS + 1 if start_time is None else start_time // DAY_SECONDS
     if first > last:
@@ -56,7 +66,11 @@ def show_usage(
         raise InvalidRequestError(
             f"The range has more than {MAX_DAYS} days; ask for less.", param="start_time"
         )
-    rows = usage.by_day(session, caller.project_id, first, last)
+    project_ids = [caller.project_id]
+    if all_projects:
+        reach = tenancy.within_reach(session, caller.project_id, caller.scopes)
+        project_ids = [project.id for project in reach]
+    rows = usage.by_day(session, project_ids, first, last)
     buckets = usage_buckets(rows, group_by or ())
     return {"object": "page", "data": buckets, "has_more": False, "next_page": None}
 
@@ -79,7 +93,8 @@ def resume_worker(worker_id: str, session: WriteSession, caller: CallerDep) -> J
 
 def _set_draining(session: Session, caller: Caller, worker_id: str, draining: bool) -> JsonObject:
     worker = workers.set_draining(session, worker_id, draining)
-    if not is_operator(session, caller.project_id):
+    own = tenancy.get_project(session, caller.project_id)
+    if not tenancy.is_operator(own, caller.scopes):
         raise PermissionDeniedError("Only an admin key of the default project drains workers.")
     note(session, caller, "worker.drained" if draining else "worker.resumed", worker_id)
     status = "draining" if draining else "online"

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from api import bodies
 from api.deps import ReadSession, ServicesDep
-from api.job_differences import default_differences, settings_that_differ
+from api.job_differences import default_differences, differ, settings
 from api.page_session import PageSession
 from api.services import Services
 from api.ui import fitting, plugin_forms
@@ -43,7 +43,13 @@ MAX_CHOICES = 100
 POINT_FIELDS = frozenset(
     {
         *("step", "epoch", "train_loss", "valid_loss", "full_valid_loss"),
-        *("learning_rate", "grad_norm", "tokens_per_second", "recorded_at"),
+        *(
+            "learning_rate",
+            "grad_norm",
+            "train_mean_token_accuracy",
+            "tokens_per_second",
+            "recorded_at",
+        ),
     }
 )
 
@@ -203,7 +209,7 @@ def compare_page(
         curves=curves,
         results=results,
         best=best,
-        differences=settings_that_differ(rows),
+        settings=[(name, values, differ(values)) for name, values in settings(rows)],
         names=_callable_names(session, rows),
         sample_file=(rows and _sample_file(session, page, rows[0])) or "",
     )

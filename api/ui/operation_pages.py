@@ -10,7 +10,6 @@ from fastapi.responses import Response
 from sqlalchemy.orm import Session
 
 from api import bodies
-from api.access import is_operator
 from api.deps import ReadSession, ServicesDep
 from api.operation_bodies import usage_buckets, workers_body
 from api.page_session import PageSession
@@ -50,7 +49,7 @@ def _workers(session: Session, page: PageSession) -> dict[str, Any]:
     project = page.key.project_id
     return {
         "workers": workers_body(session, project),
-        "may_drain": allows(page.key.scopes, Scope.ADMIN) and is_operator(session, project),
+        "may_drain": tenancy.is_operator(tenancy.get_project(session, project), page.key.scopes),
     }
 
 
@@ -64,7 +63,7 @@ def usage_page(
     n_days = next((each for each in RANGES if str(each) == asked.get("days")), RANGES[1])
     group = next((each for each in GROUPS if each == asked.get("by")), GROUPS[0])
     last = usage.today(session)
-    found = usage.by_day(session, page.key.project_id, last - n_days + 1, last)
+    found = usage.by_day(session, [page.key.project_id], last - n_days + 1, last)
     buckets = usage_buckets(found, {"model": ["model"], "key": ["api_key_id"]}.get(group, []))
     keys = {key.id: key.name for key in tenancy.list_keys(session, page.key.project_id)}
     rows = _usage_rows(buckets, group, keys)
@@ -143,13 +142,15 @@ def keys_page(request: Request, session: ReadSession, page: PageDep) -> Response
         raise PermissionDeniedError("Only an admin key shows and changes keys.")
     found = tenancy.list_keys(session, page.key.project_id)
     rows = [bodies.key_body(key) for key in found]
+    # The page is of one project.
+    scopes = [str(each) for each in Scope if each is not Scope.ORGANIZATION]
     return render(
         request,
         "keys.html",
         page,
         keys=rows,
         own=page.key.id,
-        scopes=[str(each) for each in Scope],
+        scopes=scopes,
         lifetimes=KEY_DAYS,
     )
 

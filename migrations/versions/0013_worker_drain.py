@@ -1,13 +1,13 @@
 """workers: whether one takes no new job.
 
-Revision: 0013_worker_drain, after 0010_page_indexes
+Revision: 0013_worker_drain, after 0012_merges
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0013_worker_drain"
-down_revision = "0010_page_indexes"
+down_revision = "0012_merges"
 branch_labels = None
 depends_on = None
 

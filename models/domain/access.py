@@ -5,19 +5,21 @@ from enum import StrEnum
 
 
 class Scope(StrEnum):
-    """A right of an API key, always within the key's project."""
+    """A right of an API key within its project; `ORGANIZATION` is one in its organisation."""
 
     READ = "read"
     TRAIN = "train"
     INFER = "infer"
     ADMIN = "admin"
+    ORGANIZATION = "organization"
 
 
 _IMPLIED: dict[Scope, frozenset[Scope]] = {
     Scope.READ: frozenset({Scope.READ}),
     Scope.TRAIN: frozenset({Scope.TRAIN, Scope.READ}),
     Scope.INFER: frozenset({Scope.INFER}),
-    Scope.ADMIN: frozenset(Scope),
+    Scope.ADMIN: frozenset(Scope) - {Scope.ORGANIZATION},
+    Scope.ORGANIZATION: frozenset(Scope),
 }
 
 

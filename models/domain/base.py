@@ -36,10 +36,16 @@ class Parameters(Frozen):
     @classmethod
     def _known_fields_only(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            for name in value:
-                if name not in cls.model_fields:
-                    raise unknown_field(str(name), list(cls.model_fields))
+            require_known(cls, value)
         return value
+
+
+def require_known(model: type[BaseModel], value: JsonObject) -> None:
+    """Raise the error that suggests a name, if `value` has a field that `model` does not have."""
+    known = [field.alias or name for name, field in model.model_fields.items()]
+    for name in value:
+        if name not in known:
+            raise unknown_field(str(name), known)
 
 
 def unknown_field(name: str, known: list[str]) -> PydanticCustomError:

@@ -33,11 +33,11 @@ class ProjectLimits(Parameters):
         tokens_per_minute: Tokens served to each such key.
     """
 
-    share: Annotated[float, Field(ge=0.01, le=100)] = 1.0
+    share: Annotated[float, Field(ge=0.01, le=100, strict=True)] = 1.0
     max_bytes: _Amount | None = None
     max_waiting_jobs: _Count | None = None
     max_running_jobs: _Count | None = None
     tokens_per_day: _Amount | None = None
-    device_hours_per_month: Annotated[float, Field(ge=0, le=1e9)] | None = None
+    device_hours_per_month: Annotated[float, Field(ge=0, le=1e9, strict=True)] | None = None
     requests_per_minute: Rate | None = None
     tokens_per_minute: Rate | None = None

@@ -5,14 +5,20 @@ Every shape that a file may have (``worker/data/shapes``) becomes one of these f
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from models.domain.base import Frozen, JsonObject, Text
+from models.domain.base import Frozen, JsonObject, Parameters, Text
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
-class TextPart(Frozen):
+def _no_boolean(value: Any) -> Any:
+    if isinstance(value, bool):  # to Python it is 0 or 1
+        raise ValueError("must be 0 or 1, not a boolean")
+    return value
+
+
+class TextPart(Parameters):
     """One part of a message whose content is a list; only text is accepted."""
 
     type: Literal["text"]
@@ -29,7 +35,7 @@ class ChatMessage(Frozen):
     role: Role
     content: Text | list[TextPart] | None = None
     name: Text | None = None
-    weight: Literal[0, 1] | None = None
+    weight: Annotated[Literal[0, 1] | None, BeforeValidator(_no_boolean)] = None
     reasoning_content: Text | None = None
     tool_calls: list[JsonObject] | None = None
     tool_call_id: Text | None = None

@@ -93,6 +93,15 @@ BATCH_MOVES: dict[BatchStatus, frozenset[BatchStatus]] = {
 """Allowed moves of a batch; a state without moves is terminal."""
 
 
+class MergeStatus(StrEnum):
+    """How the making of a merged model stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+
+
 class DeliveryStatus(StrEnum):
     """How the sending of one event to one webhook endpoint stands."""
 

@@ -62,7 +62,8 @@ class TrainingSpec(Frozen):
     or ``worker/training/methods``; only those registries know their fields. `validation_split` is
     the share of the training rows that is held out when there is no validation file; which rows
     follows from their content and `seed`. `init_adapter` is the adapter or checkpoint whose weights
-    training starts with.
+    training starts with. `packing` lays rows one after another where the model allows it; without
+    it they are padded.
     """
 
     model: Text
@@ -84,6 +85,7 @@ class TrainingSpec(Frozen):
     checkpoint_steps: Auto | Annotated[StrictInt, Field(ge=1, le=1_000_000)] = "auto"
     priority: Annotated[StrictInt, Field(ge=-100, le=100)] = 0
     num_devices: Annotated[StrictInt, Field(ge=1, le=64)] = 1
+    packing: StrictBool = True
 
     def resolved(self, n_rows: int, n_parameters: int, rate_scale: float = 1.0) -> "TrainingSpec":
         """Return a copy in which every ``"auto"`` is a number.

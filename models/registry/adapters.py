@@ -178,7 +178,7 @@ def delete(session: Session, project_id: str, name: str) -> str | None:
         NotFoundError: there is no such model in this project.
         InvalidRequestError: the name is that of a base model or of a checkpoint.
     """
-    adapter = _own_adapter(session, project_id, name, "deleted", "model_not_deletable")
+    adapter = get_own(session, project_id, name, "deleted", "model_not_deletable")
     session.execute(
         update(Adapter)
         .where(Adapter.name == name, Adapter.deleted_at.is_(None))
@@ -194,7 +194,7 @@ def set_archived(session: Session, project_id: str, name: str, *, archived: bool
         NotFoundError: there is no such model in this project.
         InvalidRequestError: the name is that of a base model or of a checkpoint.
     """
-    adapter = _own_adapter(session, project_id, name, "archived", "model_not_archivable")
+    adapter = get_own(session, project_id, name, "archived", "model_not_archivable")
     is_now = Adapter.archived_at.is_(None) if archived else Adapter.archived_at.is_not(None)
     session.execute(
         update(Adapter)
@@ -205,7 +205,14 @@ def set_archived(session: Session, project_id: str, name: str, *, archived: bool
     return adapter
 
 
-def _own_adapter(session: Session, project_id: str, name: str, what_for: str, code: str) -> Adapter:
+def get_own(session: Session, project_id: str, name: str, what_for: str, code: str) -> Adapter:
+    """Return a published adapter of this project.
+
+    Raises:
+        NotFoundError: there is no such model in this project.
+        InvalidRequestError: it is a base model or a checkpoint, which are not to be `what_for`
+            (``code``).
+    """
     resolved = resolve_own(session, project_id, name)
     adapter = session.get(Adapter, name)
     if resolved.adapter is None or adapter is None:

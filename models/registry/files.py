@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from sqlalchemy import CursorResult, func, or_, select, update
+from sqlalchemy import CursorResult, bindparam, func, or_, select, update
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
@@ -11,6 +11,7 @@ from models.db import db_now
 from models.domain.reports import DataOptions, DatasetReport
 from models.domain.status import FileStatus, JobStatus
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
+from models.prepared import PreparedRows
 from models.registry import batches
 from models.registry.page import Cursor, Page, page
 from models.storage import token_prefix
@@ -20,6 +21,10 @@ TRAINABLE = "fine-tune"
 BATCH = "batch"
 BATCH_OUTPUT = "batch_output"
 MAX_DETAILS = 8000
+_by_id = PreparedRows(
+    File,
+    select(File).where(File.id == bindparam("id"), File.project_id == bindparam("project_id")),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +65,21 @@ def get(session: Session, project_id: str, file_id: str, *, param: str = "file_i
     """Return a file of this project, or raise `NotFoundError` as for an id that never existed."""
     file = session.scalar(select(File).where(File.id == file_id, File.project_id == project_id))
     if file is None:
-        raise NotFoundError(f"No such file: {file_id!r}.", param=param, code="file_not_found")
+        raise not_found(file_id, param)
     return file
+
+
+def read(session: Session, project_id: str, file_id: str, *, param: str) -> File:
+    """Return a file as `get` does, only to be read."""
+    found = _by_id.all(session, id=file_id, project_id=project_id)
+    if not found:
+        raise not_found(file_id, param)
+    return found[0]
+
+
+def not_found(file_id: str, param: str) -> NotFoundError:
+    """Return the error for a file that does not exist, or that belongs to another project."""
+    return NotFoundError(f"No such file: {file_id!r}.", param=param, code="file_not_found")
 
 
 SortFiles = Literal["created_at", "filename", "bytes"]

@@ -5,21 +5,25 @@ through `fence` or carries the attempt in its condition, so that a worker which 
 another took over changes nothing (specs: reliability, section 1.2).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import CursorResult, func, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
 from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
-from models.domain.training import TrainingSpec
+from models.domain.training import Precision, TrainingSpec
 from models.errors import LeaseLostError
 from models.registry import events, quotas, turns, usage, workers
 from models.registry.jobs import end_as_failed, move, to_queue
 from models.registry.usage import Used, User
 from models.tables import Checkpoint, Job, JobAttempt, Project
+
+LOOKED_AT = 100
+"""So many queued jobs of a project are looked at for one that can be trained beside another."""
 
 
 def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
@@ -33,6 +37,44 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     job = next(filter(None, (_next_of(session, project) for project in turns.order(session))), None)
     if job is None:
         return None
+    return _take(session, job, worker, lease_seconds)
+
+
+def claim_companions(
+    session: Session,
+    first: Job,
+    lease_seconds: float,
+    most: int,
+    suits: Callable[[Session, Job], bool],
+) -> list[Job]:
+    """Take queued jobs of the same base model to be trained beside `first`, by its worker.
+
+    They come in the order in which `claim` would take them. A job whose last run was lost has no
+    company, so that nobody loses a run to it again.
+
+    Args:
+        session: The caller's.
+        first: As `claim` returned it.
+        lease_seconds: Of each.
+        most: How many, at most.
+        suits: Says whether such a job can be trained beside it.
+    """
+    assert first.lease_owner is not None
+    taken: list[Job] = []
+    if first.fruitless_attempts:
+        return taken
+    for project in turns.order(session):
+        while len(taken) < most:
+            job = _next_of(session, project, Job.base_model == first.base_model, suits)
+            companion = job and _take(session, job, first.lease_owner, lease_seconds)
+            if companion is None:
+                break
+            taken.append(companion)
+    return taken
+
+
+def _take(session: Session, job: Job, worker: str, lease_seconds: float) -> Job | None:
+    """Move a queued job to a worker; None if another was quicker."""
     attempt = job.attempt + 1
     moved = move(
         session,
@@ -58,7 +100,12 @@ def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
     return job
 
 
-def _next_of(session: Session, project_id: str) -> Job | None:
+def _next_of(
+    session: Session,
+    project_id: str,
+    condition: ColumnElement[bool] | None = None,
+    suits: Callable[[Session, Job], bool] | None = None,
+) -> Job | None:
     """Return the next queued job of a project, locked, unless as many run as it may have."""
     project = session.get_one(Project, project_id)
     if project.max_running_jobs is not None:
@@ -66,7 +113,21 @@ def _next_of(session: Session, project_id: str) -> Job | None:
         session.refresh(project, with_for_update={"key_share": True})
         if quotas.n_running(session, project_id) >= (project.max_running_jobs or 0):
             return None
-    return turns.next_job(session, project_id)
+    if suits is None or condition is None:
+        return turns.next_job(session, project_id)
+    waiting = turns.queued(project_id).where(condition, Job.fruitless_attempts == 0)
+    looked_at = session.scalars(waiting.limit(LOOKED_AT))
+    return next((job for job in looked_at if suits(session, job)), None)
+
+
+def last_base(session: Session) -> tuple[str, Precision] | None:
+    """Return the base model of the job that was started last, and how that job holds it."""
+    job = session.scalar(
+        select(Job).where(Job.started_at.is_not(None)).order_by(Job.started_at.desc()).limit(1)
+    )
+    if job is None:
+        return None
+    return job.base_model, TrainingSpec.model_validate(job.spec).precision
 
 
 def has_queued(session: Session) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, CursorResult, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, bindparam, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
@@ -13,12 +13,16 @@ from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
 from models.domain.webhooks import job_event
 from models.errors import InvalidRequestError, NotFoundError
+from models.prepared import PreparedInsert, PreparedRows
 from models.registry import events, job_files, usage, webhooks
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
 from models.registry.quotas import NOTHING, Reservation
 from models.registry.usage import Used, User
 from models.tables import Job, new_id
+
+_insert = PreparedInsert(Job)
+_by_id = PreparedRows(Job, select(Job).where(Job.id == bindparam("id")))
 
 
 def create(
@@ -29,27 +33,30 @@ def create(
     key_id: str | None = None,
     reserved: Reservation = NOTHING,
 ) -> Job:
-    """Add a job in state ``validating_files``; a worker moves it on once its files are linted."""
-    job = Job(
-        id=new_id("ftjob-"),
-        project_id=project_id,
-        key_id=key_id,
-        base_model=spec.model,
-        training_file=spec.training_file,
-        validation_file=spec.validation_file,
-        spec=spec.model_dump(mode="json"),
-        request_metadata=metadata,
-        priority=spec.priority,
-        reserved_tokens=reserved.tokens,
-        reserved_device_seconds=reserved.device_seconds,
-    )
-    session.add(job)
-    session.flush()
+    """Add a job in state ``validating_files``; a worker moves it on once its files are linted.
+
+    What is returned is only to be read.
+    """
+    job_id = new_id("ftjob-")
+    row = {
+        "id": job_id,
+        "project_id": project_id,
+        "key_id": key_id,
+        "base_model": spec.model,
+        "training_file": spec.training_file,
+        "validation_file": spec.validation_file,
+        "spec": spec.model_dump(mode="json"),
+        "request_metadata": metadata,
+        "priority": spec.priority,
+        "reserved_tokens": reserved.tokens,
+        "reserved_device_seconds": reserved.device_seconds,
+    }
+    _insert.add(session, row)
     names = f"training file: {spec.training_file}"
     if spec.validation_file:
         names += f" and validation file: {spec.validation_file}"
-    events.begin(session, job.id, f"Created fine-tuning job: {job.id}", f"Validating {names}")
-    return job
+    events.begin(session, job_id, f"Created fine-tuning job: {job_id}", f"Validating {names}")
+    return _by_id.all(session, id=job_id)[0]
 
 
 def get(session: Session, project_id: str, job_id: str) -> Job:

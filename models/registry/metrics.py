@@ -51,13 +51,22 @@ def after(session: Session, job_id: str, step: int, limit: int) -> list[StepMetr
 
 
 def sample(
-    session: Session, job_id: str, after_step: int, max_points: int
+    session: Session, job_id: str, after_step: int, max_points: int, until_step: int | None = None
 ) -> tuple[list[StepMetrics], int]:
-    """Return at most about `max_points` steps after one, evenly spaced, and how many there are.
+    """Return at most about `max_points` steps of a range, evenly spaced, and how many there are.
 
     The last step and those with a validation loss are always among them.
+
+    Args:
+        session: The caller's.
+        job_id: The job.
+        after_step: The range begins after this step.
+        max_points: Most that are wanted.
+        until_step: The last step of the range; None is the job's.
     """
-    of_job = (Metric.job_id == job_id, Metric.step > after_step)
+    of_job = [Metric.job_id == job_id, Metric.step > after_step]
+    if until_step is not None:
+        of_job.append(Metric.step <= until_step)
     n_all = session.scalar(select(func.count()).select_from(Metric).where(*of_job)) or 0
     query = select(Metric).where(*of_job).order_by(Metric.step)
     if n_all > max_points:

@@ -3,13 +3,13 @@
 import hashlib
 import hmac
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sqlalchemy import ColumnElement, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
-from models.domain.access import Scope
+from models.domain.access import Scope, allows
 from models.domain.limits import KeyRates, ProjectLimits
 from models.errors import AuthenticationError, InvalidRequestError, NotFoundError
 from models.tables import ApiKey, Organization, Project, new_id
@@ -97,6 +97,35 @@ def list_projects(session: Session) -> Sequence[Project]:
     return session.scalars(select(Project).order_by(Project.created_at, Project.id)).all()
 
 
+def is_operator(project: Project, scopes: Iterable[str]) -> bool:
+    """Say whether a key speaks for the service: an admin key of the very first project."""
+    return project.name == DEFAULT_PROJECT and allows(scopes, Scope.ADMIN)
+
+
+def within_reach(session: Session, project_id: str, scopes: Iterable[str]) -> Sequence[Project]:
+    """Return the projects that a key may see, oldest first.
+
+    They are all for the operator's key, those of its organisation for a key with that scope, else
+    the key's own project.
+
+    Args:
+        session: The caller's.
+        project_id: The key's project.
+        scopes: What the key may do.
+    """
+    own = get_project(session, project_id)
+    scopes = tuple(scopes)
+    if is_operator(own, scopes):
+        return list_projects(session)
+    if own.organization_id is None or not allows(scopes, Scope.ORGANIZATION):
+        return [own]
+    return session.scalars(
+        select(Project)
+        .where(Project.organization_id == own.organization_id)
+        .order_by(Project.created_at, Project.id)
+    ).all()
+
+
 def create_key(
     session: Session,
     project_id: str,
@@ -116,7 +145,8 @@ def create_key(
         rates: Its own limits.
 
     Raises:
-        InvalidRequestError: no scope is given, or the end is not in the future.
+        InvalidRequestError: no scope is given, the end is not in the future, or the scope
+            ``organization`` is given in a project without one.
     """
     if not scopes:
         raise InvalidRequestError(
@@ -126,6 +156,12 @@ def create_key(
         raise InvalidRequestError(
             "'expires_at' is past; give a time in the future, in seconds since 1970.",
             param="expires_at",
+        )
+    if Scope.ORGANIZATION in scopes and get_project(session, project_id).organization_id is None:
+        raise InvalidRequestError(
+            "The project belongs to no organisation, so no key can administer it. Leave out the "
+            "scope 'organization', or use a project of the organisation.",
+            param="scopes",
         )
     secret = KEY_PREFIX + secrets.token_urlsafe(32)
     key = ApiKey(

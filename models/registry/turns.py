@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Float, case, cast, func, or_, select
+from sqlalchemy import Float, Select, case, cast, func, or_, select
 from sqlalchemy.orm import Session
 
 from models.db import db_now
@@ -126,11 +126,15 @@ def _next_jobs(session: Session, project_id: str) -> Sequence[str]:
 
 def next_job(session: Session, project_id: str) -> Job | None:
     """Return the next queued job of a project, locked; one that is being taken is passed over."""
-    return session.scalar(
+    return session.scalar(queued(project_id).limit(1))
+
+
+def queued(project_id: str) -> Select[Job]:
+    """Select the queued jobs of a project, the next one first, those that are being taken not."""
+    return (
         select(Job)
         .where(Job.project_id == project_id, Job.status == JobStatus.QUEUED)
         .order_by(*_NEXT_FIRST)
-        .limit(1)
         .with_for_update(skip_locked=True)
     )
 

@@ -68,12 +68,14 @@ def add(session: Session, amounts: Iterable[tuple[User, Used]]) -> None:
         session.execute(statement)
 
 
-def by_day(session: Session, project_id: str, first_day: int, last_day: int) -> Sequence[Usage]:
-    """Return a project's usage from `first_day` to `last_day`, both included, in order."""
+def by_day(
+    session: Session, project_ids: Sequence[str], first_day: int, last_day: int
+) -> Sequence[Usage]:
+    """Return the usage of projects from `first_day` to `last_day`, both included, in order."""
     return session.scalars(
         select(Usage)
-        .where(Usage.project_id == project_id, Usage.day.between(first_day, last_day))
-        .order_by(Usage.day, Usage.model, Usage.key_id)
+        .where(Usage.project_id.in_(project_ids), Usage.day.between(first_day, last_day))
+        .order_by(Usage.day, Usage.project_id, Usage.model, Usage.key_id)
     ).all()
 
 

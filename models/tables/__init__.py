@@ -7,6 +7,7 @@ from models.tables.file import File, Upload, UploadPart
 from models.tables.idempotency import IdempotencyKey
 from models.tables.inference_server import InferenceServer
 from models.tables.job import Event, Job, JobAttempt, JobLogPart
+from models.tables.merge import Merge
 from models.tables.operations import Usage, Worker
 from models.tables.result import Adapter, Checkpoint, Metric
 from models.tables.stored_completion import StoredCompletion
@@ -38,6 +39,7 @@ __all__ = [
     "Job",
     "JobAttempt",
     "JobLogPart",
+    "Merge",
     "Metric",
     "Organization",
     "Project",

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from api.app import create_app
 from models.db import Database
 from models.domain.status import JobStatus
 from models.logs import configure_logging
@@ -17,6 +16,7 @@ from models.settings import Settings, WorkerSettings
 from models.storage import open_store
 from tests.api.calls import new_job
 from tests.api.fake_inference import FakeInference, running_fake
+from tests.apps import app_for
 from tests.services import MigratedUrl
 from worker.lint_files import FileLinter
 
@@ -57,7 +57,7 @@ def client(settings: Settings, database: Database) -> Iterator[TestClient]:
     with database.write() as session:
         project = tenancy.default_project(session)
         _, secret = tenancy.create_key(session, project.id, "test")
-    with TestClient(create_app(settings), raise_server_exceptions=False) as made:
+    with TestClient(app_for(settings), raise_server_exceptions=False) as made:
         made.headers["authorization"] = f"Bearer {secret}"
         yield made
 

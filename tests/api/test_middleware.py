@@ -58,7 +58,7 @@ def test_an_error_in_a_write_rolls_back_what_it_wrote(
         raise RuntimeError("after the row was added")
 
     file_id = upload(client).json()["id"]
-    monkeypatch.setattr("models.registry.events.append", broken)
+    monkeypatch.setattr("models.registry.events.begin", broken)
     body = {"model": "base", "training_file": file_id}
     expect(client.post("/v1/fine_tuning/jobs", json=body), 500, None, "internal_error")
     assert client.get("/v1/fine_tuning/jobs").json()["data"] == []

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
-from api.app import create_app
 from models.db import Database
 from models.registry import inference_servers, tenancy
 from models.registry.inference_servers import Announcement
 from models.settings import DatabaseSettings, Settings
 from tests.api.fake_inference import FakeInference, running_fake, serving
+from tests.apps import app_for
 from tests.services import MigratedUrl
 
 
@@ -67,7 +67,7 @@ def sdk(request: pytest.FixtureRequest, settings: Settings, database: Database) 
         project = tenancy.default_project(session)
         _, secret = tenancy.create_key(session, project.id, "test")
     with (
-        serving(create_app(settings), lifespan="on") as url,
+        serving(app_for(settings), lifespan="on") as url,
         running_fake() as fake,
         asyncio.Runner() as runner,
     ):

@@ -12,10 +12,7 @@ from models.domain.generation import Chunk, TokenLogprob, ToolCallDelta
 from models.registry import adapters, tenancy
 from models.tables import Adapter
 from tests.api.calls import ROW
-from tests.api.fake_inference import (
-    FINISHED,
-    STARTED,
-)
+from tests.api.fake_inference import FINISHED, HELLO, STARTED
 from tests.contract import coverage
 from tests.contract.conftest import Sdk
 
@@ -213,6 +210,22 @@ def test_completions(sdk: Sdk) -> None:
     answer = sdk("completions.create", model="base", prompt=["a", "b"], max_tokens=3)
     assert [choice.text for choice in answer.choices] == ["Hello", "Hello"]
     assert answer.usage.prompt_tokens == 14
+    drawn = [
+        Chunk(
+            index=at,
+            text=text,
+            logprobs=(TokenLogprob(text="a", bytes=(97,), logprob=logprob),),
+            finish_reason="stop",
+        )
+        for at, (text, logprob) in enumerate((("worse", -2.0), ("better", -0.5)))
+    ]
+    sdk.fake.events = [STARTED, *drawn, FINISHED]
+    options: dict[str, Any] = {"echo": True, "logprobs": 1, "best_of": 2, "seed": 3, "stop": ["x"]}
+    [best] = sdk("completions.create", model="base", prompt="a", **options).choices
+    assert (best.text, best.logprobs.token_logprobs) == ("better", [-0.5])
+    asked = sdk.fake.requests[-1]
+    assert (asked.echo, asked.sampling.n, asked.sampling.stop) == (True, 2, ("x",))
+    sdk.fake.events = list(HELLO)
     stream = sdk("completions.create", model="base", prompt="a", stream=True)
     if isinstance(sdk.client, OpenAI):
         pieces = [chunk.choices[0].text for chunk in stream]

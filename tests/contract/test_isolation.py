@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
-from api.app import create_app
 from models.db import Database
 from models.registry import adapters, permissions, stored_completions, tenancy
 from models.settings import Settings
 from models.tables import Adapter, StoredCompletion
 from tests.api.calls import chat, new_batch, new_job, upload
+from tests.apps import app_for
+from tests.contract.places import Place, bodies, changed, operations, sent
 
 NAME = "ft:base:local:mine:abcdefgh"
 WEBHOOK = {"name": "x", "url": "https://example.com/", "event_types": ["batch.completed"]}
@@ -22,13 +23,23 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part_x"]}},
     ("get", "/v1/files/{file_id}/preview"): {"params": {"model": "base"}},
     ("post", "/v1/files/{file_id}/lint"): {"json": {}},
+    ("post", "/v1/fine_tuning/jobs/{job_id}/samples"): {"json": {}},
     ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
+    ("post", "/v1/projects/{project_id}/api_keys"): {"json": {"name": "x"}},
     ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
     ("post", "/v1/chat/completions/{completion_id}"): {"json": {"metadata": None}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {
         "json": {"event_type": "batch.completed"}
     },
+}
+
+# Fields of bodies that name an object, and which of the other project's they are given.
+IDS = {
+    "training_file": "file_id",
+    "validation_file": "file_id",
+    "input_file_id": "file_id",
+    "model": "model",
 }
 
 
@@ -53,7 +64,7 @@ def world(settings: Settings, database: Database) -> Iterator[World]:
         key, theirs = tenancy.create_key(session, project.id, "theirs")
         other = tenancy.create_project(session, "other")
         _, own = tenancy.create_key(session, other.id, "own")
-    with TestClient(create_app(settings), raise_server_exceptions=False) as client:
+    with TestClient(app_for(settings), raise_server_exceptions=False) as client:
         client.headers["authorization"] = f"Bearer {theirs}"
         job = new_job(client).json()
         pending = {"bytes": 9, "filename": "a", "mime_type": "a/b", "purpose": "fine-tune"}
@@ -133,3 +144,20 @@ def test_anothers_objects_cannot_be_used(world: World) -> None:
         assert world.client.post(f"/v1/{route}", json=body).status_code == 404
     text = {"model": NAME, "prompt": "a"}
     assert world.client.post("/v1/completions", json=text).status_code == 404
+
+
+def test_no_body_reaches_anothers_object(world: World) -> None:
+    """Each field that takes an id or a model's name is given the other project's."""
+    document = world.client.get("/openapi.json").json()
+    good = bodies(upload(world.client).json()["id"])
+    tried = set()
+    for method, path, schema in operations(document):
+        for place in Place(document, schema, ()).within(document):
+            kind = IDS.get(str(place.path[-1])) if place.path else None
+            if kind is None or "string" not in place.types:
+                continue
+            body = changed(good[path], place.path, world.theirs[kind])
+            answer = sent(world.client, method, path, body)
+            assert answer.status_code == 404, (path, place.text, answer.text)
+            tried.add((path, place.text))
+    assert len(tried) >= 12

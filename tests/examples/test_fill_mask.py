@@ -39,7 +39,7 @@ class Stage:
 def stage(
     minilm: tuple[Path, BaseModelInfo], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Stage]:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("article")
     service = Service.create(root, minilm[0])
     settings = service.settings.model_copy(

@@ -43,12 +43,12 @@ class Stage:
         with self.database.write() as session:
             base_models.sync_catalog(session, self.catalog)
 
-    def submit(self) -> str:
-        """Add a job whose file is still to be linted; return its id."""
+    def submit(self, **numbers: int) -> str:
+        """Add a job, whose file is still to be linted if it is the first one; return its id."""
         content = b"".join(HARBOUR_DESK.read_bytes().splitlines(keepends=True)[:16])
         with self.database.write() as session:
             project = tenancy.default_project(session)
-            file = File(
+            file = session.get(File, "file-rows") or File(
                 id="file-rows",
                 project_id=project.id,
                 purpose="fine-tune",
@@ -65,7 +65,7 @@ class Stage:
                     "model": "tiny",
                     "training_file": file.id,
                     "seed": 3,
-                    "hyperparameters": {"n_epochs": N_EPOCHS, "batch_size": 8},
+                    "hyperparameters": {"n_epochs": N_EPOCHS, "batch_size": 8, **numbers},
                     "objective": objectives.parse_params({"type": "sft"}).model_dump(),
                     "peft": methods.parse_params({"type": "lora", "r": 4}).model_dump(),
                     "precision": {"type": "fp32"},
@@ -84,6 +84,7 @@ class Stage:
             "TUNERY_MODELS__CACHE_DIR": str(self._cache),
             "TUNERY_MODELS__CATALOG": f'{{"tiny": "{self.catalog["tiny"]}"}}',
             "TUNERY_WORKER__SCRATCH_DIR": str(self.folder / "scratch"),
+            "TUNERY_WORKER__JOINT_JOBS": "4",
             "TUNERY_WORKER__LEASE_SECONDS": str(LEASE_SECONDS),
             "TUNERY_WORKER__HEARTBEAT_SECONDS": "1",
             "TUNERY_WORKER__SWEEP_SECONDS": "1",
@@ -264,6 +265,37 @@ def test_a_paused_job_goes_on_where_it_stopped(stage: Stage) -> None:
     assert ended.status == JobStatus.SUCCEEDED, stage.logs()
     ran = {row.step: row.attempt for row in stage.all(Metric)}
     assert ran == {step: 1 if step <= paused.step else 2 for step in range(1, 2 * N_EPOCHS + 1)}
+
+
+def test_small_jobs_share_a_trainer_and_each_has_an_end_of_its_own(stage: Stage) -> None:
+    ids = [stage.submit(n_epochs=8, batch_size=2) for _ in range(2)]
+    with stage.worker() as worker:
+        for job_id in ids:
+            stage.wait_for_job(job_id, has_checkpoint, "some steps")
+        [trainer] = {row.trainer_pid for row in stage.all(JobAttempt)}
+        psutil.Process(trainer).kill()
+        for job_id in ids:
+            stage.wait_for_job(job_id, lambda job: job.attempt == 2, "a second attempt")
+        with stage.database.write() as session:
+            jobs.cancel(session, stage.job(ids[1]).project_id, ids[1])
+        ends = [
+            stage.wait_for_job(each, lambda job: JobStatus(job.status).is_terminal, "the end")
+            for each in ids
+        ]
+        wait_until(lambda: all(row.outcome for row in stage.all(JobAttempt)), 10, "the outcomes")
+        rows = {(row.job_id, row.attempt): row for row in stage.all(JobAttempt)}
+        assert worker.is_running()
+    assert [job.status for job in ends] == [JobStatus.SUCCEEDED, JobStatus.CANCELLED], stage.logs()
+    assert len({rows[each, 2].trainer_pid for each in ids} | {trainer}) == 2
+    assert {key: row.outcome for key, row in rows.items()} == {
+        (ids[0], 1): "requeued",
+        (ids[1], 1): "requeued",
+        (ids[0], 2): "succeeded",
+        (ids[1], 2): "cancelled",
+    }
+    steps = {row.step: row.attempt for row in stage.all(Metric) if row.job_id == ids[0]}
+    assert sorted(steps) == list(range(1, 65))
+    assert (steps[1], steps[64]) == (1, 2)  # it went on where it was
 
 
 def test_jobs_start_without_a_broker(stage: Stage) -> None:

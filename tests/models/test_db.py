@@ -1,10 +1,12 @@
 """Transactions: what is registered for after the commit runs then, once, and only then."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select, text
+from sqlalchemy.exc import OperationalError
 
 from models.db import IDLE_TRANSACTION_SECONDS, Database, after_commit, db_now
 from models.settings import DatabaseSettings
@@ -49,3 +51,40 @@ def test_a_frozen_client_does_not_keep_its_locks_in_postgresql_for_ever(postgres
         limit = session.scalar(text("SHOW idle_in_transaction_session_timeout"))
     server.close()
     assert limit == f"{IDLE_TRANSACTION_SECONDS}s"
+
+
+def test_writers_of_a_process_come_one_after_the_other(database: Database) -> None:
+    """Each reads and writes in one transaction, so none is lost and none is refused."""
+    with database.write() as session:
+        session.execute(text("CREATE TABLE counter (n INTEGER)"))
+        session.execute(text("INSERT INTO counter VALUES (0)"))
+
+    def add_one(_: int) -> None:
+        with database.write() as session:
+            n = session.scalar(text("SELECT n FROM counter"))
+            session.execute(text("UPDATE counter SET n = :n"), {"n": (n or 0) + 1})
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add_one, range(40)))
+    with database.read() as session:
+        assert session.scalar(text("SELECT n FROM counter")) == 40
+
+
+def test_a_writer_that_fails_lets_the_next_one_in(database: Database) -> None:
+    with pytest.raises(OperationalError), database.write() as session:
+        session.execute(text("SELECT * FROM nothing"))
+    with database.write() as session:
+        session.execute(text("CREATE TABLE something (n INTEGER)"))
+
+
+def test_every_commit_changes_the_version(database: Database, tmp_path: Path) -> None:
+    seen = [database.version()]
+    other = Database(DatabaseSettings(url=f"sqlite:///{tmp_path / 'x.db'}"))
+    for writer in (database, other):
+        with writer.write() as session:
+            session.execute(text(f"CREATE TABLE t{len(seen)} (n INTEGER)"))
+        seen += [database.version()]
+    assert len(set(seen)) == 3
+    assert database.version() == seen[-1]
+    for each in (database, other):
+        each.close()

@@ -39,6 +39,13 @@ def test_both_kinds_of_loggers_write_the_same_form(written: io.StringIO) -> None
     assert (theirs["event"], theirs["logger"], theirs["process"]) == ("said so", "theirs", "test")
 
 
+def test_what_is_below_the_level_is_not_written(written: io.StringIO) -> None:
+    logging.getLogger().setLevel("WARNING")
+    structlog.get_logger("ours").info("event")
+    structlog.get_logger("ours").warning("other")
+    assert [line["event"] for line in lines(written)] == ["other"]
+
+
 def test_text_from_outside_cannot_begin_a_line(written: io.StringIO) -> None:
     structlog.get_logger("ours").info("request", path='/x\r\n{"event": "forged"}\x1b[2J')
     assert [line["event"] for line in lines(written)] == ["request"]

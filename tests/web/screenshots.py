@@ -58,7 +58,12 @@ class Studio:
             self.windows[kind] = page
 
     def take(self, page: Page, name: str, kind: str) -> None:
-        page.screenshot(path=FOLDER / f"{name}-{kind}.png", full_page=True)
+        height = page.evaluate("document.documentElement.scrollHeight")
+        size = KINDS[kind]["viewport"]
+        # As high as the page, so that the menu beside it reaches to its end.
+        page.set_viewport_size(size | {"height": max(size["height"], height)})
+        page.screenshot(path=FOLDER / f"{name}-{kind}.png")
+        page.set_viewport_size(size)
         paints = (
             "performance.getEntriesByName('first-contentful-paint').map(each => each.startTime)"
         )
@@ -76,17 +81,20 @@ class Studio:
 
     def job(self, suffix: str, file: str, rate: float, batch_size: int = 1, **changes: Any) -> str:
         """Start a job of many small steps, judged on rows that are held out."""
+        hyperparameters = {"n_epochs": 1, "batch_size": batch_size}
         body = {
+            "method": {
+                "type": "supervised",
+                "supervised": {"hyperparameters": hyperparameters},
+            },
             "validation_split": 0.1,
             "optimizer": {"type": "adamw", "learning_rate": rate},
             **changes,
         }
-        hyperparameters = {"n_epochs": 1, "batch_size": batch_size}
         job = self.client.fine_tuning.jobs.create(
             model=BASE,
             training_file=file,
             suffix=suffix,
-            method={"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
             extra_body=body,
         )
         return job.id
@@ -142,6 +150,10 @@ def take_all(studio: Studio, folder: Path) -> None:
     first = studio.job("harbour-desk", good.id, 1e-3)
     second = studio.job("careful", good.id, 2e-4, batch_size=4, peft={"type": "lora", "r": 8})
     failed = studio.job("too-long", good.id, 1e-3, max_seq_length=32)
+    studio.wait(first, lambda job: job.model_extra["step"] >= N_ROWS // 3)
+    for path in ("jobs", "workers"):
+        studio.show(path, f"/ui/{path}")
+    studio.show("job-running", f"/ui/jobs/{first}")
     name = studio.wait(first, ended)
     for each in (second, failed):
         studio.wait(each, ended)
@@ -156,13 +168,6 @@ def take_all(studio: Studio, folder: Path) -> None:
     studio.show("playground", f"/ui/playground?left={BASE}&right={name}", ask_both)
     for path in ("keys", "usage", "settings", "nothing"):
         studio.show(path, f"/ui/{path}")
-    running = studio.job("night-watch", good.id, 5e-4)
-    waiting = studio.job("weekend", good.id, 5e-4)
-    studio.wait(running, lambda job: job.model_extra["step"] >= 7)
-    for path, shown in (("jobs", ""), ("job-running", f"jobs/{running}"), ("workers", "")):
-        studio.show(path, f"/ui/{shown or path}")
-    for each in (waiting, running):
-        studio.client.fine_tuning.jobs.cancel(each)
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def test_three_jobs_are_compared_by_curves_results_and_what_differs(site: Site, 
 
     def seen() -> tuple[list[str], list[str], list[str]]:
         legend = page.locator("#curves .u-legend .u-series .u-label").all_inner_texts()
-        settings = page.locator("#differences tr[data-setting]")
+        settings = page.locator("#differences tr[data-setting]:not([hidden])")
         names = [each.get_attribute("data-setting") or "" for each in settings.all()]
         best = page.locator("#results td[data-best]")
         return legend, names, best.all_inner_texts()
@@ -116,6 +116,9 @@ def test_three_jobs_are_compared_by_curves_results_and_what_differs(site: Site, 
     assert sorted(first[0][1:]) == ["high", "low", "middle"]
     assert set(first[1]) == {"optimizer.learning_rate", "user_provided_suffix"}
     assert len(set(first[2])) == 2  # the best train loss and the best held-out loss
+    page.get_by_label("All settings").check()
+    assert {"peft.r", *first[1]} < set(seen()[1])
+    page.get_by_label("All settings").uncheck()
     address = page.url
     again = page.context.new_page()
     page.close()

@@ -27,7 +27,7 @@ from worker.base_models import (
     pick_device,
 )
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def tiny_model(directory: Path, *, vocab_size: int = 128, seed: int = 0) -> Path:

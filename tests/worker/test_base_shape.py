@@ -38,6 +38,8 @@ def test_blocks_norms_and_biases_are_counted(tmp_path: Path) -> None:
     shape = read_shape(tmp_path)
     parameters = dict(model.named_parameters())
     assert (shape.n_blocks, shape.width) == (3, 32)
+    fused = shape.layers["c_attn"]  # stored [in, out]
+    assert (fused.outputs, fused.inputs, fused.count) == (96, 32, 3)
     assert shape.n_norms == 3 * 2 * 2 * 32
     assert shape.n_biases == sum(p.numel() for n, p in parameters.items() if n.endswith(".bias"))
     assert shape.n_linear + shape.n_other == sum(p.numel() for p in parameters.values())

@@ -4,6 +4,7 @@ Each kind of head is a model of its own around the base's weights, with its adap
 PEFT; requests take turns, each with its adapter switched on.
 """
 
+import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -42,63 +43,81 @@ _BASE_HEADS: dict[EncodeTask, HeadKind] = {"fill_mask": "masked_lm", "embed": "e
 
 
 class _Stage:
-    """The base with one kind of head, and the adapters that are on it, oldest use first."""
+    """The base with one kind of head, and the adapters that are on it, oldest use first.
+
+    PEFT puts adapters of one kind on a model, so each kind has modules of its own around the one
+    set of the base's weights.
+    """
 
     def __init__(self, model: Any, max_adapters: int) -> None:
-        self.model = model
         self.has_new_head = bool(head_paths(model))
+        self._bare = model
         self._max_adapters = max_adapters
-        self._adapters: OrderedDict[str, None] = OrderedDict()
+        self._models: dict[str, Any] = {}
+        self._adapters: OrderedDict[str, str] = OrderedDict()
+        """The kind of each adapter in memory, by its digest."""
 
     @contextmanager
     def wearing(self, digest: str | None, directory: Path | None) -> Iterator[Any]:
         """Give the model with one adapter switched on, or with none."""
         if digest is None:
-            if not self._adapters:
-                yield self.model
-                return
-            with self.model.disable_adapter():
-                yield self.model
+            yield self._bare
             return
         if digest not in self._adapters:
             assert directory is not None
             self._load(digest, directory)
         self._adapters.move_to_end(digest)
-        self.model.set_adapter(digest)
-        self.model.eval()
-        yield self.model
+        model = self._models[self._adapters[digest]]
+        model.set_adapter(digest)
+        yield model.eval()
 
     def _load(self, digest: str, directory: Path) -> None:
-        from peft import PeftModel, get_peft_model_state_dict
+        from peft import PeftConfig, PeftModel, get_peft_model_state_dict
         from safetensors.torch import load_file
 
-        import worker.training.tuners.own  # noqa: F401 (makes its configurations known to PEFT)
+        # Both make their configurations known to PEFT.
+        import worker.training.reversible.tuner
+        import worker.training.tuners.own  # noqa: F401
+        from worker.training.tuners.attach import without_known_warnings
 
         try:
-            with warnings.catch_warnings():
-                # peft 0.21 asks transformers 5.24 for an attribute under its old name.
-                warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            with without_known_warnings():
                 warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
-                if isinstance(self.model, PeftModel):
-                    self.model.load_adapter(str(directory), digest, is_trainable=False)
-                else:
-                    self.model = PeftModel.from_pretrained(
-                        self.model, str(directory), adapter_name=digest, is_trainable=False
+                kind = str(PeftConfig.from_pretrained(str(directory)).peft_type)
+                model = self._models.get(kind)
+                if model is None:
+                    model = PeftModel.from_pretrained(
+                        _with_the_same_weights(self._bare),
+                        str(directory),
+                        adapter_name=digest,
+                        is_trainable=False,
                     )
+                else:
+                    model.load_adapter(str(directory), digest, is_trainable=False)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise invalid_adapter("does_not_fit", str(error).partition("\n")[0]) from error
-        self._adapters[digest] = None
+        self._models[kind] = model
+        self._adapters[digest] = kind
         stored = load_file(directory / ADAPTER_FILES[1])
-        found = get_peft_model_state_dict(
-            self.model, adapter_name=digest, save_embedding_layers=False
-        )
+        found = get_peft_model_state_dict(model, adapter_name=digest, save_embedding_layers=False)
         if stored.keys() != found.keys():
             odd = sorted(stored.keys() ^ found.keys())
             raise invalid_adapter("other_tensors", f"{len(odd)} tensors such as {odd[0]}")
         if len(self._adapters) > self._max_adapters:
-            oldest, _ = self._adapters.popitem(last=False)
-            self.model.set_adapter(digest)  # the one that goes must not be the active one
-            self.model.delete_adapter(oldest)
+            oldest, kind = self._adapters.popitem(last=False)
+            if kind not in self._adapters.values():
+                del self._models[kind]
+                return
+            model = self._models[kind]
+            if model.active_adapter == oldest:  # the one that goes must not be the active one
+                model.set_adapter(next(d for d, k in self._adapters.items() if k == kind))
+            model.delete_adapter(oldest)
+
+
+def _with_the_same_weights(model: Any) -> Any:
+    """Return other modules around the very tensors of `model`."""
+    shared = {id(each): each for each in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
 
 
 class EncoderEngine:

@@ -28,20 +28,44 @@ def load_own_model(
     Raises:
         KeyError, RuntimeError, ValueError: the adapter's files do not fit the base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
-
-    # Both make their configurations known to PEFT.
-    import worker.training.reversible.tuner
-    import worker.training.tuners.own  # noqa: F401
+    from worker.training.tuners.virtual import with_virtual_tokens
 
     model: Any = load_model(base, precision=precision, device=device)
     if precision == "nf4":
         dequantise_(model)
     if served == "merged":
         model = model.float()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    adapted = with_adapter(model, adapter, device)
+    whole: PreTrainedModel
+    if served == "merged":
+        whole = adapted.merge_and_unload()
+    elif adapted.active_peft_config.is_prompt_learning:
+        whole = with_virtual_tokens(adapted)
+    else:
+        whole = adapted.get_base_model()
+    return whole.requires_grad_(False).eval()
+
+
+def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
+    """Return PEFT's model of a base and an adapter, all of whose tensors are used.
+
+    Args:
+        model: The base, which is changed.
+        adapter: Directory of the adapter.
+        device: Where the model is.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: the adapter's files do not fit the base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    # Both make their configurations known to PEFT.
+    import worker.training.reversible.tuner
+    import worker.training.tuners.own  # noqa: F401
+    from worker.training.tuners.attach import without_known_warnings
+
+    with without_known_warnings():
         warnings.filterwarnings("ignore", "Found missing adapter keys")  # looked at below
         adapted: Any = PeftModel.from_pretrained(
             model, str(adapter), autocast_adapter_dtype=False, torch_device=device
@@ -51,7 +75,4 @@ def load_own_model(
         stray ^= set(file.keys())
     if stray:
         raise ValueError(f"tensors are missing or left over: {', '.join(sorted(stray)[:5])}")
-    whole: PreTrainedModel = (
-        adapted.merge_and_unload() if served == "merged" else adapted.get_base_model()
-    )
-    return whole.requires_grad_(False).eval()
+    return adapted

@@ -31,6 +31,9 @@ STATE_FILES = (OPTIMIZER, RNG, TRAINER)
 VALUE = "value"
 """What the file of the states holds beside them where the adapter's file is no way back."""
 
+KEPT = "kept"
+"""The same of what a method keeps."""
+
 SMALL_FILES_BYTES = 1024**2
 
 
@@ -85,6 +88,7 @@ def save(trainer: Trainer, directory: Path, base_model: str) -> None:
     if task.method.taken_up({}, task.method_params) is None:
         for name, parameter in trainer.parameters.items():
             tensors[f"{name}:{VALUE}"] = parameter.detach().to("cpu", copy=True).contiguous()
+    tensors |= {f"{name}:{KEPT}": each for name, each in task.method.kept(task).items()}
     save_file(tensors, state / OPTIMIZER)
     save_file(_rng_tensors(), state / RNG)
     (state / TRAINER).write_text(_trainer_state(trainer).model_dump_json())
@@ -102,6 +106,8 @@ def restore(trainer: Trainer, directory: Path) -> None:
         weights = _taken_up(trainer, directory / "adapter")
         if weights is None:
             weights = {name: moments.pop(f"{name}:{VALUE}") for name in trainer.parameters}
+        names = [name for name in moments if name.endswith(f":{KEPT}")]
+        kept_by_method = {name.removesuffix(f":{KEPT}"): moments.pop(name) for name in names}
         rng = load_file(state / RNG)
         kept = _TrainerState.model_validate_json((state / TRAINER).read_bytes())
     except (OSError, SafetensorError, ValidationError, KeyError) as error:
@@ -114,6 +120,7 @@ def restore(trainer: Trainer, directory: Path) -> None:
         for name, parameter in trainer.parameters.items():
             parameter.copy_(weights[name])
     optimizers.load_states(trainer.optimizer, [states[name] for name in trainer.parameters])
+    trainer.task.method.put_back(trainer.task, kept_by_method)
     trainer.progress = Progress(
         step=kept.step,
         n_tokens=kept.n_tokens,

@@ -20,7 +20,7 @@ from models.logs import configure_logging
 from models.processes import die_with_parent
 from models.settings import load_settings
 from models.storage import open_store
-from worker.base_models import materialise, pick_device
+from worker.base_models import pick_device
 from worker.training import checkpoint, exit_codes
 from worker.training.job import JobRun, Surroundings
 from worker.training.loop import Trainer
@@ -50,10 +50,8 @@ def follow(around: Surroundings, job_id: str, attempt: int, place: _Place) -> No
     """
     reporter = Silence()
     run = JobRun(around, job_id, attempt, reporter)
-    source = run.load_source()
-    directory, base = materialise(source.spec.model, around.settings.models, around.store)
     device = device_of(pick_device("auto"), place.rank)
-    task, _ = run.prepare(source, directory, base, device)
+    task = run.prepare(run.read(), device)
     ranks = Ranks.join(place.meeting, place.rank, place.size, device)
     trainer = Trainer(task, ranks=ranks)
     state = ranks.copy_path(None)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,20 +27,23 @@ from worker.heads import Head
 from worker.training import checkpoint, methods, objectives
 from worker.training.cost import CostMeter
 from worker.training.followers import gathered
-from worker.training.forward import choose_forward
+from worker.training.forward import PaddedForward, choose_forward
 from worker.training.headed import headed_forward
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights
+from worker.training.methods.base import DEFAULT_ADAPTER
 from worker.training.model import adapt
-from worker.training.objectives.base import Example, Facts
+from worker.training.objectives.base import Example, Facts, LanguageForward
 from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
 from worker.training.publish import Publisher, RunIdentity
 from worker.training.report import DatabaseReporter, Silence
 from worker.training.stored_checkpoints import StoredCheckpoints
 from worker.training.task import Outcome, Stop, Task
+from worker.training.warm import WarmBase
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +56,7 @@ class Surroundings:
     database: Database
     store: ObjectStore
     scratch: Path
+    warm: WarmBase = field(default_factory=WarmBase)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,17 @@ class Source:
     spec: TrainingSpec
     training: DataFile
     validation: DataFile | None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What a job trains on, and what of; `directory` holds its base model."""
+
+    directory: Path
+    train: Sequence[Example]
+    valid: Sequence[Example]
+    pad_id: int
+    run: RunIdentity
 
 
 class JobRun:
@@ -81,7 +96,7 @@ class JobRun:
         self._around = around
         self._job_id = job_id
         self._attempt = attempt
-        self._reporter = reporter or DatabaseReporter(around.database, job_id, attempt)
+        self.reporter = reporter or DatabaseReporter(around.database, job_id, attempt)
         self._current: Path | None = None
         """The directory of the newest state on the local disk."""
 
@@ -97,52 +112,76 @@ class JobRun:
         """
         around = self._around
         meter = CostMeter(around.database, self._job_id, self._attempt)
-        source = self.load_source()
-        directory, base = materialise(source.spec.model, around.settings.models, around.store)
-        with around.database.write() as session:
-            base_models.record_identity(session, base)
-        task, run = self.prepare(source, directory, base, pick_device("auto"))
-        publisher = Publisher(around.database, around.store, run)
-        stored = StoredCheckpoints(
-            around.database, around.store, run, around.scratch, self._reporter.warn
-        )
+        rows = self.read()
+        task = self.prepare(rows, pick_device("auto"))
         slots = around.settings.worker.slots
-        with gathered(run, task.device, around.scratch, slots) as ranks:
-            trainer = Trainer(task, warn=self._reporter.warn, ranks=ranks)
-            checkpoint.require_room(trainer, around.scratch)
-            self._current = stored.restore_newest(trainer)
-            is_new = self._current is None
-            if is_new:
-                checkpoint.seed_everything(run.spec.seed)
-                self._start_from_adapter(trainer, base)
+        with gathered(rows.run, task.device, around.scratch, slots) as ranks:
+            trainer = Trainer(task, warn=self.reporter.warn, ranks=ranks)
+            is_new = self.begin(trainer, rows.run)
             ranks.copy_path(self._current)
             ranks.copy_parameters(trainer.parameters.values())
-            assert base.shape is not None
-            meter.reckon(task, base.shape)
+            assert rows.run.base.shape is not None
+            meter.reckon(task, rows.run.base.shape)
             with meter.training():
-                outcome = trainer.run(
-                    self._reporter, self._saver(publisher, base.name), ranks.agree(asked)
-                )
-        self._reporter.flush()
+                outcome = trainer.run(self.reporter, self.saver(rows.run), ranks.agree(asked))
+        self.reporter.flush()
         if outcome is Outcome.FINISHED:
-            last = trainer.progress
-            best = stored.restore_best(trainer) if run.spec.early_stopping else None
-            result = best or self._current
-            assert result is not None
-            publisher.adapter(trainer, result, around.scratch / "verify", last)
-            if is_new and run.spec.num_devices == 1:  # estimates are of one device
+            self.finish(trainer, rows.run)
+            if is_new and rows.run.spec.num_devices == 1:  # estimates are of one device
                 meter.record(task)
         return outcome
 
-    def prepare(
-        self, source: Source, directory: Path, base: BaseModelInfo, device: str
-    ) -> tuple[Task, RunIdentity]:
-        """Tokenise the rows, resolve the specification, load the model and attach the adapter."""
+    def begin(self, trainer: Trainer, run: RunIdentity) -> bool:
+        """Put the trainer to where its run goes on; return whether that is its very beginning.
+
+        Raises:
+            TrainingFailedError: the disk is too full, or the adapter that the job goes on from is
+                of no use.
+        """
+        with self._around.database.write() as session:
+            base_models.record_identity(session, run.base)
+        checkpoint.require_room(trainer, self._around.scratch)
+        self._current = self._stored(run).restore_newest(trainer)
+        if self._current is not None:
+            return False
+        checkpoint.seed_everything(run.spec.seed)
+        self._start_from_adapter(trainer, run.base)
+        return True
+
+    def finish(self, trainer: Trainer, run: RunIdentity) -> None:
+        """Publish what a trainer that came to its end has made, and end the job well.
+
+        Raises:
+            LeaseLostError: another attempt owns the job.
+            TrainingFailedError: the adapter cannot be read back (``adapter_not_servable``).
+        """
+        around, last = self._around, trainer.progress
+        best = self._stored(run).restore_best(trainer) if run.spec.early_stopping else None
+        result = best or self._current
+        assert result is not None
+        publisher = Publisher(around.database, around.store, run)
+        publisher.adapter(trainer, result, around.scratch / "verify", last)
+
+    def _stored(self, run: RunIdentity) -> StoredCheckpoints:
         around = self._around
+        return StoredCheckpoints(
+            around.database, around.store, run, around.scratch, self.reporter.warn
+        )
+
+    def read(self) -> Rows:
+        """Read the job's row and files: tokenise what it trains on, resolve its specification.
+
+        Raises:
+            LeaseLostError: another attempt owns the job.
+            TuneryError: the job cannot end well.
+        """
+        around = self._around
+        source = self.load_source()
+        directory, base = materialise(source.spec.model, around.settings.models, around.store)
         tokenizer = load_tokenizer(directory)
         renderer, tokenizer_digest = ChatRenderer(tokenizer), tokenizer_sha256(tokenizer)
         if renderer.uses_default_template and source.training.form == ChatRow.form:
-            self._reporter.warn(
+            self.reporter.warn(
                 f"Base model {base.name} has no chat template; conversations are written in "
                 "Tunery's default one, which the adapter keeps and is served with."
             )
@@ -151,37 +190,43 @@ class JobRun:
             source.training,
             source.validation,
             given,
-            min(given.max_seq_length, base.max_length, tokenizer.model_max_length),
+            min(
+                given.max_seq_length,
+                base.max_length - methods.virtual_tokens(given.peft),
+                tokenizer.model_max_length,
+            ),
             Tools(
                 around.store,
                 around.scratch,
                 directory,
                 renderer,
                 tokenizer_digest,
-                self._reporter.warn,
+                self.reporter.warn,
             ),
         )
-        spec = self._resolve(source.spec, given, len(train), base.n_parameters)
-        pad_id = int(tokenizer.pad_token_id or 0)
-        task, reason = _task(directory, spec, train, valid, pad_id=pad_id, device=device)
-        if reason is not None:
-            self._reporter.warn(
-                f"Base model {base.name} cannot be trained without padding ({reason}); its own "
-                "forward pass is used, which is slower and gives the same result."
-            )
         run = RunIdentity(
             job_id=self._job_id,
             attempt=self._attempt,
             project_id=source.project_id,
             organization=around.settings.api.organization,
-            spec=spec,
+            spec=self._resolve(source.spec, given, len(train), base.n_parameters),
             data_sha256=source.training.data_sha256,
             base=base,
             template_sha256=renderer.template_sha256,
             chat_template=renderer.template_source,
             tokenizer_sha256=tokenizer_digest,
         )
-        return task, run
+        return Rows(directory, train, valid, int(tokenizer.pad_token_id or 0), run)
+
+    def prepare(self, rows: Rows, device: str) -> Task:
+        """Load the model and attach the adapter."""
+        task, reason = _task(rows, device, self._around.warm)
+        if reason is not None:
+            self.reporter.warn(
+                f"Base model {rows.run.base.name} cannot be trained without padding ({reason}); "
+                "its own forward pass is used, which is slower and gives the same result."
+            )
+        return task
 
     @staticmethod
     def _settled(
@@ -245,15 +290,14 @@ class JobRun:
         except (UnprocessableError, ValueError) as error:
             raise _no_start(start.name, str(error)) from error
 
-    def _saver(
-        self, publisher: Publisher, base_name: str
-    ) -> Callable[[Trainer, StepMetrics], None]:
+    def saver(self, run: RunIdentity) -> Callable[[Trainer, StepMetrics], None]:
         """Return what the loop calls when a checkpoint is due."""
+        publisher = Publisher(self._around.database, self._around.store, run)
 
         def save(trainer: Trainer, point: StepMetrics) -> None:
             directory = self._around.scratch / f"step-{point.step}"
-            checkpoint.save(trainer, directory, base_name)
-            self._reporter.flush()  # a step that is not repeated must have its metrics
+            checkpoint.save(trainer, directory, run.base.name)
+            self.reporter.flush()  # a step that is not repeated must have its metrics
             publisher.checkpoint(directory, point)
             if self._current is not None:
                 shutil.rmtree(self._current)
@@ -262,35 +306,56 @@ class JobRun:
         return save
 
 
-def _task(
-    directory: Path,
-    spec: TrainingSpec,
-    train: Sequence[Example],
-    valid: Sequence[Example],
-    *,
-    pad_id: int,
-    device: str,
-) -> tuple[Task, str | None]:
+def _task(rows: Rows, device: str, warm: WarmBase) -> tuple[Task, str | None]:
     """Return what is trained, and why not packed if so."""
+    spec = rows.run.spec
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
-    objective, objective_params = objectives.resolve(spec.objective)
-    head = Head(objective.head, objective.n_outputs(objective_params), spec.seed)
-    base = load_model(
-        directory,
+    base = load_base(rows, device, warm)
+    model = adapt(base, method, params, spec.seed)
+    reason: str | None = None
+    forward: LanguageForward
+    is_causal = objectives.get_objective(spec.objective["type"]).head == "causal_lm"
+    if is_causal and not spec.packing:
+        forward = PaddedForward(model, spec.precision, device, rows.pad_id)
+    elif is_causal:
+        cache = can_cache_weights(model, device)
+        forward, reason = choose_forward(
+            model, spec.precision, device, rows.pad_id, cache_weights=cache
+        )
+    else:
+        forward = headed_forward(model, spec.precision, device, rows.pad_id)
+    return task_of(rows, model, forward, device), reason
+
+
+def load_base(rows: Rows, device: str, warm: WarmBase) -> "PreTrainedModel":
+    """Return the base model of a job, warm or loaded, with the head that its objective needs."""
+    spec = rows.run.spec
+    objective, params = objectives.resolve(spec.objective)
+    head = Head(objective.head, objective.n_outputs(params), spec.seed)
+    model = warm.take(rows.run.base.fingerprint, spec.precision, head)
+    return model or load_model(
+        rows.directory,
         precision=spec.precision.type,
         double_quant=spec.precision.double_quant,
         device=device,
         head=head,
     )
-    model = adapt(base, method, params, spec.seed)
-    reason: str | None = None
-    if head.kind == "causal_lm":
-        cache = can_cache_weights(model, device)
-        forward, reason = choose_forward(model, spec.precision, device, pad_id, cache_weights=cache)
-    else:
-        forward = headed_forward(model, spec.precision, device, pad_id)
-    task = Task(
+
+
+def task_of(
+    rows: Rows,
+    model: "PeftModel",
+    forward: LanguageForward,
+    device: str,
+    adapter: str = DEFAULT_ADAPTER,
+) -> Task:
+    """Return a job's task over a model that has its adapter, by the name `adapter`."""
+    spec = rows.run.spec
+    params = methods.parse_params(spec.peft)
+    method = methods.get_method(spec.peft["type"])
+    objective, objective_params = objectives.resolve(spec.objective)
+    return Task(
         model=model,
         forward=method.wrap_forward(model, forward, params),
         method=method,
@@ -298,11 +363,11 @@ def _task(
         objective=objective,
         objective_params=objective_params,
         spec=spec,
-        train=train,
-        valid=valid,
+        train=rows.train,
+        valid=rows.valid,
         device=device,
+        adapter=adapter,
     )
-    return task, reason
 
 
 def _no_start(name: str, reason: str) -> TrainingFailedError:

@@ -4,9 +4,7 @@ In a round every job makes one optimizer step. The micro-batches of small steps 
 together, each under its own adapter, so that every product with a frozen weight is made (and every
 NF4 weight dequantised) once for all of them. Losses, gradients, clipping, schedules, optimizers,
 checkpoints and random numbers stay apart: a job gives what it gives alone, within rounding, and
-what ends one job ends only that.
-
-The worker does not use it yet: claiming several jobs at once is still to come.
+what ends one job ends only that. ``worker.training.together`` makes the members from jobs.
 """
 
 import time
@@ -23,12 +21,9 @@ from worker.training.forward import PackedForward
 from worker.training.loop import Trainer
 from worker.training.memory import is_out_of_memory
 from worker.training.objectives.base import Example
-from worker.training.task import Outcome, Reporter, Scores, Stop, Task
+from worker.training.task import SHARED_STEP_TOKENS, Outcome, Reporter, Scores, Stop, Task
 
 log = structlog.get_logger(__name__)
-
-SHARED_STEP_TOKENS = {"cpu": 256, "cuda": 4096}
-"""Steps of more tokens fill the device alone, and go through it alone. Not measured yet."""
 
 
 @dataclass(slots=True)
@@ -41,6 +36,7 @@ class Member:
         save: Called when a checkpoint is due, with this job's random state as torch's.
         asked: Whether somebody wants this job to stop; asked before every step.
         rng_state: torch's CPU state that the job goes on from, uint8 [n]; that of its seed if None.
+        about: What every line of the log says that is written for this job.
     """
 
     trainer: Trainer
@@ -48,6 +44,7 @@ class Member:
     save: Callable[[Trainer, StepMetrics], None]
     asked: Callable[[], Stop | None]
     rng_state: torch.Tensor | None = None
+    about: dict[str, str] = field(default_factory=dict)
     generator: torch.Generator = field(init=False)
     ended: Outcome | Exception | None = field(init=False, default=None)
     last: StepMetrics | None = field(init=False, default=None)
@@ -196,12 +193,13 @@ class JointRun:
     @contextmanager
     def _only_ending(member: Member) -> Iterator[None]:
         """Have an error inside end this member, and not the others; `run` returns it."""
-        try:
-            yield
-        except Exception as error:
-            log.exception("member_ended", adapter=member.trainer.task.adapter)
-            member.ended = error
-            member.trainer.optimizer.zero_grad(set_to_none=True)
+        with structlog.contextvars.bound_contextvars(**member.about):
+            try:
+                yield
+            except Exception as error:
+                log.exception("member_ended", adapter=member.trainer.task.adapter)
+                member.ended = error
+                member.trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def _n_tokens(examples: Sequence[Example]) -> int:

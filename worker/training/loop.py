@@ -176,7 +176,7 @@ class Trainer:
         run = partial(self._fitting, largest, only_first=True)
         self.task.model.train()
         with torch.random.fork_rng():
-            if remark := self.task.method.first_pass(self.task.model, run):
+            if remark := self.task.method.first_pass(self.task, run):
                 self._warn(remark)
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -265,6 +265,7 @@ class Trainer:
         self._require_finite(scores.mean_loss, "loss", examples)
         if index == 0:
             self._require_gradients()
+        self.task.method.before_update(self.task)
         norm = float(
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), optimizer.max_grad_norm)
         )
@@ -275,6 +276,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["rate_factor"]
         self.optimizer.step()
+        self.task.method.after_update(self.task, index + 1, self.total_steps)
         self.optimizer.zero_grad(set_to_none=True)
         n_tokens = sum(len(example.input_ids) for example in examples)
         self.progress.step = index + 1

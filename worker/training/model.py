@@ -25,7 +25,7 @@ from worker.inference.engine.params import ModuleShape
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 from worker.training.reversible.tuner import PEFT_TYPE as MEFT
 from worker.training.reversible.tuner import stack_of
-from worker.training.tuners.attach import head_of, linear_layers
+from worker.training.tuners.attach import head_of, linear_layers, without_known_warnings
 from worker.training.tuners.families import anatomy
 
 PROBE_TOKENS = 16
@@ -53,9 +53,15 @@ def build_model(
     return adapt(base, method, params, seed)
 
 
-def adapt(base: PreTrainedModel, method: Method, params: MethodParams, seed: int) -> PeftModel:
+def adapt(
+    base: PreTrainedModel | PeftModel,
+    method: Method,
+    params: MethodParams,
+    seed: int,
+    adapter: str = DEFAULT_ADAPTER,
+) -> PeftModel:
     """Attach `method` to a base, new head or not; the result is in training mode."""
-    model = method.attach(base, params, seed)
+    model = method.attach(base, params, seed, adapter)
     guard_quantised_weights(model)
     model.train()
     return model
@@ -133,7 +139,7 @@ def gives_same_logits(model: PeftModel, directory: Path) -> bool:
     [own] = model.active_adapters
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_known_warnings():
             trained = _answer(model, ids)
             model.load_adapter(str(directory), _READ_BACK, is_trainable=False)
             model.set_adapter(_READ_BACK)
@@ -163,7 +169,11 @@ def describe_device(device: str) -> str:
 
 
 def set_threads(jobs_at_a_time: int) -> None:
-    """Share the cores that this process may use between the jobs of one worker."""
+    """Share the cores that this process may use between the jobs of one worker.
+
+    Never more than this process has now, which `OMP_NUM_THREADS` says, as for any program.
+    """
     import os
 
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // jobs_at_a_time))
+    share = max(1, len(os.sched_getaffinity(0)) // jobs_at_a_time)
+    torch.set_num_threads(min(share, torch.get_num_threads()))

@@ -37,14 +37,14 @@ def start_principal(model: PeftModel, start: Start, adapter: str = "default") ->
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
             continue
         rank = module.r[adapter] // 2
-        weight = _weight(module.get_base_layer())
+        weight = frozen_weight(module.get_base_layer())
         if rank > min(weight.shape):
             raise InvalidRequestError(
                 f"peft.r: {rank} is more than the rank of {path} (shape {list(weight.shape)}), so "
                 f"init {start!r} has no start for it. Lower r, or leave init out.",
                 param="peft.r",
             )
-        a, b = _factors(weight, rank, module.scaling[adapter], start)
+        a, b = factors(weight, rank, module.scaling[adapter], start)
         first, second = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         assert isinstance(first, nn.Parameter)
         assert isinstance(second, nn.Parameter)
@@ -54,13 +54,13 @@ def start_principal(model: PeftModel, start: Start, adapter: str = "default") ->
         _let_learn(second, slice(None, rank), dim=1)
 
 
-def _weight(layer: nn.Module) -> torch.Tensor:
+def frozen_weight(layer: nn.Module) -> torch.Tensor:
     """Return a frozen layer's weight as float32 [out, in], dequantised where it is 4-bit."""
     weight: torch.Tensor = dequantize_module_weight(layer).detach().float()
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def _factors(
+def factors(
     weight: torch.Tensor, rank: int, scale: float, start: Start
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return A₀ [rank, in] and B₀ [out, rank].

@@ -1,7 +1,9 @@
 """Measure what training on one base model takes.
 
 ``python -m worker.training.probe BASE PRECISION PARENT`` prints a ``Probe`` as JSON. The passes are
-those of a job, with LoRA's defaults on random tokens, in a process like a trainer's.
+those of a job, with LoRA's defaults on random tokens, in a process like a trainer's. How many and
+how large they are follows from how long a first small one takes, so that all of them together take
+about `PASSES_SECONDS` on any device; what larger ones take is then extrapolated.
 """
 
 import random
@@ -9,6 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,11 +31,43 @@ from worker.training.model import build_model, describe_device, set_threads
 from worker.training.objectives.base import Example
 from worker.training.task import Task
 
-SMALL_PASSES, LARGE_PASSES, LONG_PASSES = 8, 6, 2
+PASSES_SECONDS = 45.0
+"""About so long the measured passes may take together; a device too slow for the least of `PLANS`
+takes longer."""
 
 
-def measure(settings: Settings, name: str, precision: Precision) -> Probe:
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many passes of three kinds are measured: small, large, and of one long row.
+
+    A large pass and the long row have the device's token budget divided by `divisor`, a small one
+    a quarter of that.
+    """
+
+    divisor: int
+    small: int
+    large: int
+    long: int
+
+    def tokens(self, budget: int) -> int:
+        """Return about how many tokens go through the model; two of them for `forward_share`."""
+        return (budget * (self.small + 4 * (self.large + self.long + 2))) // (4 * self.divisor)
+
+
+PLANS = (Plan(1, 8, 6, 2), Plan(1, 3, 2, 1), Plan(2, 3, 2, 1), Plan(4, 3, 2, 1))
+"""From the most precise to the quickest, which takes an eighth of the first's time."""
+
+
+def measure(
+    settings: Settings, name: str, precision: Precision, seconds: float = PASSES_SECONDS
+) -> Probe:
     """Return the measurements of base model `name`.
+
+    Args:
+        settings: Of this process.
+        name: The base model.
+        precision: How it is held.
+        seconds: About how long the passes may take, loading the model not counted.
 
     Raises:
         TuneryError: it cannot be loaded.
@@ -47,7 +82,7 @@ def measure(settings: Settings, name: str, precision: Precision) -> Probe:
     forward, _ = choose_forward(model, precision, device, pad_id, cache_weights=cache)
     start_seconds = time.perf_counter() - started
     budget = TOKENS_PER_MICRO_BATCH[torch.device(device).type]
-    rows = _RowMaker(base.vocab_size)
+    rows = RowMaker(base.vocab_size)
     spec = _spec(name, precision)
     task = Task(
         model=model,
@@ -62,39 +97,49 @@ def measure(settings: Settings, name: str, precision: Precision) -> Probe:
         device=device,
     )
     stand = _Stand(task, Trainer(task))
-    longest = min(budget, base.max_length)
+    plan = _choose_plan(stand, rows, budget, seconds)
+    large = budget // plan.divisor
+    longest, small = min(large, base.max_length), large // 4
     # From small to large, since the most memory that a process has held never falls again. Rows of
     # many lengths, as in a job, which leave a heap in pieces.
-    quarter = budget // 4
-    stand.run(rows.make([64] * (quarter // 64), 0.5), counts=False)  # chooses kernels
-    for _ in range(SMALL_PASSES):
-        stand.run(rows.mixed(quarter, 24, 128))
+    for _ in range(plan.small):
+        stand.run(rows.mixed(small, 24, 128))
     small_peak = peak_bytes(device)
-    for _ in range(LARGE_PASSES):
-        stand.run(rows.mixed(budget, 48, 256))
+    for _ in range(plan.large):
+        stand.run(rows.mixed(large, 48, 256))
     large_peak = peak_bytes(device)
-    for _ in range(LONG_PASSES):
+    for _ in range(plan.long):
         stand.run(rows.make([longest], 0.5))
-    token_bytes = max(0.0, (large_peak - small_peak) / (budget - quarter))
+    token_bytes = max(0.0, (large_peak - small_peak) / (large - small))
     # Those rows had about a sixth of the budget each, as `mixed` draws them.
-    squares = longest * longest - budget * (budget // 6)
+    squares = longest * longest - large * min(large // 2, budget // 6)
     square_bytes = max(0.0, (peak_bytes(device) - large_peak) / squares)
-    seconds = non_negative_fit(stand.features, stand.seconds)
+    passes = non_negative_fit(stand.features, stand.seconds)
     return Probe(
         device=describe_device(device),
         n_adapter=sum(each.numel() for each in stand.trainer.parameters.values()),
         token_budget=budget,
-        fixed_bytes=round(small_peak - token_bytes * quarter),
+        fixed_bytes=round(small_peak - token_bytes * small),
         token_bytes=token_bytes,
         square_bytes=square_bytes,
-        batch_seconds=seconds[0],
-        token_seconds=seconds[1],
-        square_seconds=seconds[2],
-        trained_seconds=seconds[3],
+        batch_seconds=passes[0],
+        token_seconds=passes[1],
+        square_seconds=passes[2],
+        trained_seconds=passes[3],
         update_seconds=stand.update_seconds(),
-        forward_share=stand.forward_share(rows.mixed(budget, 48, 256)),
+        forward_share=stand.forward_share(rows.mixed(large, 48, 256)),
         start_seconds=start_seconds,
     )
+
+
+def _choose_plan(stand: "_Stand", rows: "RowMaker", budget: int, seconds: float) -> Plan:
+    """Return the most precise plan whose passes take at most `seconds`, or the quickest."""
+    n_tokens = budget // 8
+    batch = rows.make([64] * (n_tokens // 64), 0.5)
+    stand.run(batch[:1], counts=False)  # chooses kernels
+    token_seconds = stand.run(batch, counts=False) / n_tokens
+    fitting = (plan for plan in PLANS if plan.tokens(budget) * token_seconds <= seconds)
+    return next(fitting, PLANS[-1])
 
 
 def non_negative_fit(features: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
@@ -113,7 +158,7 @@ def non_negative_fit(features: Sequence[Sequence[float]], values: Sequence[float
     return coefficients
 
 
-class _RowMaker:
+class RowMaker:
     """Rows of random tokens."""
 
     def __init__(self, vocabulary: int) -> None:
@@ -147,8 +192,8 @@ class _Stand:
         self.features: list[list[float]] = []
         self.seconds: list[float] = []
 
-    def run(self, batch: Sequence[Example], *, counts: bool = True) -> None:
-        """Run a forward and a backward pass."""
+    def run(self, batch: Sequence[Example], *, counts: bool = True) -> float:
+        """Run a forward and a backward pass; return the seconds it took."""
         seconds = self._pass(batch, backward=True)
         if counts:
             lengths = [len(example.input_ids) for example in batch]
@@ -156,11 +201,11 @@ class _Stand:
             n_trained = sum(example.n_trained for example in batch)
             self.features.append([1.0, sum(lengths), squares, n_trained])
             self.seconds.append(seconds)
+        return seconds
 
     def forward_share(self, batch: Sequence[Example]) -> float:
         """Return how long a pass without gradients takes, as a share of one with them."""
-        alone = statistics.median(self._pass(batch, backward=False) for _ in range(2))
-        return alone / self._pass(batch, backward=True)
+        return self._pass(batch, backward=False) / self._pass(batch, backward=True)
 
     def _pass(self, batch: Sequence[Example], *, backward: bool) -> float:
         task = self._task

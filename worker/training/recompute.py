@@ -19,8 +19,8 @@ from worker.training.packed.layout import Layout
 
 
 def is_possible(model: nn.Module) -> bool:
-    """Tell whether `model` has layers that can run again."""
-    return any(_layers(model))
+    """Tell whether `model` has layers that can run again: not if they need a cache in training."""
+    return not getattr(model, "passes_cache", False) and any(_layers(model))
 
 
 def enable(model: nn.Module) -> None:

@@ -1,46 +1,54 @@
 """The trainer process: ``python -m worker.training.run``, one job and then the end.
 
 With ``--job ID --attempt N`` it starts at once. Without, it is a warm spare: it imports the tensor
-libraries, prints ``ready`` and waits on standard input for one line
-``{"job_id": …, "attempt": …}``; end of file is a good end.
+libraries (and with ``--base`` loads a base model), prints ``ready`` and waits on standard input for
+one line ``{"job_id": …, "attempt": …}``; end of file is a good end. A list of such orders is for
+several jobs over one base model (`run_jobs`).
 
 SIGTERM: finish the step, make a checkpoint, exit `DRAINED`. SIGINT: finish the step, exit
 `CANCELLED`. The process dies with its parent. How it ended is its exit code: ``exit_codes``.
 """
 
 import argparse
-import errno
 import json
 import os
+import select
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
+from io import FileIO
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
 from models.db import Database
-from models.errors import LeaseLostError, TrainingFailedError, TuneryError, UnavailableError
+from models.domain.training import Precision
 from models.logs import configure_logging
 from models.processes import die_with_parent
-from models.registry import job_runs
 from models.settings import Settings, load_settings
 from models.storage import open_store
 from worker.training import exit_codes
+from worker.training.warm import WarmBase
 
 if TYPE_CHECKING:
-    from worker.training.job import Surroundings
     from worker.training.task import Stop
 
     Asked = Callable[[], Stop | None]
 
 log = structlog.get_logger(__name__)
 
-_SLOW_IMPORTS = ("torch", "transformers", "peft", "bitsandbytes", "worker.training.job")
-_UNEXPECTED = 1
+_SLOW_IMPORTS = ("torch", "transformers", "peft", "bitsandbytes", "worker.training.together")
+
+
+class Order(NamedTuple):
+    """A job, and the attempt that owns it."""
+
+    job_id: str
+    attempt: int
 
 
 class StopSignal:
@@ -67,10 +75,35 @@ class StopSignal:
         return Stop.DRAIN if self._term else None
 
 
+class StopLines:
+    """Wishes that come as lines, each for one job; a signal counts for all of them."""
+
+    def __init__(self, signals: StopSignal) -> None:
+        self._signals = signals
+        self._wanted: dict[str, str] = {}
+
+    def read(self, lines: Iterable[bytes]) -> None:
+        """Take lines until there are no more; runs in a thread of its own."""
+        for line in lines:
+            wish = json.loads(line)
+            if self._wanted.get(wish["job_id"]) != "cancel":
+                self._wanted[wish["job_id"]] = wish["stop"]
+
+    def of(self, job_id: str) -> "Stop | None":
+        from worker.training.task import Stop
+
+        signalled, wanted = self._signals(), self._wanted.get(job_id)
+        if wanted is None or signalled is Stop.CANCEL:
+            return signalled
+        return Stop(wanted)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m worker.training.run", description=__doc__)
     parser.add_argument("--job", help="train this job at once")
     parser.add_argument("--attempt", type=int, help="the attempt that owns it")
+    parser.add_argument("--base", help="load this base model while there is no job yet")
+    parser.add_argument("--precision", help="how to hold it: a job's `precision`, as JSON")
     parser.add_argument("--parent", type=int, help="process id to die with; the caller's if absent")
     given = parser.parse_args(argv)
     if (given.job is None) != (given.attempt is None):
@@ -78,29 +111,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     die_with_parent(given.parent or os.getppid())
     settings = load_settings()
     configure_logging(settings.log_level, "trainer")
-    job = (given.job, given.attempt) if given.job is not None else wait_for_job()
-    if job is None:
+    warm = WarmBase()
+    if given.job is not None:
+        orders = [Order(given.job, given.attempt)]
+    else:
+        import_what_takes_seconds()
+        if given.base is not None and not has_order():
+            from worker.training.model import set_threads
+
+            set_threads(settings.worker.slots)
+            warm.load(settings, given.base, Precision.model_validate_json(given.precision))
+        orders = wait_for_jobs()
+    if not orders:
         return exit_codes.DONE
     stop = StopSignal()
     stop.install()
-    job_id, attempt = job
-    return run_job(settings, job_id, attempt, stop)
+    if len(orders) > 1:
+        return run_jobs(settings, orders, stop, warm)
+    return run_job(settings, *orders[0], stop, warm)
 
 
-def wait_for_job() -> tuple[str, int] | None:
-    """Import what takes seconds, say ``ready``, and wait for a job; None at the end of input."""
+def import_what_takes_seconds() -> None:
     for name in _SLOW_IMPORTS:
         import_module(name)
+
+
+def input_lines() -> FileIO:
+    """Return standard input without a buffer: what is not read yet is left for the next reader.
+
+    Nor has it a lock, which a thread that waits for a line would hold at the end of the process.
+    """
+    return FileIO(sys.stdin.fileno(), closefd=False)
+
+
+def has_order() -> bool:
+    """Tell whether standard input has something to read already, be it its end."""
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+
+
+def wait_for_jobs() -> list[Order]:
+    """Say ``ready``, and wait for jobs; none at the end of input."""
     sys.stdout.write("ready\n")
     sys.stdout.flush()
-    line = sys.stdin.readline()
+    line = input_lines().readline()
     if not line.strip():
-        return None
+        return []
     order = json.loads(line)
-    return str(order["job_id"]), int(order["attempt"])
+    orders = order if isinstance(order, list) else [order]
+    return [Order(str(each["job_id"]), int(each["attempt"])) for each in orders]
 
 
-def run_job(settings: Settings, job_id: str, attempt: int, asked: "Asked") -> int:
+def run_job(
+    settings: Settings,
+    job_id: str,
+    attempt: int,
+    asked: "Asked",
+    warm: WarmBase | None = None,
+) -> int:
     """Train one job in this process and return the exit code; nothing but `SystemExit` escapes.
 
     Args:
@@ -108,8 +175,11 @@ def run_job(settings: Settings, job_id: str, attempt: int, asked: "Asked") -> in
         job_id: The job.
         attempt: The fencing token.
         asked: Whether somebody wants the run to stop; asked before every step.
+        warm: May hold the base model.
     """
-    from worker.training.job import Surroundings
+    from worker.training.ending import CODES, UNEXPECTED, end_by
+    from worker.training.job import JobRun, Surroundings
+    from worker.training.model import set_threads
 
     structlog.contextvars.bind_contextvars(job_id=job_id, attempt=attempt)
     scratch = settings.worker.scratch_dir.expanduser().resolve() / f"{job_id}-a{attempt}"
@@ -117,65 +187,49 @@ def run_job(settings: Settings, job_id: str, attempt: int, asked: "Asked") -> in
     try:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        store = open_store(settings.storage)
-        return _attempt(Surroundings(settings, database, store, scratch), job_id, attempt, asked)
-    except LeaseLostError as error:
-        log.warning("lease_lost", error=error.message)
-        return exit_codes.LEASE_LOST
+        around = Surroundings(
+            settings, database, open_store(settings.storage), scratch, warm or WarmBase()
+        )
     except Exception:
         log.exception("trainer_failed")
-        return _UNEXPECTED
+        database.close()
+        return UNEXPECTED
+    try:
+        set_threads(settings.worker.slots)
+        outcome = JobRun(around, job_id, attempt).execute(asked)
+        log.info("trainer_ended", outcome=outcome)
+        return CODES[outcome]
+    except Exception as error:
+        log.exception("attempt_ended_by_error")
+        return end_by(error, database, job_id, attempt)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
         database.close()
 
 
-def _attempt(around: "Surroundings", job_id: str, attempt: int, asked: "Asked") -> int:
-    from worker.training.job import JobRun
+def run_jobs(settings: Settings, orders: Sequence[Order], stop: StopSignal, warm: WarmBase) -> int:
+    """Train several jobs over one base model; each one's end is a line on standard output.
+
+    Wishes for a single job come in on standard input: ``{"job_id": …, "stop": "cancel"}``, or
+    ``"drain"``. A signal is meant for all.
+    """
     from worker.training.model import set_threads
-    from worker.training.task import Outcome
+    from worker.training.together import JobsTogether
 
-    set_threads(around.settings.worker.slots)
+    wishes = StopLines(stop)
+    threading.Thread(target=wishes.read, args=(input_lines(),), daemon=True).start()
+    set_threads(settings.worker.slots)
+    database = Database(settings.database)
     try:
-        outcome = JobRun(around, job_id, attempt).execute(asked)
-    except LeaseLostError:
-        raise
-    except Exception as error:
-        failure = failure_of(error)
-        if failure is None:
-            raise
-        log.error("job_failed", code=failure.code, error=failure.message, exc_info=error)
-        with around.database.write() as session:
-            job_runs.fail(session, job_id, attempt, failure.code, failure.message, failure.param)
-        return exit_codes.FAILED
-    log.info("trainer_ended", outcome=outcome)
-    return {
-        Outcome.FINISHED: exit_codes.DONE,
-        Outcome.DRAINED: exit_codes.DRAINED,
-        Outcome.CANCELLED: exit_codes.CANCELLED,
-    }[outcome]
+        JobsTogether(settings, database, orders, wishes.of, _tell_end, warm).run()
+    finally:
+        database.close()
+    return exit_codes.DONE
 
 
-def failure_of(error: Exception) -> TuneryError | None:
-    """Return what ends the job for good, or None where another attempt may do better."""
-    if isinstance(error, UnavailableError) and error.code == "object_store_unavailable":
-        return None
-    if isinstance(error, TuneryError):
-        return error
-    from worker.training.memory import is_out_of_memory
-
-    if is_out_of_memory(error):
-        return TrainingFailedError(
-            "The worker ran out of memory. Lower max_seq_length or peft.r, or use a worker with "
-            "more memory.",
-            code="out_of_memory",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return TrainingFailedError(
-            "A disk of the worker is full. Free some space and start the job again.",
-            code="storage_full",
-        )
-    return None
+def _tell_end(job_id: str, exit_code: int) -> None:
+    sys.stdout.write(json.dumps({"job_id": job_id, "exit_code": exit_code}) + "\n")
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
+SHARED_STEP_TOKENS = {"cpu": 256, "cuda": 4096}
+"""Steps of more tokens fill the device alone, and go through it alone. Not measured yet."""
+
+
 class Stop(StrEnum):
     """What somebody outside asks of the loop; it is obeyed between two steps."""
 

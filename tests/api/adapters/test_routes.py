@@ -2,11 +2,13 @@
 
 import pytest
 from fastapi.testclient import TestClient
+from sqlalchemy import update
 
 from models.db import Database
+from models.domain.limits import ProjectLimits
 from models.domain.reports import StepMetrics
-from models.registry import adapters, metrics, tenancy
-from models.tables import Adapter, Checkpoint, Project
+from models.registry import adapters, merges, metrics, tenancy
+from models.tables import Adapter, BaseModel, Checkpoint, Project
 from tests.api.calls import expect, new_job, upload
 
 URL = "/v1/adapters"
@@ -153,3 +155,57 @@ def test_adapters_of_another_project_are_not_shown(
     client.headers["authorization"] = f"Bearer {foreign}"
     assert client.get(URL).json()["data"] == []
     expect(client.get(f"{URL}/{SECOND}"), 404, "model", "model_not_found")
+
+
+def test_a_merge_is_asked_for_once_and_again_when_it_failed_or_its_file_is_gone(
+    client: TestClient, database: Database, two: tuple[str, str]
+) -> None:
+    url = f"{URL}/{FIRST}/merge"
+    expect(client.get(url), 404, "model", "no_merge")
+    asked = client.post(url).json()
+    assert (asked["object"], asked["model"], asked["status"]) == ("adapter.merge", FIRST, "queued")
+    assert client.post(url).json() == client.get(url).json() == asked
+    with database.write() as session:
+        merge = merges.claim(session, 60)
+        assert merge is not None
+        assert merges.claim(session, 60) is None
+        merges.fail(session, merge.id, "It does not fit.")
+        merges.succeed(session, merge.id, "file-x")  # too late
+    ended = client.get(url).json()
+    assert (ended["status"], ended["error"], ended["file_id"]) == (
+        "failed",
+        "It does not fit.",
+        None,
+    )
+    again = client.post(url).json()
+    assert again["id"] != asked["id"]
+    file_id = upload(client, purpose="user_data").json()["id"]
+    with database.write() as session:
+        merge = merges.claim(session, 60)
+        assert merge is not None
+        merges.give_back(session, merge.id)
+        merge = merges.claim(session, 60)
+        assert merge is not None
+        merges.succeed(session, merge.id, file_id)
+    assert client.post(url).json()["file_id"] == file_id
+    client.delete(f"/v1/files/{file_id}")
+    assert client.post(url).json()["status"] == "queued"
+    (entry, *_) = client.get("/v1/audit_logs").json()["data"]
+    assert entry["type"] == "model.merge_requested"
+
+
+def test_what_cannot_be_merged_or_has_no_room_is_refused(
+    client: TestClient, database: Database, two: tuple[str, str]
+) -> None:
+    expect(client.post(f"{URL}/base/merge"), 400, "model", "not_mergeable")
+    expect(client.post(f"{URL}/ft:x/merge"), 404, "model", "model_not_found")
+    with database.write() as session:
+        session.execute(update(BaseModel).values(n_parameters=1000))
+        adapter = session.get_one(Adapter, SECOND)
+        adapter.manifest = {**adapter.manifest, "served": "own"}
+        limits = ProjectLimits(max_bytes=1999)
+        tenancy.set_limits(session, tenancy.default_project(session), limits)
+    refused = client.post(f"{URL}/{SECOND}/merge")
+    assert "Download" in expect(refused, 400, "model", "not_mergeable")
+    expect(client.post(f"{URL}/{FIRST}/merge"), 413, "file", "quota_exceeded")
+    expect(client.get(f"{URL}/{FIRST}/merge"), 404, "model", "no_merge")

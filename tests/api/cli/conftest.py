@@ -6,13 +6,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from api.app import create_app
 from api.cli import common
 from api.cli.commands import app
 from models.db import Database
 from models.registry import tenancy
 from models.settings import Settings
 from tests.api.fake_inference import serving
+from tests.apps import app_for
 
 Tunery = Callable[..., str]
 
@@ -27,7 +27,7 @@ def tunery(
         _, secret = tenancy.create_key(session, project.id, "cli")
     monkeypatch.setattr(common.console, "_width", 250)
     assert isinstance(common.console, Console)
-    with serving(create_app(settings), lifespan="on") as url:
+    with serving(app_for(settings), lifespan="on") as url:
         monkeypatch.setenv("TUNERY_DATABASE__URL", settings.database.url)
         monkeypatch.setenv("TUNERY_CLIENT__URL", url)
         monkeypatch.setenv("TUNERY_CLIENT__API_KEY", secret)

@@ -1,7 +1,8 @@
 """``tunery key`` and ``tunery project``."""
 
 from models.db import Database
-from models.registry import tenancy
+from models.registry import audit, tenancy
+from models.registry.page import Cursor
 from tests.api.cli.conftest import Tunery
 
 
@@ -24,6 +25,16 @@ def test_a_project_is_made_limited_listed_and_given_a_key(
         assert (key.id, key.requests_per_minute, key.project_id) == (key_id, 7, project_id)
     tunery("key", "revoke", key_id)
     assert "revoked" in tunery("key", "list")
+    with database.read() as session:
+        entries = audit.list_page(session, project_id, Cursor()).rows
+    assert [(entry.type, entry.object_id, entry.key_id) for entry in entries] == [
+        ("api_key.deleted", key_id, None),
+        ("api_key.created", key_id, None),
+        ("project.updated", project_id, None),
+        ("project.updated", project_id, None),
+        ("project.created", project_id, None),
+    ]
+    assert entries[2].details == {"limits": {"max_running_jobs": None}}
 
 
 def test_what_is_no_limit_is_refused_by_name(tunery: Tunery) -> None:

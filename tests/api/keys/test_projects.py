@@ -2,6 +2,9 @@
 
 from fastapi.testclient import TestClient
 
+from models.db import Database
+from models.registry import usage
+from models.registry.usage import Used, User
 from tests.api.calls import ROW, expect, new_job, upload
 
 URL = "/v1/projects"
@@ -72,3 +75,63 @@ def test_limits_are_checked_and_suggested(client: TestClient) -> None:
     for value in (-1, True, 1.5, "1"):
         bad = client.post(URL, json={"name": "team", "limits": {"max_bytes": value}})
         expect(bad, 400, "limits.max_bytes", "invalid_value")
+
+
+def test_an_organisations_key_sees_makes_and_counts_what_is_of_its_organisation(
+    client: TestClient, database: Database
+) -> None:
+    first = client.post(URL, json={"name": "first", "organization": "acme"}).json()
+    other = client.post(URL, json={"name": "other", "organization": "rival"}).json()
+    client.post(f"{URL}/{first['id']}", json={"limits": {"max_bytes": 100}})
+    keys = f"{URL}/{first['id']}/api_keys"
+    body = {"name": "boss", "scopes": ["organization"]}
+    theirs = {"authorization": f"Bearer {first['api_key']['value']}"}
+    refused = client.post("/v1/api_keys", json=body, headers=theirs)
+    assert "itself" in expect(refused, 403, None, "insufficient_permissions")
+    boss = client.post(keys, json=body).json()
+    client.headers["authorization"] = f"Bearer {boss['value']}"
+
+    second = client.post(URL, json={"name": "second"}).json()
+    assert (second["organization"], second["limits"]["max_bytes"]) == ("acme", 100)
+    assert [each["name"] for each in client.get(URL).json()["data"]] == ["first", "second"]
+    for fields in ({"organization": "rival"}, {"limits": {"max_bytes": None}}):
+        wrong = client.post(URL, json={"name": "third", **fields})
+        expect(wrong, 403, None, "insufficient_permissions")
+    limits = client.post(f"{URL}/{second['id']}", json={"limits": {"share": 9}})
+    expect(limits, 403, None, "insufficient_permissions")
+
+    path = f"{URL}/{second['id']}/api_keys"
+    made = client.post(path, json={"name": "ci", "scopes": ["read"]}).json()
+    assert made["project_id"] == second["id"]
+    assert [key["name"] for key in client.get(path).json()["data"]] == ["first key", "ci"]
+    assert client.delete(f"{path}/{made['id']}").json()["revoked_at"] is not None
+    for method in ("GET", "POST"):
+        answer = client.request(method, f"{URL}/{other['id']}/api_keys", json={"name": "x"})
+        expect(answer, 404, "project_id", "not_found")
+    theirs_now = f"{URL}/{other['id']}/api_keys/{other['api_key']['id']}"
+    expect(client.delete(theirs_now), 404, "project_id", "not_found")
+    log = {"authorization": f"Bearer {second['api_key']['value']}"}
+    entries = client.get("/v1/audit_logs", headers=log).json()["data"]
+    assert [entry["type"] for entry in entries] == [
+        "api_key.deleted",
+        "api_key.created",
+        "api_key.created",
+    ]
+    assert entries[0]["actor"]["api_key"]["id"] == boss["id"]
+
+    with database.write() as session:
+        for at, project in enumerate((first, second, other), start=1):
+            user = User(project["id"], None, "base")
+            usage.add(session, [(user, Used(trained_tokens=10**at))])
+    query: dict[str, str | bool] = {"all_projects": True, "group_by": "project_id"}
+    results = client.get("/v1/usage", params=query).json()["data"][0]["results"]
+    counted = {each["project_id"]: each["trained_tokens"] for each in results}
+    assert counted == {first["id"]: 10, second["id"]: 100}
+    own = client.get("/v1/usage", params=query, headers=log).json()["data"][0]["results"]
+    assert [each["project_id"] for each in own] == [second["id"]]
+
+
+def test_only_a_project_of_an_organisation_has_a_key_for_it(client: TestClient) -> None:
+    body = {"name": "boss", "scopes": ["organization"]}
+    refused = client.post("/v1/api_keys", json=body)
+    assert "no organisation" in expect(refused, 400, "scopes", "invalid_value")

@@ -37,6 +37,8 @@ def test_metrics_come_in_order_and_after_a_step(
     assert whole["n_points"] == 20
     rest = client.get(f"{URL}/{job_id}/metrics?after=18").json()
     assert [point["step"] for point in rest["data"]] == [19, 20]
+    middle = client.get(f"{URL}/{job_id}/metrics?after=4&until=6").json()
+    assert ([point["step"] for point in middle["data"]], middle["n_points"]) == ([5, 6], 2)
     expect(
         client.get(f"{URL}/ftjob-x/metrics"), 404, "fine_tuning_job_id", "fine_tuning_job_not_found"
     )

@@ -21,9 +21,9 @@ def test_concurrent_amounts_add_up(database: Database) -> None:
         list(pool.map(write, range(20)))
     with database.read() as session:
         day = usage.today(session)
-        rows = usage.by_day(session, project, day - 1, day)
+        rows = usage.by_day(session, [project], day - 1, day)
         found = [(row.key_id, row.requests, row.prompt_tokens, row.trained_tokens) for row in rows]
         assert found == [("", 0, 0, 40), ("key_a", 20, 190, 0)]
-        assert usage.by_day(session, project, day + 1, day + 2) == []
+        assert usage.by_day(session, [project], day + 1, day + 2) == []
         assert usage.total(session, project, day).tokens == 230
         assert usage.total(session, "proj_none", day) == Used()

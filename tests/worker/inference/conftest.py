@@ -27,7 +27,7 @@ TOKEN = "secret-of-the-tests"
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
 

@@ -209,6 +209,28 @@ def test_an_adapter_that_had_to_go_comes_back_as_it_was(
     assert ask(engine, "fill_mask", [TEXT], adapters["mask-a"]) == first
 
 
+def test_adapters_of_different_methods_stand_side_by_side(
+    base: Path, chat: ChatRenderer, tmp_path: Path
+) -> None:
+    """PEFT refuses a second kind of adapter on a model; the base's weights are there once."""
+    methods: list[dict[str, Any]] = [
+        {"type": "lora", "r": 4, "dropout": 0.0},
+        {"type": "houlsby", "r": 4},
+        {"type": "vera", "r": 8},
+        {"type": "meft", "r": 4},
+    ]
+    given = KINDS["mask-a"][1]
+    published = [
+        publish(tmp_path / str(seed), base, "mlm", {"peft": peft, **given}, seed=seed)
+        for seed, peft in enumerate(methods)
+    ]
+    engine = EncoderEngine(base, "fp32", "cpu", chat, max_adapters=3)
+    first = [ask(engine, "fill_mask", [TEXT], who) for who in published]
+    assert all(one != other for one in first for other in first if one is not other)
+    for who, answer in zip(published, first, strict=True):  # the oldest had to go and comes back
+        assert ask(engine, "fill_mask", [TEXT], who) == answer
+
+
 @pytest.mark.parametrize(
     ("task", "inputs", "kind", "words"),
     [

@@ -9,15 +9,22 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 
-from tests.worker.inference.tiny import tiny_llama
+from tests.worker.inference.tiny import collect, submit, tiny_llama
 from worker.base_models import load_model
+from worker.inference.engine.engine import BatchingEngine, Request
+from worker.inference.engine.params import Sampling
 from worker.inference.own_model import load_own_model
 from worker.training import methods
 from worker.training.model import trainable_parameters
+from worker.training.tuners.attach import without_known_warnings
 
 IDS = torch.arange(3, 15)[None]
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    # So PEFT's own pass calls the cache of a prefix.
+    pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,15 @@ def write_adapter(directory: Path, peft: dict[str, Any], seed: int = 0, model: A
         {"type": "houlsby", "r": 4},
         {"type": "ia3"},
         {"type": "meft", "r": 4, "lambda_bits": 3},
+        {"type": "vera", "r": 8},
+        {"type": "randlora", "r": 8},
+        {"type": "oft", "block_size": 8},
+        {"type": "loha", "r": 4},
+        {"type": "lokr", "r": 4},
+        {"type": "miss", "r": 8},
+        {"type": "adalora", "r": 2, "initial_r": 4},
+        {"type": "prompt", "n_tokens": 5},
+        {"type": "prefix", "n_tokens": 5},
     ],
     ids=lambda peft: str(peft["type"]),
 )
@@ -63,8 +79,10 @@ def test_it_computes_what_peft_computes_with_the_two(
     base: Any = load_model(base_directory, precision=precision).float()
     with torch.no_grad():
         plain = base(IDS).logits
-        both: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
-        found, expected = model(IDS).logits.float(), both(IDS).logits
+        with without_known_warnings():
+            both: Any = PeftModel.from_pretrained(base, str(adapter)).eval()
+        # PEFT's own pass gives logits for virtual tokens too, which come first.
+        found, expected = model(IDS).logits.float(), both(IDS).logits[:, -IDS.shape[1] :]
     # What is merged is held in float32; beside its modules the base stays in bfloat16.
     tolerance = 1e-5 if precision == "fp32" or served == "merged" else 3e-2
     assert float((found - expected).norm() / expected.norm()) <= tolerance
@@ -76,3 +94,32 @@ def test_an_adapter_with_a_tensor_missing_is_refused(base_directory: Path, tmp_p
     save_file({}, adapter / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="missing"):
         load_own_model(base_directory, adapter, "merged", precision="fp32", device="cpu")
+
+
+def greedy(model: Any, prompt: tuple[int, ...]) -> list[int]:
+    """Six tokens, each from all that stands before it."""
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["prompt", "prefix"])
+def test_the_engine_answers_after_virtual_tokens_as_peft_generates(
+    kind: str, base_directory: Path, tmp_path: Path
+) -> None:
+    """Two prompts in one batch, one of them fed in pieces; no stored prefix shifts the second."""
+    adapter = write_adapter(tmp_path / "adapter", {"type": kind, "n_tokens": 5})
+    prompts = [tuple(range(40, 110)), (7,), tuple(range(40, 111))]
+    peft: Any = PeftModel.from_pretrained(tiny_llama(), str(adapter)).eval()
+    expected, plain = (
+        [greedy(model, prompt) for prompt in prompts] for model in (peft, tiny_llama())
+    )
+    assert expected != plain
+    model: Any = load_own_model(base_directory, adapter, "own", precision="fp32", device="cpu")
+    engine = BatchingEngine(model, lambda ids: "".join(chr(256 + i) for i in ids), [])
+    streams = [submit(engine, Request(prompt, Sampling(6, temperature=0))) for prompt in prompts]
+    answers = [[ord(each) - 256 for each in collect(stream)[0]] for stream in streams]
+    engine.close()
+    assert answers == expected

@@ -14,7 +14,7 @@ from worker.base_models import BaseModelInfo, load_tokenizer
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
 
 

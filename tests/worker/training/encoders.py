@@ -60,11 +60,16 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
-def save_encoder(directory: Path, family: str, **changes: Any) -> Path:
-    """Write a tiny base model that has no head (of seq2seq families: its own)."""
+def config_of(family: str, **changes: Any) -> Any:
+    """The configuration of a tiny encoder or seq2seq model."""
     sizes = {**SIZES, **_SPECIAL} if family not in _CONFIGS else {"vocab_size": 97}
     sizes |= _CONFIGS.get(family, {}) | {"max_position_embeddings": 128} | changes
-    config = transformers.AutoConfig.for_model(family, **sizes)
+    return transformers.AutoConfig.for_model(family, **sizes)
+
+
+def save_encoder(directory: Path, family: str, **changes: Any) -> Path:
+    """Write a tiny base model that has no head (of seq2seq families: its own)."""
+    config = config_of(family, **changes)
     kind = "AutoModelForSeq2SeqLM" if family in SEQ2SEQ else "AutoModel"
     with torch.random.fork_rng():
         torch.manual_seed(0)

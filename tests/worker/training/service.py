@@ -27,6 +27,7 @@ from worker.lint_files import FileLinter
 from worker.training import methods, objectives
 from worker.training.run import run_job
 from worker.training.task import Stop
+from worker.training.warm import WarmBase
 
 PROJECT = "proj_test"
 
@@ -119,8 +120,13 @@ class Service:
             assert job is not None
             return job
 
-    def run(self, job: Job, asked: Callable[[], Stop | None] = lambda: None) -> int:
-        return run_job(self.settings, job.id, job.attempt, asked)
+    def run(
+        self,
+        job: Job,
+        asked: Callable[[], Stop | None] = lambda: None,
+        warm: WarmBase | None = None,
+    ) -> int:
+        return run_job(self.settings, job.id, job.attempt, asked, warm)
 
     def job(self, job_id: str) -> Job:
         with self.database.read() as session:

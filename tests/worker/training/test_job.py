@@ -293,6 +293,19 @@ def test_skipped_rows_are_told_of_in_a_warning(service: Service) -> None:
     assert warning in service.messages(job.id)
 
 
+def test_a_job_without_packing_is_padded_and_learns_the_same(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = service.submit()
+    assert service.run(packed) == exit_codes.DONE
+    monkeypatch.delattr("worker.training.job.choose_forward")
+    padded = service.submit(packing=False)
+    assert service.run(padded) == exit_codes.DONE
+    losses = [[each.train_loss for each in service.trace(job.id)] for job in (packed, padded)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert not any("padding" in message for message in service.messages(padded.id))
+
+
 def test_a_bad_validation_file_is_named_as_such(service: Service) -> None:
     service.upload("file-bad", [{**chat_rows(1)[0], "tools": [TOOL]}])
     job = service.submit(validation_file="file-bad")

@@ -23,6 +23,7 @@ from worker.training.model import (
     build_model,
     guard_quantised_weights,
     module_shapes,
+    set_threads,
     trainable_parameters,
 )
 from worker.training.objectives.base import Example, LanguageForward
@@ -214,3 +215,17 @@ def test_packed_gradients_in_bfloat16_are_as_exact_as_pefts(
     in_bfloat16 = compute_dtype("cpu") == torch.bfloat16  # else both are as exact as float32
     assert 0 < ours <= (1.25 * pefts if in_bfloat16 else 1e-4)
     assert error(gradients("fp32", packed=True)) < 1e-4
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [(4, 2), (1, 1)])
+def test_threads_are_the_share_of_a_job_and_never_more_than_allowed(
+    allowed: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    torch.set_num_threads(allowed)
+    set_threads(jobs_at_a_time=2)
+    try:
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)

@@ -1,6 +1,5 @@
 """The trainer as a process: warm spare, signals, exit codes, and its end with its parent."""
 
-import errno
 import json
 import os
 import signal
@@ -14,14 +13,12 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 
-from models.errors import InvalidRequestError, UnavailableError
 from models.settings import child_environment
 from tests.worker.training.killed import Killer
 from tests.worker.training.service import Service
 from worker.training import exit_codes
-from worker.training.run import StopSignal, failure_of
+from worker.training.run import StopLines, StopSignal
 
 COMMAND = [sys.executable, "-m", "worker.training.run"]
 ROOT = Path(__file__).parents[3]
@@ -154,25 +151,15 @@ def test_cancelling_wins_over_draining() -> None:
     assert stop() == "cancel"
 
 
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (MemoryError(), "out_of_memory"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory"),
-        (OSError(errno.ENOSPC, "No space left on device"), "storage_full"),
-        (InvalidRequestError("x", code="bad_row"), "bad_row"),
-        (UnavailableError("the base model is not installed"), "service_unavailable"),
-        (UnavailableError("x", code="object_store_unavailable"), None),
-        (RuntimeError("surprise"), None),
-        (ConnectionResetError(), None),
-    ],
-)
-def test_errors_end_the_job_only_where_another_attempt_would_meet_them_again(
-    error: Any, code: str | None
-) -> None:
-    failure = failure_of(error)
-    assert (failure.code if failure else None) == code
+def test_a_wish_is_for_one_job_and_a_signal_for_all() -> None:
+    signals = StopSignal()
+    wishes = StopLines(signals)
+    lines = [("one", "cancel"), ("one", "drain"), ("two", "drain")]
+    wishes.read(json.dumps({"job_id": job, "stop": wish}).encode() for job, wish in lines)
+    assert [wishes.of(job) for job in ("one", "two", "three")] == ["cancel", "drain", None]
+    signals._on_signal(signal.SIGTERM, None)
+    assert wishes.of("three") == "drain"
+    assert wishes.of("one") == "cancel"
 
 
 def test_twenty_kills_cost_only_time(service: Service) -> None:

@@ -55,7 +55,9 @@ class Runner:
         self.n_prompt = 0
         """Prompt tokens of the sequences that began, and those of them that were stored."""
         self.n_cached = 0
-        self._prefixes = PrefixStore(limits.prefix_tokens)
+        # Prefixes are kept by their tokens, and virtual ones would shift them in the cache.
+        has_virtual = bool(getattr(model, "n_virtual_tokens", 0))
+        self._prefixes = PrefixStore(0 if has_virtual else limits.prefix_tokens)
         parameters = inspect.signature(type(model).forward).parameters
         self._shares_rows = can_share_rows(model.config, parameters)
 

@@ -40,6 +40,11 @@ def served(given: Mapping[str, Any]) -> Served:
     return get_method(given.get("type", "lora")).served(params)
 
 
+def virtual_tokens(given: Mapping[str, Any]) -> int:
+    """Return how many positions a job's ``peft`` object puts before every row."""
+    return get_method(given.get("type", "lora")).virtual_tokens(parse_params(given))
+
+
 def require_fit(given: Mapping[str, Any], precision: str, shape: BaseShape | None) -> None:
     """Refuse a ``peft`` object that does not go with a base; see `Method.require_fit`."""
     get_method(given.get("type", "lora")).require_fit(parse_params(given), precision, shape)

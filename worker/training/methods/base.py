@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from worker.training.objectives.base import LanguageForward
+    from worker.training.task import Task
 
 
 DEFAULT_ADAPTER = "default"
@@ -113,9 +114,17 @@ class Method(Plugin, ABC):
                 "peft.type",
             )
 
+    def mixes(self, params: Any) -> bool:
+        """Tell whether jobs with such adapters can share passes over one base (see ``joint``)."""
+        return False
+
     def served(self, params: Any) -> Served:
         """Return how an inference server answers with such an adapter."""
         return Served.BATCHED
+
+    def virtual_tokens(self, params: Any) -> int:
+        """Return how many positions of the base's context stand before every row."""
+        return 0
 
     def merges(self, params: Any) -> bool:
         """Tell whether such an adapter can be added to the weights of the base."""
@@ -136,11 +145,13 @@ class Method(Plugin, ABC):
         """
         return dict(published)
 
-    def first_pass(self, model: "PeftModel", run: Callable[[], object]) -> str | None:
-        """Make the pass that comes before the first step, whose gradients are thrown away.
+    def first_pass(self, task: "Task", run: Callable[[], object]) -> str | None:
+        """Make the pass that comes before a run's first step, whose gradients are thrown away.
+
+        A run that goes on from a checkpoint makes it as well.
 
         Args:
-            model: In training mode.
+            task: Its model is in training mode.
             run: Runs the largest micro-batch forwards and backwards.
 
         Returns:
@@ -148,6 +159,19 @@ class Method(Plugin, ABC):
         """
         run()
         return None
+
+    def before_update(self, task: "Task") -> None:
+        """Change the gradients of a step, which are complete, before they are clipped."""
+
+    def after_update(self, task: "Task", step: int, total_steps: int) -> None:
+        """Follow the update that made `step` of `total_steps`; its gradients are still there."""
+
+    def kept(self, task: "Task") -> "dict[str, torch.Tensor]":
+        """Return what a checkpoint has to keep beside parameters and optimizer, by names."""
+        return {}
+
+    def put_back(self, task: "Task", states: "dict[str, torch.Tensor]") -> None:
+        """Take up what `kept` returned, in a fresh run."""
 
     def wrap_forward(
         self, model: "torch.nn.Module", forward: "LanguageForward", params: Any

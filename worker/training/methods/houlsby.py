@@ -5,6 +5,7 @@ feed-forward's, each before the residual sum, and trains the norms of the blocks
 (arXiv 2005.00247) has the latter alone and no norms.
 """
 
+import re
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictInt
@@ -85,10 +86,20 @@ class Houlsby(Method):
         return bottleneck_config(base_model, params.r, params.activation, outputs, norms)
 
     def count_parameters(self, shape: BaseShape, params: Any) -> int:
-        """Return 2L(2dm + m + d) and the norms of the blocks, or L(2dm + m + d) (Pfeiffer)."""
+        """Return 2L(2dm + m + d) and the norms of the blocks, or L(2dm + m + d) (Pfeiffer).
+
+        A block that reads another's output has two attentions, each with values of its own.
+        """
         width, r = shape.width, params.r
-        one = shape.n_blocks * (2 * width * r + r + width)
-        return one if params.placement == "pfeiffer" else 2 * one + shape.n_norms
+        one = 2 * width * r + r + width
+        if params.placement == "pfeiffer":
+            return int(shape.n_blocks * one)
+        n_attentions = sum(
+            layer.count
+            for name, layer in shape.layers.items()
+            if re.fullmatch(r"v(alue)?(_?(proj|lin))?", name)
+        )
+        return int((max(n_attentions, shape.n_blocks) + shape.n_blocks) * one + shape.n_norms)
 
     def learns_first(self, parameter: str) -> bool:
         return True

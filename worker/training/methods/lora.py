@@ -5,21 +5,23 @@ On an ``nf4`` base this is QLoRA (arXiv 2305.14314).
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
 
 from models.domain.base import JsonObject
-from models.domain.estimates import BaseShape
+from models.domain.estimates import BaseShape, LayerShape
 from models.errors import InvalidRequestError
 from worker.training.methods import register
-from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
+from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams, unsupported
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from worker.training.task import Task
 
 PRINCIPAL = ("pissa", "olora")
 """Starts that are taken from the base weights (``worker.training.principal``)."""
@@ -57,6 +59,13 @@ def _separate(pattern: dict[str, Any]) -> dict[str, Any]:
     return pattern
 
 
+Targets = (
+    Literal["all-linear"]
+    | Annotated[list[ModuleName], Field(min_length=1, max_length=256), AfterValidator(_distinct)]
+)
+"""Which linear layers a method adapts."""
+
+
 class LoraParams(MethodParams):
     """Low-rank matrices beside the linear layers."""
 
@@ -70,12 +79,7 @@ class LoraParams(MethodParams):
     dropout: Annotated[float, Field(ge=0, lt=1, strict=True)] = Field(
         0.05, description="Share of the inputs of A that are dropped in training."
     )
-    target_modules: (
-        Literal["all-linear"]
-        | Annotated[
-            list[ModuleName], Field(min_length=1, max_length=256), AfterValidator(_distinct)
-        ]
-    ) = Field(
+    target_modules: Targets = Field(
         "all-linear",
         description="Linear layers that get matrices: all but the head, or names such as `q_proj`.",
     )
@@ -93,12 +97,15 @@ class LoraParams(MethodParams):
         1.0,
         description="LoRA+ (arXiv 2402.12354): B learns so many times as fast as A; 16 is usual.",
     )
-    init: Literal["default", "gaussian", "pissa", "olora"] = Field(
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq", "eva"] = Field(
         "default",
         description=(
             "`default`, `gaussian`: A is drawn Kaiming-uniform or Gaussian, B starts at 0. `pissa` "
             "(arXiv 2404.02948), `olora` (arXiv 2406.01775): both start at the weight's principal "
-            "singular vectors or its QR factors; the adapter has rank 2r."
+            "singular vectors or its QR factors; the adapter has rank 2r. `loftq` (arXiv "
+            "2310.08659), on `nf4` bases: both start at what 4 bits lost of the weight. `eva` "
+            "(arXiv 2410.07170): A starts at the main directions of the layer's inputs on the "
+            "job's rows."
         ),
     )
     rank_pattern: Annotated[
@@ -143,6 +150,10 @@ class Lora(Method):
     Params: ClassVar[type[MethodParams]] = LoraParams
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio"})
 
+    def mixes(self, params: Any) -> bool:
+        # DoRA needs whole weights, and a principal start changes the base that others share.
+        return not params.use_dora and params.init not in PRINCIPAL
+
     def attach(
         self,
         model: "PreTrainedModel | PeftModel",
@@ -157,6 +168,7 @@ class Lora(Method):
         from worker.training.dropout import LaneDropout
         from worker.training.principal import start_principal
         from worker.training.tuners.attach import attach_adapter, is_transposed
+        from worker.training.tuners.informed import start_loftq
 
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -172,6 +184,8 @@ class Lora(Method):
         def start(adapted: "PeftModel") -> None:
             if params.init in PRINCIPAL:
                 start_principal(adapted, params.init, adapter)
+            elif params.init == "loftq":
+                start_loftq(adapted, adapter)
 
         adapted = attach_adapter(model, config, seed, adapter, start)
         for module in adapted.modules():
@@ -181,6 +195,23 @@ class Lora(Method):
             if params.dropout and not params.use_dora:
                 module.lora_dropout[adapter] = LaneDropout(params.dropout)
         return adapted
+
+    def require_fit(self, params: Any, precision: str, shape: BaseShape | None) -> None:
+        super().require_fit(params, precision, shape)
+        if params.init == "loftq" and precision != "nf4":
+            raise unsupported(
+                "peft.init: 'loftq' makes up for what 4 bits lose, and a base held in "
+                f"{precision!r} loses nothing. Choose precision 'nf4', or another init.",
+                "peft.init",
+            )
+
+    def first_pass(self, task: "Task", run: Callable[[], object]) -> str | None:
+        """Take the first A from the job's rows where that is asked for."""
+        if task.method_params.init == "eva":
+            from worker.training.tuners.informed import start_eva
+
+            start_eva(task.model, task.adapter, (each.input_ids for each in task.train))
+        return super().first_pass(task, run)
 
     def adapter_config(
         self, model: "PeftModel", params: Any, base_model: str, adapter: str = DEFAULT_ADAPTER
@@ -263,6 +294,21 @@ def target_names(model: "PreTrainedModel | PeftModel", params: Any) -> list[str]
     _require_known("rank_pattern", getattr(params, "rank_pattern", ()), targets)
     _require_known("alpha_pattern", getattr(params, "alpha_pattern", ()), targets)
     return names
+
+
+def counted_layers(shape: BaseShape, targets: Any) -> list[LayerShape]:
+    """Return the layers that `targets` mean, as far as the last parts of names tell.
+
+    A target that names more than the last part is counted as one layer.
+    """
+    names = list(shape.layers) if targets == "all-linear" else targets
+    found = []
+    for name in names:
+        last = name.rpartition(".")[2]
+        if (layer := shape.layers.get(last)) is not None:
+            count = layer.count if name == last else 1
+            found.append(layer.model_copy(update={"count": count}))
+    return found
 
 
 def _sum_of_ranks(params: LoraParams, name: str, n_layers: int) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from worker.training.task import Task
+
 
 class MeftParams(MethodParams):
     """Bottlenecks beside the layers of a model that is made reversible."""
@@ -64,6 +66,7 @@ class Meft(Method):
         "time of one with gradient checkpointing."
     )
     Params: ClassVar[type[MethodParams]] = MeftParams
+    rate_scale: ClassVar[float] = 3.0
     families: ClassVar[frozenset[Family]] = frozenset({"decoder", "encoder"})
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "reversible"})
 
@@ -124,7 +127,7 @@ class Meft(Method):
         n_bottlenecks = 2 * shape.n_blocks - (params.variant == "meft1")
         return n_bottlenecks * (2 * shape.width * params.r + params.r + shape.width)
 
-    def first_pass(self, model: "PeftModel", run: Callable[[], object]) -> str | None:
+    def first_pass(self, task: "Task", run: Callable[[], object]) -> str | None:
         """Require that the activations come back; where they do not, keep the layers' inputs."""
         from worker.training.reversible.streams import NotReversibleError
         from worker.training.reversible.tuner import stack_of
@@ -132,8 +135,8 @@ class Meft(Method):
         try:
             run()
         except NotReversibleError:
-            stack_of(model).keeps_inputs = True
-            model.zero_grad(set_to_none=True)
+            stack_of(task.model).keeps_inputs = True
+            task.model.zero_grad(set_to_none=True)
             run()
             return (
                 "This device does not repeat its own results bit for bit, so activations cannot be "

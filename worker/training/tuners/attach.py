@@ -1,7 +1,8 @@
 """Put an adapter on a model through PEFT: float32 weights from a seed, whatever the base is in."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from models.errors import InvalidRequestError
 from worker.heads import COPIES, head_paths, head_settings
 
 
@@ -33,19 +33,12 @@ def attach_adapter(
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     heads = head_paths(base)
-    if heads and config.is_prompt_learning:
-        raise InvalidRequestError(
-            "This method has no place for a new head. Choose another, e.g. 'lora'.",
-            param="peft.type",
-        )
     if heads:
         for name, value in head_settings(heads, getattr(config, "target_modules", None)).items():
             setattr(config, name, value)
     if not base.can_generate() or base.config.is_encoder_decoder:
         config.task_type = None
-    with torch.random.fork_rng(), warnings.catch_warnings():
-        # peft 0.21 asks transformers 5.24 for an attribute under its old name.
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+    with torch.random.fork_rng(), without_known_warnings():
         torch.manual_seed(seed)
         if isinstance(model, PeftModel):
             model.add_adapter(adapter, config)
@@ -58,9 +51,21 @@ def attach_adapter(
     for name, parameter in adapted.named_parameters():
         if adapter in name.split("."):
             parameter.data = parameter.data.float()
-    if not config.is_prompt_learning:
-        adapted.set_requires_grad(adapter)  # PEFT freezes the adapters that are not active
+    adapted.set_requires_grad(adapter)  # PEFT freezes the adapters that are not active
     return adapted
+
+
+@contextmanager
+def without_known_warnings() -> Iterator[None]:
+    """Keep PEFT quiet about what is so on purpose, or its own affair."""
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.24 for an attribute under its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        # VeRA, RandLoRA: the fixed matrices are drawn again from the number in the file.
+        warnings.filterwarnings("ignore", r"Specified to not (save|load)", UserWarning)
+        # OFT: a block is as wide as the nearest divisor of the layer's inputs.
+        warnings.filterwarnings("ignore", "Invalid `oft_block_size`", UserWarning)
+        yield
 
 
 def linear_layers(

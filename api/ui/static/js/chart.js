@@ -21,12 +21,12 @@ const legendHeight = (place, n_lines) => (n_lines < 2 ? 0 : (place?.clientWidth 
 const brief = (value) => (value !== 0 && Math.abs(value) < 0.01 ? value.toExponential(1).replace("e", " e") : String(Number(value.toPrecision(4))));
 
 /** What lies along the x axis: its name, how a place on it is written, and the steps of its ticks.
- * @typedef {{name: string, write?: (value: number) => string, ticks?: number[]}} Axis */
+ * @typedef {{name: string, write?: (value: number) => string, ticks: number[]}} Axis */
 
 /** Days, of which `write` makes a date. @param {(value: number) => string} write @returns {Axis} */
 export const daysAs = (write) => ({ name: t("Day"), write, ticks: [1, 2, 7, 14, 30] });
 /** @type {Axis} */
-export const STEPS = { name: t("Step") };
+export const STEPS = { name: t("Step"), ticks: [1, 2, 5].flatMap((each) => Array.from({ length: 8 }, (_, power) => each * 10 ** power)).sort((one, other) => one - other) };
 /** Seconds since the first step. @type {Axis} */
 export const SECONDS = { name: t("Time"), write: duration, ticks: [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 14400, 43200, 86400, 604800] };
 
@@ -50,7 +50,7 @@ export function chart(place, lines, along = STEPS) {
       width: place.clientWidth, height: place.clientHeight - legendHeight(place, lines.length), legend: { show: lines.length > 1 },
       cursor: { sync: { key: "steps" }, drag: { x: true, y: false } },
       scales: { x: { time: false }, y: { distr: wasLog ? 3 : 1 } },
-      axes: [write ? { ...axis, incrs: axisOfX.ticks, values: (/** @type {unknown} */ _, /** @type {number[]} */ ticks) => ticks.map(write) } : axis, { ...axis, size: 62, values: (/** @type {unknown} */ _, /** @type {(number|null)[]} */ ticks) => ticks.map((tick) => (tick === null ? "" : brief(tick))) }],
+      axes: [{ ...axis, incrs: axisOfX.ticks, ...(write ? { values: (/** @type {unknown} */ _, /** @type {number[]} */ ticks) => ticks.map(write) } : {}) }, { ...axis, size: 62, values: (/** @type {unknown} */ _, /** @type {(number|null)[]} */ ticks) => ticks.map((tick) => (tick === null ? "" : brief(tick))) }],
       series: [{ label: axisOfX.name, ...(write ? { value: (/** @type {unknown} */ _, /** @type {number|null} */ at) => (at === null ? "–" : write(at)) } : {}) }, ...lines.map((line) => ({ label: line.label, stroke: colour(line.token), width: line.width ?? 1.5, dash: line.dash, alpha: line.alpha ?? 1, spanGaps: true, points: { show: line.points ?? false, size: 5 } }))],
     }, shown, place);
   }

@@ -16,5 +16,9 @@ function draw() {
     return smooth(steps.map((step) => values.get(step) ?? null), Number(slider.value));
   })]);
 }
+const all = /** @type {HTMLInputElement|null} */ (document.getElementById("all-settings"));
+all?.addEventListener("change", () => {
+  for (const row of document.querySelectorAll("#differences tr[data-same]")) /** @type {HTMLElement} */ (row).hidden = !all.checked;
+});
 slider.addEventListener("input", draw);
 draw();

@@ -17,12 +17,13 @@ const loss = chart(by("loss-chart"), [
   { label: t("held-out"), token: "--second", width: 2, dash: [6, 4], points: true }]);
 const rate = chart(by("rate-chart"), [{ label: t("Learning rate"), token: "--accent" }]);
 const speed = chart(by("speed-chart"), [{ label: t("Tokens/s"), token: "--accent" }]);
+const accuracy = chart(by("accuracy-chart"), [{ label: t("Token accuracy"), token: "--accent" }]);
 const norm = chart(by("norm-chart"), [{ label: t("Gradient norm"), token: "--accent" }]);
 
 function drawCharts() {
   const share = Number(/** @type {HTMLInputElement} */ (by("smoothing")).value);
   const column = (/** @type {string} */ name) => points.map((point) => point[name] ?? null);
-  for (const each of ["loss-chart", "rate-chart", "speed-chart", "norm-chart"]) {
+  for (const each of ["loss-chart", "rate-chart", "speed-chart", "norm-chart", "accuracy-chart"]) {
     if (points.length) delete by(each).dataset.empty; else by(each).dataset.empty = t("no step yet");
   }
   const timed = points.length > 0 && points.every((point) => point.recorded_at);
@@ -41,6 +42,7 @@ function drawCharts() {
     loss.draw([places, train, smoothed, column("full_valid_loss").map((value, at) => value ?? points[at].valid_loss ?? null)], log, x);
     rate.draw([places, column("learning_rate")], false, x);
     speed.draw([places, column("tokens_per_second")], false, x);
+    accuracy.draw([places, column("train_mean_token_accuracy")], false, x);
     norm.draw([places, column("grad_norm")], false, x);
   }
   if (!by("loss-table").hidden) drawTable();
@@ -69,8 +71,10 @@ function drawJob() {
   by("eta").dataset.seconds = left === null ? "" : left.toFixed(3);
   by("eta").textContent = left === null ? "–" : t("about {time}", { time: duration(left) });
   const stage = ended ? 3 : job.status === "running" || job.status === "paused" ? (step || total ? 2 : 1) : 0;
+  // How far a job came that did not succeed.
+  const reached = !ended || job.status === "succeeded" ? stage : step ? 2 : job.started_at ? 1 : 0;
   by("stages").querySelectorAll("li").forEach((item, at) => {
-    item.toggleAttribute("data-done", at < stage || (at === 3 && job.status === "succeeded"));
+    item.toggleAttribute("data-done", at < reached || (at === 3 && job.status === "succeeded"));
     item.toggleAttribute("data-failed", at === 3 && ["failed", "cancelled"].includes(job.status));
     if (at === stage && !ended) item.setAttribute("aria-current", "step"); else item.removeAttribute("aria-current");
     if (at === 3 && ended) item.textContent = t(job.status);
