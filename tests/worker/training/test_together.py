@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from models.storage import adapter_prefix, fetch_file, upload_key
-from models.tables import Job
+from models.storage import adapter_prefix, fetch_file
+from models.tables import File, Job
 from tests.worker.training.service import Service, chat_rows
 from worker.training import exit_codes, together
 from worker.training.checkpoint import ADAPTER_TENSORS
@@ -37,7 +37,9 @@ def run(service: Service, jobs: list[Job], asked: Asked = never) -> dict[str, in
 
 def two_jobs(service: Service, **changes: Any) -> list[Job]:
     """One job of 6 steps, one of 12 with another adapter and other data, the tests' tiny ones."""
-    if not service.keys(upload_key("file-more")):
+    with service.database.read() as session:
+        is_new = session.get(File, "file-more") is None
+    if is_new:
         service.upload("file-more", chat_rows(9)[3:])
     lora = {"type": "lora", "r": 2, "dropout": 0.0, "target_modules": ["q_proj", "down_proj"]}
     return [
