@@ -158,7 +158,8 @@ def objective_of(family: str) -> str:
 
 def trainer_of(peft: dict[str, Any], family: str, rate: float = FEW_STEPS) -> Trainer:
     name, model = objective_of(family), tiny_model(family)
-    n_epochs = 12 if name == "mlm" else 6  # a step sees a third of the ids
+    # A step sees a third of the ids, and what is judged are others.
+    n_epochs, rate = (12, rate / 3) if name == "mlm" else (6, rate)
     spec = make_spec(
         objective=objectives.parse_params({"type": name, **OBJECTIVES.get(name, {})}).model_dump(),
         peft=methods.parse_params(peft).model_dump(),
