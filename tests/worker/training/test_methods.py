@@ -91,7 +91,10 @@ CLAIMS: dict[str, list[Claim]] = {
     "prompt": [Claim({"n_tokens": 4}, rate=0.1, start=ANYWHERE)],
     "prefix": [Claim({"n_tokens": 4}, rate=0.1, start=ANYWHERE)],
     "vera": [Claim({"r": 16}, rate=0.1, formula=False)],
-    "ia3": [Claim({}, rate=0.2, formula=False)],
+    "ia3": [
+        Claim({}, (*DECODERS, *SEQ2SEQ), rate=0.2, formula=False),
+        Claim({}, ENCODERS, rate=0.03, formula=False),
+    ],
     "bitfit": [Claim({}, WITH_BIASES, rate=0.05)],
     "full": [Claim({})],
     "houlsby": [
