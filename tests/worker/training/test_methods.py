@@ -91,7 +91,10 @@ CLAIMS: dict[str, list[Claim]] = {
     "prompt": [Claim({"n_tokens": 4}, rate=0.1, start=ANYWHERE)],
     "prefix": [Claim({"n_tokens": 4}, rate=0.1, start=ANYWHERE)],
     "vera": [Claim({"r": 16}, rate=0.1, formula=False)],
-    "ia3": [Claim({}, rate=0.2, formula=False)],
+    "ia3": [
+        Claim({}, (*DECODERS, *SEQ2SEQ), rate=0.2, formula=False),
+        Claim({}, ENCODERS, rate=0.03, formula=False),
+    ],
     "bitfit": [Claim({}, WITH_BIASES, rate=0.05)],
     "full": [Claim({})],
     "houlsby": [
@@ -158,7 +161,8 @@ def objective_of(family: str) -> str:
 
 def trainer_of(peft: dict[str, Any], family: str, rate: float = FEW_STEPS) -> Trainer:
     name, model = objective_of(family), tiny_model(family)
-    n_epochs = 12 if name == "mlm" else 6  # a step sees a third of the ids
+    # A step sees a third of the ids, and what is judged are others.
+    n_epochs, rate = (12, rate / 3) if name == "mlm" else (6, rate)
     spec = make_spec(
         objective=objectives.parse_params({"type": name, **OBJECTIVES.get(name, {})}).model_dump(),
         peft=methods.parse_params(peft).model_dump(),

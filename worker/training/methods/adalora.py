@@ -67,8 +67,9 @@ class Adalora(Tuner):
     def before_update(self, task: "Task") -> None:
         from worker.training.tuners.adaptive import add_orthogonality
 
-        if task.method_params.orthogonality:  # type: ignore[attr-defined]
-            add_orthogonality(task.model, task.method_params.orthogonality)  # type: ignore[attr-defined]
+        params: Any = task.method_params
+        if params.orthogonality:
+            add_orthogonality(task.model, params.orthogonality)
 
     def after_update(self, task: "Task", step: int, total_steps: int) -> None:
         from worker.training.tuners.adaptive import allocate

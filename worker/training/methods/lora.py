@@ -6,7 +6,7 @@ On an ``nf4`` base this is QLoRA (arXiv 2305.14314).
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias
 
 from pydantic import AfterValidator, Field, StrictBool, StrictInt, StrictStr
 
@@ -59,7 +59,7 @@ def _separate(pattern: dict[str, Any]) -> dict[str, Any]:
     return pattern
 
 
-Targets = (
+Targets: TypeAlias = (
     Literal["all-linear"]
     | Annotated[list[ModuleName], Field(min_length=1, max_length=256), AfterValidator(_distinct)]
 )
@@ -207,7 +207,8 @@ class Lora(Method):
 
     def first_pass(self, task: "Task", run: Callable[[], object]) -> str | None:
         """Take the first A from the job's rows where that is asked for."""
-        if task.method_params.init == "eva":
+        params: Any = task.method_params
+        if params.init == "eva":
             from worker.training.tuners.informed import start_eva
 
             start_eva(task.model, task.adapter, (each.input_ids for each in task.train))

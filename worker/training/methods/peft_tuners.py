@@ -70,9 +70,11 @@ class Tuner(Method):
         """
         import peft
 
+        from worker.heads import head_paths
         from worker.training.tuners.attach import (
             attach_adapter,
             is_transposed,
+            linear_layers,
             without_known_warnings,
         )
 
@@ -87,6 +89,14 @@ class Tuner(Method):
         if self.takes_transposed:
             settings["fan_in_fan_out"] = is_transposed(model)
         targets = target_names(model, params)
+        base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        if head_paths(base):
+            # By whole paths no name means the new head too; not every configuration can exclude it.
+            targets = [
+                path
+                for path in linear_layers(model)
+                if any(f".{path}".endswith(f".{name}") for name in targets)
+            ]
         with without_known_warnings():
             config = getattr(peft, self.config_class)(
                 task_type="CAUSAL_LM", target_modules=targets, **settings

@@ -89,7 +89,8 @@ def put_back(model: PeftModel, states: dict[str, torch.Tensor]) -> None:
 
 
 def _adapted(model: PeftModel) -> list[tuple[str, nn.Parameter]]:
-    adapter = model.base_model.trainable_adapter_name
+    tuner: Any = model.base_model
+    adapter = tuner.trainable_adapter_name
     return [
         (name, each)
         for name, each in model.named_parameters()

@@ -34,7 +34,8 @@ def start_loftq(model: PeftModel, adapter: str) -> None:
     Raises:
         InvalidRequestError: the base's files do not have a layer's weight (``peft.init``).
     """
-    stored = StoredWeights(Path(str(model.get_base_model().config.name_or_path)))  # type: ignore[union-attr]
+    base: Any = model.get_base_model()
+    stored = StoredWeights(Path(str(base.config.name_or_path)))
     for path, module in _layers(model, adapter):
         held = frozen_weight(module.get_base_layer())
         rank, scale = module.r[adapter], module.scaling[adapter]
@@ -47,7 +48,7 @@ def start_loftq(model: PeftModel, adapter: str) -> None:
         lost = stored.like(path, held) - held
         first, second = module.lora_A[adapter].weight, module.lora_B[adapter].weight
         a, b = factors(lost, rank, scale, "pissa")
-        first.data, second.data = a.to(first).contiguous(), b.to(second).contiguous()  # type: ignore[operator]
+        first.data, second.data = a.to(first).contiguous(), b.to(second).contiguous()
 
 
 class StoredWeights:
@@ -99,14 +100,14 @@ def start_eva(model: PeftModel, adapter: str, rows: Iterable[Sequence[int]]) -> 
         rows: Token ids; the first `EVA_TOKENS` tokens of them are looked at.
     """
     layers = [each for _, each in _layers(model, adapter)]
-    if any(module.lora_B[adapter].weight.any() for module in layers):  # type: ignore[operator,union-attr]
+    if any(module.lora_B[adapter].weight.any() for module in layers):
         return
     found: dict[nn.Module, torch.Tensor] = {}
 
-    def look(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def look(module: Any, args: tuple[torch.Tensor, ...]) -> None:
         inputs = args[0].detach().float().flatten(0, -2)
         kept = found.get(module)
-        wanted = min(module.r[adapter] + _SPARE, inputs.shape[-1])  # type: ignore[index,operator]
+        wanted = min(module.r[adapter] + _SPARE, inputs.shape[-1])
         both = inputs if kept is None else torch.cat([kept, inputs])
         found[module] = _main_directions(both, int(wanted))
 

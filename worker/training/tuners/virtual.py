@@ -8,7 +8,7 @@ whose cache then begins with them. The parameters and the file are PEFT's.
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
@@ -46,13 +46,14 @@ class VirtualModel(PeftModelForCausalLM):
     def __init__(self, model: nn.Module, config: PeftConfig, adapter: str, **options: Any) -> None:
         super().__init__(model, config, adapter, **options)
         put_before(self.get_base_model(), self._virtual)
-        self.passes_cache = config.peft_type.value == "PREFIX_TUNING"  # type: ignore[union-attr]
+        kind: Any = config.peft_type
+        self.passes_cache = kind.value == "PREFIX_TUNING"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
 
     def _virtual(self) -> Virtual | None:
-        return None if self._adapters_disabled else virtual_of(self, self.active_adapter)
+        return None if self._adapters_disabled else virtual_of(self, str(self.active_adapter))
 
 
 def attach_virtual(
@@ -83,13 +84,15 @@ def attach_virtual(
         )
     with torch.random.fork_rng(), without_known_warnings():
         torch.manual_seed(seed)
-        vocabulary = int(model.config.get_text_config().vocab_size)
-        drawn = torch.randint(vocabulary, (config.num_virtual_tokens,)).to(model.device)
-        adapted = VirtualModel(model, config, adapter)
+        base, settings = cast("Any", model), cast("Any", config)
+        vocabulary = int(base.config.get_text_config().vocab_size)
+        drawn = torch.randint(vocabulary, (settings.num_virtual_tokens,)).to(base.device)
+        adapted: Any = VirtualModel(model, config, adapter)
         with torch.no_grad(), adapted.disable_adapter():
             first = start(adapted, drawn)
         adapted.prompt_encoder[adapter].embedding.weight = nn.Parameter(first.float().clone())
-    return adapted
+    made: PeftModel = adapted
+    return made
 
 
 def embeddings_of(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
@@ -117,9 +120,8 @@ def states_of(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
 
 def virtual_of(model: PeftModel, adapter: str) -> Virtual:
     """Return the virtual tokens of an adapter of PEFT's; gradients reach its parameter."""
-    config: Any = model.peft_config[adapter]
-    weight = model.prompt_encoder[adapter].embedding.weight  # type: ignore[index,union-attr]
-    assert isinstance(weight, torch.Tensor)
+    whole: Any = model
+    config, weight = whole.peft_config[adapter], whole.prompt_encoder[adapter].embedding.weight
     if config.peft_type.value == "PROMPT_TUNING":
         return Virtual(embeddings=weight)
     heads = config.num_attention_heads
@@ -129,7 +131,8 @@ def virtual_of(model: PeftModel, adapter: str) -> Virtual:
 def with_virtual_tokens(loaded: PeftModel) -> PreTrainedModel:
     """Return the base of a model that PEFT has loaded, with its virtual tokens for good."""
     [adapter] = loaded.peft_config
-    for parameter in loaded.prompt_encoder.parameters():  # type: ignore[union-attr]
+    encoders: Any = loaded.prompt_encoder
+    for parameter in encoders.parameters():
         parameter.requires_grad_(False)
     kept = virtual_of(loaded, adapter)
     base: Any = loaded.get_base_model()
