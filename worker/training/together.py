@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 import torch
@@ -105,7 +106,7 @@ class JobsTogether:
             self._end(seat, exit_codes.DRAINED)
         for seat in self._open():
             with self._ending(seat):
-                outcome = seat.run.execute(lambda seat=seat: self._asked(seat.job_id))
+                outcome = seat.run.execute(partial(self._asked, seat.job_id))
                 self._end(seat, CODES[outcome])
 
     def _train(self, seats: Sequence[_Seat]) -> None:

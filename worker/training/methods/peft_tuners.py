@@ -89,7 +89,8 @@ class Tuner(Method):
         if self.takes_transposed:
             settings["fan_in_fan_out"] = is_transposed(model)
         targets = target_names(model, params)
-        base: Any = model.get_base_model() if hasattr(model, "peft_config") else model
+        whole: Any = model
+        base = whole.get_base_model() if hasattr(whole, "peft_config") else whole
         if head_paths(base):
             # By whole paths no name means the new head too; not every configuration can exclude it.
             targets = [

@@ -7,11 +7,12 @@ the layer's inputs on the job's own rows, B at 0; all ranks stay r (ρ = 1). Bot
 from then on.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
@@ -91,7 +92,7 @@ class StoredWeights:
 
 
 @torch.no_grad()
-def start_eva(model: PeftModel, adapter: str, rows: Iterable[Sequence[int]]) -> None:
+def start_eva(model: PeftModel, adapter: str, rows: Iterable[ArrayLike]) -> None:
     """Set every A whose B is 0 to the main directions of its layer's inputs.
 
     Args:
@@ -139,7 +140,7 @@ def _main_directions(rows: torch.Tensor, n: int) -> torch.Tensor:
     return (left[:, order].T @ rows.double()).float()
 
 
-def _first_tokens(rows: Iterable[Sequence[int]], device: torch.device) -> Iterator[torch.Tensor]:
+def _first_tokens(rows: Iterable[ArrayLike], device: torch.device) -> Iterator[torch.Tensor]:
     left = EVA_TOKENS
     for row in rows:
         ids = torch.as_tensor(row, dtype=torch.int64, device=device)[:left]

@@ -109,7 +109,7 @@ def states_of(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
     """
     base: Any = model.get_base_model()
     name = _cache_name(base)
-    cache = DynamicCache(config=base.config)
+    cache: Any = DynamicCache(config=base.config)
     was_training = base.training
     base.eval()(input_ids=ids[None], use_cache=True, **{name: cache})
     base.train(was_training)
