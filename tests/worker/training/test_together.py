@@ -110,7 +110,7 @@ def test_a_cancelled_job_and_a_faulty_one_leave_the_other_as_it_is(
 ) -> None:
     jobs = two_jobs(shared)
     shared.upload("file-long", [{**chat_rows(1)[0]}, *chat_rows(3)])
-    faulty = shared.submit(training_file="file-long", max_seq_length=4)
+    faulty = shared.submit(training_file="file-long", max_seq_length=16)
 
     def cancel(job_id: str) -> Stop | None:
         row = shared.job(job_id)
