@@ -10,7 +10,7 @@ from models.registry import audit
 from models.tables import AuditLog
 
 
-def note(session: Session, caller: Caller, type_: str, object_id: str, **details: Any) -> None:
+def note(session: Session, caller: Caller, type_: str, object_id: str, /, **details: Any) -> None:
     """Record a change of the caller's in its own project, in the transaction that makes it.
 
     Args:
@@ -24,7 +24,7 @@ def note(session: Session, caller: Caller, type_: str, object_id: str, **details
 
 
 def note_in(
-    session: Session, caller: Caller, project_id: str, what: tuple[str, str], **details: Any
+    session: Session, caller: Caller, project_id: str, what: tuple[str, str], /, **details: Any
 ) -> None:
     """Record a change that the caller makes in a project, which may be another than its own.
 

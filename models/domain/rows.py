@@ -6,19 +6,20 @@ Every shape that a file may have (``worker/data/shapes``) becomes one of these f
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
 
-from models.domain.base import Frozen, JsonObject, Parameters, Text
+from models.domain.base import Frozen, JsonObject, Text
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
 def _no_boolean(value: Any) -> Any:
     if isinstance(value, bool):  # to Python it is 0 or 1
-        raise ValueError("must be 0 or 1, not a boolean")
+        raise PydanticCustomError("boolean_weight", "Input should be 0 or 1, not a boolean")
     return value
 
 
-class TextPart(Parameters):
+class TextPart(Frozen):
     """One part of a message whose content is a list; only text is accepted."""
 
     type: Literal["text"]

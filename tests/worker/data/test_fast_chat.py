@@ -74,7 +74,7 @@ def test_damaged_text_is_never_taken_as_something_else() -> None:
             at = draw.randrange(len(text))
             text = text[:at] + draw.choice(scraps) + text[at + draw.randint(0, 4) :]
         n_taken += check(text.encode())
-    assert n_taken > 100
+    assert n_taken > 20
 
 
 def test_everyday_rows_are_taken() -> None:

@@ -106,7 +106,7 @@ def test_every_method_trains_a_classifier_with_its_head(
     method: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
     peft = {"type": method, **({"r": 8} if method == "miss" else {})}
-    trainer = headed_trainer(bases["bert"], "classification", peft=peft, n_epochs=4)
+    trainer = headed_trainer(bases["bert"], "classification", peft=peft, n_epochs=8)
     task = trainer.task
     before = trainer.evaluate(task.train).mean_loss
     trainer.run(Silent(), lambda *_: None, lambda: None)

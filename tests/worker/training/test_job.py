@@ -302,7 +302,7 @@ def test_a_job_without_packing_is_padded_and_learns_the_same(
     padded = service.submit(packing=False)
     assert service.run(padded) == exit_codes.DONE
     losses = [[each.train_loss for each in service.trace(job.id)] for job in (packed, padded)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
     assert not any("padding" in message for message in service.messages(padded.id))
 
 

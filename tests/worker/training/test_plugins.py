@@ -103,7 +103,7 @@ def test_defaults_are_those_of_the_documentation() -> None:
         ({"dropout": 1}, "peft.dropout"),
         ({"dropout": -0.1}, "peft.dropout"),
         ({"use_rslora": 1}, "peft.use_rslora"),
-        ({"init": "loftq"}, "peft.init"),
+        ({"init": "svd"}, "peft.init"),
         ({"rank_pattern": {"q_proj": 4, "layers.0.self_attn.q_proj": 2}}, "peft.rank_pattern"),
         ({"target_modules": "q_proj"}, "peft.target_modules"),
         ({"target_modules": []}, "peft.target_modules"),

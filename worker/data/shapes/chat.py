@@ -111,7 +111,7 @@ def parse_messages(
     except ValidationError as error:
         fault = schema_fault(value, error.errors(include_url=False, include_input=False))
         raise BadRow(_moved(fault, path)) from None
-    found = messages_fault(row.messages, cleaned)
+    found = messages_fault(row.messages)
     if found is not None:
         raise BadRow(_moved(found, path))
     return row.messages

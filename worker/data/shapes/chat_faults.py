@@ -69,17 +69,12 @@ def row_fault(row: ChatRow) -> Fault | None:
     return None
 
 
-def messages_fault(messages: list[ChatMessage], given: list[JsonObject]) -> Fault | None:
-    """Return what is wrong with the first bad one of well-formed messages, or None.
-
-    Args:
-        messages: The messages after parsing.
-        given: The same as plain values.
-    """
+def messages_fault(messages: list[ChatMessage]) -> Fault | None:
+    """Return what is wrong with the first bad one of well-formed messages, or None."""
     called = False
     for index, message in enumerate(messages):
         path = f"messages[{index}]"
-        fault = _message_fault(message, given[index], path)
+        fault = _message_fault(message, path)
         if fault is None and message.role == "tool" and not called:
             fault = Fault(
                 "tool_without_call",
@@ -93,10 +88,7 @@ def messages_fault(messages: list[ChatMessage], given: list[JsonObject]) -> Faul
     return None
 
 
-def _message_fault(message: ChatMessage, given: JsonObject, path: str) -> Fault | None:
-    if isinstance(given.get("weight"), bool):  # Python takes true for 1, JSON does not
-        hint = "Write 0 or 1."
-        return Fault("wrong_type", "expected 0 or 1, got a boolean.", f"{path}.weight", hint)
+def _message_fault(message: ChatMessage, path: str) -> Fault | None:
     if message.role == "assistant":
         if not message.tool_calls and is_blank(message.text):
             return Fault(
@@ -170,6 +162,8 @@ def schema_fault(value: dict[str, Any], errors: Sequence[ErrorDetails]) -> Fault
             )
         case "literal_error":
             return _not_allowed(keys, given)
+        case "boolean_weight":
+            return Fault("wrong_type", "expected 0 or 1, got a boolean.", path, "Write 0 or 1.")
     if keys and keys[-1] == "content" and not isinstance(given, str | list):
         expected = "a string or an array of text parts"
     else:
