@@ -16,7 +16,7 @@ from pydantic import (
 
 from models.domain.base import JsonObject, Parameters, Text, require_known
 from models.domain.generation import MAX_CHOICES
-from models.domain.rows import ChatMessage, TextPart
+from models.domain.rows import ChatMessage
 from models.domain.training import (
     Auto,
     EarlyStopping,
@@ -168,10 +168,6 @@ def _plain_message(value: Any) -> Any:
         and (key, item) != ("tool_calls", [])
     }
     require_known(ChatMessage, plain)
-    parts = plain.get("content")
-    for part in parts if isinstance(parts, list) else ():
-        if isinstance(part, dict):
-            require_known(TextPart, part)
     return plain
 
 

@@ -3,12 +3,18 @@
 Every shape that a file may have (``worker/data/shapes``) becomes one of these forms.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
-from models.domain.base import Frozen, JsonObject, Text
+from models.domain.base import Frozen, JsonObject, Text, require_known
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
@@ -24,6 +30,17 @@ class TextPart(Frozen):
 
     type: Literal["text"]
     text: Text
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _name_what_is_unknown(cls, value: Any, parse: ModelWrapValidatorHandler[Self]) -> Self:
+        """Suggest a field for an unknown one, unless the part is not of text at all."""
+        try:
+            return parse(value)
+        except ValidationError as error:
+            if all(each["type"] in ("extra_forbidden", "missing") for each in error.errors()):
+                require_known(cls, value)
+            raise
 
 
 class ChatMessage(Frozen):

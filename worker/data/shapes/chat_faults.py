@@ -152,8 +152,8 @@ def schema_fault(value: dict[str, Any], errors: Sequence[ErrorDetails]) -> Fault
     keys = _keys(error["loc"])
     path, given = _path(keys), _at(value, keys)
     match error["type"]:
-        case "extra_forbidden":
-            return _unknown_field(keys)
+        case "unknown_field":
+            return _unknown_field([*keys, error["ctx"]["field"]])
         case "missing":
             return _missing_field(keys)
         case "too_short":
@@ -183,7 +183,7 @@ def _rank(error: ErrorDetails) -> tuple[bool, bool, bool]:
     location = error["loc"]
     branch = [key for key in location if isinstance(key, str) and "[" in key]
     useless = bool(branch) and branch[0].startswith("function") and error["type"] == "string_type"
-    return useless, error["type"] == "missing", error["type"] == "extra_forbidden"
+    return useless, error["type"] == "missing", error["type"] == "unknown_field"
 
 
 def _unknown_field(keys: list[str | int]) -> Fault:
