@@ -4,14 +4,30 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from worker.base_models import dequantise_, load_model
+from worker.heads import Head
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+PROBE_TOKENS = 16
+MERGE_TOLERANCE = 1e-4
+"""Largest relative difference of the logits before and after a merge in float32."""
+
+logger = structlog.get_logger(__name__)
 
 
 def load_own_model(
-    base: Path, adapter: Path, served: str, *, precision: str, device: str
+    base: Path,
+    adapter: Path,
+    served: str,
+    *,
+    precision: str,
+    device: str,
+    head: Head | None = None,
 ) -> "PreTrainedModel":
     """Load a copy of the base with an adapter that no batch can serve.
 
@@ -24,9 +40,11 @@ def load_own_model(
         served: The manifest's ``served``: ``merged`` or ``own``.
         precision: How the server holds the base.
         device: Where the model goes.
+        head: What the base is loaded with; a causal language model's if None.
 
     Raises:
-        KeyError, RuntimeError, ValueError: the adapter's files do not fit the base.
+        KeyError, RuntimeError, ValueError: the adapter's files do not fit the base, or merged it
+            is another model.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
@@ -35,7 +53,7 @@ def load_own_model(
     import worker.training.reversible.tuner
     import worker.training.tuners.own  # noqa: F401
 
-    model: Any = load_model(base, precision=precision, device=device)
+    model: Any = load_model(base, precision=precision, device=device, head=head)
     if precision == "nf4":
         dequantise_(model)
     if served == "merged":
@@ -51,7 +69,24 @@ def load_own_model(
         stray ^= set(file.keys())
     if stray:
         raise ValueError(f"tensors are missing or left over: {', '.join(sorted(stray)[:5])}")
-    whole: PreTrainedModel = (
-        adapted.merge_and_unload() if served == "merged" else adapted.get_base_model()
-    )
-    return whole.requires_grad_(False).eval()
+    if served != "merged":
+        return adapted.get_base_model().requires_grad_(False).eval()
+    expected = _logits(adapted)
+    merged: PreTrainedModel = adapted.merge_and_unload().requires_grad_(False).eval()
+    drift = float((_logits(merged) - expected).norm() / expected.norm())
+    logger.info("adapter_merged", adapter=adapter.name, drift=drift)
+    if not drift <= MERGE_TOLERANCE:
+        raise ValueError(f"merged, its logits are off by {drift:.1e}, above {MERGE_TOLERANCE:.0e}")
+    return merged
+
+
+def _logits(model: Any) -> "torch.Tensor":
+    """Return the logits of a few tokens, [1, T, vocabulary], in float32."""
+    import torch
+
+    config = model.config
+    ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None] % config.vocab_size
+    inputs = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False, **inputs).logits
+    return found.float()
