@@ -109,7 +109,8 @@ def test_without_an_adapter_the_wrapped_model_is_the_base_to_the_bit(dtype: torc
 def test_every_linear_layer_is_wrapped_once_and_the_head_is_known() -> None:
     model = tiny_llama()
     shapes = BaseLayers(model).shapes
-    assert len(shapes) == 2 * 7 + 1
+    kinds = [shape.kind for shape in shapes.values()]
+    assert [kinds.count(kind) for kind in ("linear", "norm", "layer")] == [2 * 7 + 1, 2 * 2 + 1, 2]
     assert [path for path, shape in shapes.items() if shape.is_output] == ["lm_head"]
     gate = shapes["model.layers.1.mlp.gate_proj"]
     assert (gate.in_features, gate.out_features) == (64, 96)
