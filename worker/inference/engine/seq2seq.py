@@ -111,7 +111,7 @@ class Seq2SeqEngine:
             if self._closing or not self._thread.is_alive():
                 raise EngineClosedError("The engine is closed.")
             waiting = max(0, len(self._answers) - self._max_running)
-            if waiting + request.n > self._max_waiting:
+            if len(self._answers) + request.n > self._max_running + self._max_waiting:
                 raise EngineFullError(f"{waiting} sequences are waiting already.")
             answers = []
             for index, constraint in enumerate(constraints):
