@@ -1,6 +1,6 @@
 # Every command that the README names. `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-web screenshots check fuzz migrate bench clean
+.PHONY: help setup demo up test test-web churn screenshots check fuzz migrate bench clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -39,6 +39,9 @@ test: $(READY) ## Run all tests; they start the servers that they need
 
 test-web: $(READY) ## Run the tests of the web page alone, in a browser
 	$(BIN)/python -m pytest tests/web
+
+churn: $(STAMP) ## Load, replace and evict adapters under 64 streams for a minute
+	TUNERY_TEST_CHURN_SECONDS=60 $(BIN)/python -m pytest -s tests/flow/test_churn.py
 
 screenshots: $(READY) ## Take a picture of every page into screenshots/
 	$(BIN)/python -m tests.web.screenshots

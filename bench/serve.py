@@ -1,12 +1,18 @@
 """Output tokens a second, first token and gaps: base and 1, 8, 16 adapters at 8 and 16 streams.
 
-Asks the engine itself with SmolLM2 in bfloat16 and random adapters of rank 16 on all linear
-layers; each request has about 93 prompt and 48 output tokens, greedy, no
-end token. ``--peer URL --peer-models A,B`` sends the same load to any OpenAI-compatible server
-(its models: the base first, then adapters). ``python -m bench.serve [--quick] [--json]``
+Asks the engine itself with SmolLM2 in bfloat16 (float32 where a processor makes no products in
+bfloat16) and random adapters of rank 16 on all linear layers; each request has about 93 prompt and
+48 output tokens, greedy, no end token. Then: 1,000 registered adapters of which 100 are asked for,
+over 16 slots, each loaded from the disk when its first request comes; and peft's own ways, one
+``generate`` with ``adapter_names`` and one request after the other with ``set_adapter``.
+
+``--peer URL --peer-models A,B`` sends the same load to any OpenAI-compatible server (its models:
+the base first, then adapters). ``--quick`` asks for 24 tokens after 47 and leaves out loads.
+``python -m bench.serve [--quick] [--json]``
 """
 
 import argparse
+import math
 import statistics
 import tempfile
 import time
@@ -16,6 +22,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import torch
 from openai import OpenAI
@@ -24,8 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench._report import describe_machine, print_figures
+from bench._serve_peft import PeftLoops
 from models.settings import Settings
-from worker.base_models import load_model, load_tokenizer, materialise
+from worker.base_models import compute_dtype, load_model, load_tokenizer, materialise
 from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.errors import EngineError
 from worker.inference.engine.params import Sampling, TokenEvent
@@ -34,7 +42,8 @@ from worker.inference.engine.scheduler import Limits
 
 BASE = "smollm2-135m-instruct"
 RANK = 16
-OUTPUT_TOKENS = 48
+N_SLOTS = 16
+N_REGISTERED, N_ACTIVE = 1000, 100
 SENTENCE = "The harbour office opens at seven and closes when the last ferry has come in. "
 
 Ask = Callable[[int], list[float]]
@@ -42,14 +51,32 @@ Ask = Callable[[int], list[float]]
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """What a request is: how often `SENTENCE` is in its prompt, and how many tokens it gets."""
+
+    n_sentences: int = 5
+    output_tokens: int = 48
+
+    def prompt(self, index: int) -> str:
+        return f"Note {index}. " + SENTENCE * self.n_sentences + "In short:"
+
+
+QUICK = Size(2, 24)
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
-    """One load: output tokens a second, and seconds to the first token and between tokens."""
+    """One load: output tokens a second, and seconds to the first token and between tokens.
+
+    Of a way that gives no token before the last one there is the rate alone.
+    """
 
     tokens_per_s: float
-    first_p50_s: float
-    first_p99_s: float
-    gap_p50_s: float
-    gap_p99_s: float
+    first_p50_s: float = math.nan
+    first_p99_s: float = math.nan
+    gap_p50_s: float = math.nan
+    gap_p99_s: float = math.nan
+    first_max_s: float = math.nan
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
@@ -80,30 +107,37 @@ def measure(ask: Ask, n_requests: int, n_streams: int) -> Figures:
         percentile(firsts, 99),
         statistics.median(gaps),
         percentile(gaps, 99),
+        max(firsts),
     )
 
 
-def prompt_text(index: int) -> str:
-    return f"Note {index}. " + SENTENCE * 5 + "In short:"
-
-
 class Ours:
-    """The engine in this process, with `n_adapters` random adapters in memory."""
+    """The engine in this process, with random adapters in `folder`, some of them in memory.
 
-    def __init__(self, folder: Path, n_adapters: int) -> None:
+    `N_REGISTERED` names stand for `N_SLOTS` sets of weights: to the engine each is another adapter.
+    """
+
+    def __init__(self, folder: Path, size: Size) -> None:
         directory, _ = materialise(BASE, Settings().models)
-        self._tokenizer = load_tokenizer(directory)
-        _write_adapters(directory, folder, n_adapters)
+        self.directory = directory
+        self.tokenizer = load_tokenizer(directory)
+        self._size = size
+        self._folder = folder
+        _write_adapters(directory, folder, N_SLOTS)
+        for index in range(N_SLOTS, N_REGISTERED):
+            (folder / str(index)).symlink_to(folder / str(index % N_SLOTS))
         # Every token is one character, so that each makes an event at once.
         self.engine = BatchingEngine(
             load_model(directory, precision="bf16"),
             lambda ids: "x" * len(ids),
             [],
-            limits=Limits(n_slots=16),
+            limits=Limits(n_slots=N_SLOTS),
         )
-        self._leases = [
-            self.engine.load(str(index), folder / str(index)) for index in range(n_adapters)
-        ]
+        self._leases = [self._load(index) for index in range(N_SLOTS)]
+        self._loading = [Lock() for _ in range(N_REGISTERED)]
+
+    def _load(self, index: int) -> AdapterLease:
+        return self.engine.load(str(index), self._folder / str(index))
 
     def asking(self, n_adapters: int) -> Ask:
         """Return what asks the first `n_adapters` in turn, or the base for 0."""
@@ -114,9 +148,17 @@ class Ours:
 
         return ask
 
+    def ask_any(self, index: int) -> list[float]:
+        """Ask one of `N_ACTIVE` of the registered adapters, loading it where it is not there."""
+        number = index * 7 % N_ACTIVE * (N_REGISTERED // N_ACTIVE) + 1
+        with self._loading[number]:
+            lease = self.engine.acquire(str(number)) or self._load(number)
+        with lease:
+            return self._times(index, lease)
+
     def _times(self, index: int, lease: AdapterLease | None) -> list[float]:
-        prompt = tuple(self._tokenizer.encode(prompt_text(index)))
-        sampling = Sampling(OUTPUT_TOKENS, temperature=0)
+        prompt = tuple(self.tokenizer.encode(self._size.prompt(index)))
+        sampling = Sampling(self._size.output_tokens, temperature=0)
         events: SimpleQueue[TokenEvent | EngineError] = SimpleQueue()
         self.engine.submit(
             Request(prompt, sampling, lease=lease), lambda _, event: events.put(event)
@@ -144,7 +186,7 @@ def _write_adapters(base: Path, folder: Path, n_adapters: int) -> None:
         model.save_pretrained(str(folder / str(index)))
 
 
-def peer(url: str, models: Sequence[str]) -> Callable[[int], Ask]:
+def peer(url: str, models: Sequence[str], size: Size) -> Callable[[int], Ask]:
     """Return what asks the first n adapters of an OpenAI-compatible server, or its base for 0."""
     client = OpenAI(base_url=url, api_key="none")
 
@@ -154,8 +196,8 @@ def peer(url: str, models: Sequence[str]) -> Callable[[int], Ask]:
         def ask(index: int) -> list[float]:
             stream = client.completions.create(
                 model=names[index % len(names)],
-                prompt=prompt_text(index),
-                max_tokens=OUTPUT_TOKENS,
+                prompt=size.prompt(index),
+                max_tokens=size.output_tokens,
                 temperature=0,
                 stream=True,
                 extra_body={"ignore_eos": True},
@@ -176,54 +218,86 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
+Results = dict[tuple[str, int, int], Figures]
+"""By side, number of adapters and number of streams."""
+
+
 def main() -> None:
     options = _options()
-    loads = [(n, s) for n in (0, 1, 8, 16) for s in (8, 16)]
-    if options.quick:
-        loads = [(0, 8), (1, 8), (8, 8)]
     names = [name for name in options.peer_models.split(",") if name]
     if options.peer and len(names) < 2:
         raise SystemExit("--peer needs --peer-models: its base model, then at least one adapter.")
-    results: dict[tuple[str, int, int], Figures] = {}
     with tempfile.TemporaryDirectory() as folder:
-        ours = Ours(Path(folder), max(n for n, _ in loads))
-        sides: dict[str, Callable[[int], Ask]] = {"ours": ours.asking}
-        if options.peer:
-            sides["peer"] = peer(options.peer, names)
-        for n_adapters, n_streams in loads:
-            for side, asking in sides.items():
-                if side == "peer" and n_adapters >= len(names):
-                    continue
-                n_requests = n_streams if options.quick else 4 * n_streams
-                measure(asking(n_adapters), min(4, n_requests), 4)
-                figures = measure(asking(n_adapters), n_requests, n_streams)
-                results[side, n_adapters, n_streams] = figures
-        ours.engine.close()
-    table = Table("side", "adapters", "streams", "tokens/s", title=describe_machine())
-    for heading in ("first p50, s", "first p99, s", "gap p50, s", "gap p99, s"):
+        results = run(Path(folder), options.peer, names, quick=options.quick)
+    dtype = str(compute_dtype("cpu")).removeprefix("torch.")
+    table = Table("side", "adapters", "streams", "tokens/s", title=f"{describe_machine()}, {dtype}")
+    for heading in ("first p50, s", "first p99, s", "first max, s", "gap p50, s", "gap p99, s"):
         table.add_column(heading)
     for (side, n_adapters, n_streams), f in results.items():
-        seconds = (f.first_p50_s, f.first_p99_s, f.gap_p50_s, f.gap_p99_s)
-        cells = [f"{value:.3f}" for value in seconds]
+        seconds = (f.first_p50_s, f.first_p99_s, f.first_max_s, f.gap_p50_s, f.gap_p99_s)
+        cells = ["" if math.isnan(value) else f"{value:.3f}" for value in seconds]
         table.add_row(side, str(n_adapters), str(n_streams), f"{f.tokens_per_s:.0f}", *cells)
     Console().print(table)
     if options.json:
         print_figures(ratios(results))
 
 
-def ratios(results: dict[tuple[str, int, int], Figures]) -> dict[str, float]:
-    """Return tokens/s of ours over the peer's and over our own base, at 8 streams."""
+def run(folder: Path, peer_url: str | None, peer_models: Sequence[str], *, quick: bool) -> Results:
+    """Measure all loads."""
+    size = QUICK if quick else Size()
+    loads = [(n, s) for n in (0, 1, 8, 16) for s in ((8,) if quick else (8, 16))]
+    results: Results = {}
+    ours = Ours(folder, size)
+    sides: dict[str, Callable[[int], Ask]] = {"ours": ours.asking}
+    if peer_url:
+        sides["peer"] = peer(peer_url, peer_models, size)
+    for n_adapters, n_streams in loads:
+        for side, asking in sides.items():
+            if side == "peer" and n_adapters >= len(peer_models):
+                continue
+            n_requests = n_streams if quick else 4 * n_streams
+            measure(asking(n_adapters), min(4, n_requests), 4)
+            figures = measure(asking(n_adapters), n_requests, n_streams)
+            results[side, n_adapters, n_streams] = figures
+    n_requests = N_ACTIVE if quick else 3 * N_ACTIVE
+    results[ANY, N_ACTIVE, N_SLOTS] = measure(ours.ask_any, n_requests, N_SLOTS)
+    if quick:  # the same number of streams to compare with
+        results["ours", 8, N_SLOTS] = measure(ours.asking(8), 2 * N_SLOTS, N_SLOTS)
+    ours.engine.close()
+    prompts = [size.prompt(index) for index in range(8)]
+    loops = PeftLoops(
+        load_model(ours.directory, precision="bf16"),
+        ours.tokenizer,
+        [folder / str(index) for index in range(8)],
+        size.output_tokens,
+    )
+    results["peft, adapter_names", 8, 8] = Figures(loops.mixed(prompts))
+    results["peft, set_adapter", 8, 1] = Figures(loops.in_turn(prompts))
+    return results
+
+
+ANY = f"ours, {N_REGISTERED} registered"
+
+
+def ratios(results: Results) -> dict[str, float]:
+    """Return tokens/s of ours over others', at 8 streams, and the longest wait of any request."""
+    ours = {n: ("ours", n, 8) for n in (0, 8, 16)}
     wanted = {
-        "base_vs_vllm": (0, ("peer", 0, 8)),
-        "adapters8_vs_vllm": (8, ("peer", 8, 8)),
-        "adapters16_vs_vllm": (16, ("peer", 16, 8)),
-        "adapters8_vs_own_base": (8, ("ours", 0, 8)),
+        "base_vs_vllm": (ours[0], ("peer", 0, 8)),
+        "adapters8_vs_vllm": (ours[8], ("peer", 8, 8)),
+        "adapters16_vs_vllm": (ours[16], ("peer", 16, 8)),
+        "adapters8_vs_own_base": (ours[8], ours[0]),
+        "adapters16_vs_own_base": (ours[16], ours[0]),
+        "active100_vs_adapters8": ((ANY, N_ACTIVE, N_SLOTS), ("ours", 8, N_SLOTS)),
+        "adapters8_vs_peft_adapter_names": (ours[8], ("peft, adapter_names", 8, 8)),
+        "adapters8_vs_peft_set_adapter": (ours[8], ("peft, set_adapter", 8, 1)),
     }
-    return {
-        key: results["ours", n_adapters, 8].tokens_per_s / results[other].tokens_per_s
-        for key, (n_adapters, other) in wanted.items()
-        if other in results
+    found = {
+        key: results[mine].tokens_per_s / results[other].tokens_per_s
+        for key, (mine, other) in wanted.items()
+        if mine in results and other in results
     }
+    return found | {"active100_max_wait_s": results[ANY, N_ACTIVE, N_SLOTS].first_max_s}
 
 
 if __name__ == "__main__":

@@ -354,6 +354,12 @@ def dequantise_(model: "PreTrainedModel") -> None:
         if module.bias is not None:
             plain.bias = torch.nn.Parameter(module.bias.data.to(dtype), requires_grad=False)
         model.set_submodule(path, plain)
+    # Else transformers refuses `float` and saves what it takes for 4 bits.
+    said: Any = model
+    if hasattr(said.config, "quantization_config"):
+        del said.config.quantization_config
+    said.hf_quantizer = said.quantization_method = None
+    said.is_quantized = said.is_loaded_in_4bit = False
 
 
 def pick_device(device: str) -> str:

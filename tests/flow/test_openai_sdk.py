@@ -4,13 +4,14 @@ import io
 import json
 import time
 import zipfile
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
 from openai import OpenAI
 from openai.types.fine_tuning import FineTuningJob
+from pydantic import BaseModel, Field
 
 from tests.flow.conftest import HARBOUR_DESK, Up, first_rows, wait_until
 
@@ -191,6 +192,79 @@ def test_a_deleted_model_is_gone_and_never_answered_by_the_base(
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model=name, messages=QUESTION)
     assert caught.value.code == "model_not_found"
+
+
+TIDES: Any = {
+    "type": "function",
+    "function": {
+        "name": "get_tide",
+        "parameters": {
+            "type": "object",
+            "properties": {"harbour": {"type": "string", "enum": ["north", "south"]}},
+            "required": ["harbour"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+def test_a_required_tool_is_called_whole_and_in_parts_and_its_result_is_read(up: Up) -> None:
+    client, question = up.client(), [{"role": "user", "content": "When is high tide up north?"}]
+    request: Any = {
+        "model": BASE,
+        "messages": question,
+        "tools": [TIDES],
+        "tool_choice": "required",
+        "temperature": 0,
+        "max_tokens": 48,
+    }
+    [choice] = client.chat.completions.create(**request).choices
+    assert choice.finish_reason == "tool_calls"
+    [call] = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "get_tide"
+    assert json.loads(call.function.arguments)["harbour"] in ("north", "south")
+
+    with client.chat.completions.stream(**request) as stream:
+        n_deltas = sum(event.type == "tool_calls.function.arguments.delta" for event in stream)
+        [streamed] = stream.get_final_completion().choices
+    [again] = streamed.message.tool_calls or []
+    assert n_deltas > 0
+    assert streamed.finish_reason == "tool_calls"
+    assert (again.function.name, again.function.arguments) == (
+        call.function.name,
+        call.function.arguments,
+    )
+
+    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "At six."}
+    later: Any = [*question, choice.message, result]
+    answer = client.chat.completions.create(
+        model=BASE, messages=later, tools=[TIDES], tool_choice="none", max_tokens=4
+    )
+    assert answer.choices[0].finish_reason in ("stop", "length")
+
+
+class Berth(BaseModel):
+    """What the model has to fill in."""
+
+    number: Annotated[int, Field(ge=1, le=9)]
+    side: Literal["port", "starboard"]
+
+
+def test_an_answer_is_parsed_into_the_class_that_was_asked_for(up: Up) -> None:
+    [choice] = (
+        up.client()
+        .chat.completions.parse(
+            model=BASE,
+            messages=[{"role": "user", "content": "Which berth is free?"}],
+            response_format=Berth,
+            temperature=0,
+            max_tokens=48,
+        )
+        .choices
+    )
+    assert choice.finish_reason == "stop"
+    assert isinstance(choice.message.parsed, Berth)
 
 
 def test_every_faulty_line_is_named_before_a_job_runs(up: Up) -> None:

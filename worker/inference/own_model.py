@@ -4,14 +4,30 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import structlog
+
 from worker.base_models import dequantise_, load_model
+from worker.heads import Head
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
+
+PROBE_TOKENS = 16
+MERGE_TOLERANCE = 1e-4
+"""Largest relative difference of the logits before and after a merge in float32."""
+
+logger = structlog.get_logger(__name__)
 
 
 def load_own_model(
-    base: Path, adapter: Path, served: str, *, precision: str, device: str
+    base: Path,
+    adapter: Path,
+    served: str,
+    *,
+    precision: str,
+    device: str,
+    head: Head | None = None,
 ) -> "PreTrainedModel":
     """Load a copy of the base with an adapter that no batch can serve.
 
@@ -24,13 +40,15 @@ def load_own_model(
         served: The manifest's ``served``: ``merged`` or ``own``.
         precision: How the server holds the base.
         device: Where the model goes.
+        head: What the base is loaded with; a causal language model's if None.
 
     Raises:
-        KeyError, RuntimeError, ValueError: the adapter's files do not fit the base.
+        KeyError, RuntimeError, ValueError: the adapter's files do not fit the base, or merged it
+            is another model.
     """
     from worker.training.tuners.virtual import with_virtual_tokens
 
-    model: Any = load_model(base, precision=precision, device=device)
+    model: Any = load_model(base, precision=precision, device=device, head=head)
     if precision == "nf4":
         dequantise_(model)
     if served == "merged":
@@ -38,7 +56,7 @@ def load_own_model(
     adapted = with_adapter(model, adapter, device)
     whole: PreTrainedModel
     if served == "merged":
-        whole = adapted.merge_and_unload()
+        whole = _merged(adapted, adapter.name)
     elif adapted.active_peft_config.is_prompt_learning:
         whole = with_virtual_tokens(adapted)
     else:
@@ -76,3 +94,26 @@ def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
     if stray:
         raise ValueError(f"tensors are missing or left over: {', '.join(sorted(stray)[:5])}")
     return adapted
+
+
+def _merged(adapted: Any, digest: str) -> "PreTrainedModel":
+    """Return the base with the adapter in its weights; raises ``ValueError`` if it differs."""
+    expected = _logits(adapted)
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    drift = float((_logits(merged) - expected).norm() / expected.norm())
+    logger.info("adapter_merged", adapter=digest, drift=drift)
+    if not drift <= MERGE_TOLERANCE:
+        raise ValueError(f"merged, its logits are off by {drift:.1e}, above {MERGE_TOLERANCE:.0e}")
+    return merged
+
+
+def _logits(model: Any) -> "torch.Tensor":
+    """Return the logits of a few tokens, [1, T, vocabulary], in float32."""
+    import torch
+
+    config = model.config
+    ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None] % config.vocab_size
+    inputs = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False, **inputs).logits
+    return found.float()

@@ -15,6 +15,7 @@ from pathlib import Path
 import structlog
 
 from models.domain.generation import AdapterRef
+from models.domain.reports import AdapterManifest
 from models.errors import CapacityError, UnavailableError
 from worker.adapter_format import invalid_adapter
 from worker.inference.adapter_store import AdapterStore
@@ -45,6 +46,7 @@ class OwnModels:
         build: Makes an engine.
         limit: Most models beside the base.
         load_seconds: How long a request waits for one.
+        batches: Whether adapters may be served in one batch with the base, as their manifests say.
     """
 
     def __init__(
@@ -55,7 +57,9 @@ class OwnModels:
         limit: int,
         *,
         load_seconds: float = LOAD_SECONDS,
+        batches: bool = True,
     ) -> None:
+        self._batches = batches
         self._adapters = adapters
         self._template_sha256 = template_sha256
         self._build = build
@@ -94,7 +98,10 @@ class OwnModels:
 
     def _read(self, ref: AdapterRef) -> str:
         with self._adapters.open(ref) as (_, manifest):
-            return manifest.served
+            return self._way(manifest)
+
+    def _way(self, manifest: AdapterManifest) -> str:
+        return "own" if manifest.served == "batched" and not self._batches else manifest.served
 
     async def _model(self, ref: AdapterRef) -> _Own:
         if ref.digest not in self._models:
@@ -136,11 +143,11 @@ class OwnModels:
         with self._adapters.open(ref) as (directory, manifest):
             require_template(ref, manifest, self._template_sha256)
             try:
-                engine = self._build(directory, manifest.served)
+                engine = self._build(directory, self._way(manifest))
             except (KeyError, ValueError, RuntimeError) as error:
                 logger.warning("own_model_failed", digest=ref.digest, error=repr(error))
                 raise invalid_adapter("not_loadable", str(error)) from error
-        logger.info("own_model", digest=ref.digest, served=manifest.served)
+        logger.info("own_model", digest=ref.digest, served=self._way(manifest))
         return engine
 
     def close(self) -> None:

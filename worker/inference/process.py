@@ -4,6 +4,7 @@ import secrets
 import signal
 import socket
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
@@ -27,16 +28,19 @@ from worker.base_models import (
     pick_device,
 )
 from worker.chat import ChatRenderer
+from worker.heads import Head
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
-from worker.inference.engine.engine import BatchingEngine
+from worker.inference.engine.engine import BatchingEngine, Engine
 from worker.inference.engine.scheduler import Limits
+from worker.inference.engine.seq2seq import Seq2SeqEngine
 from worker.inference.metrics import Metrics
 from worker.inference.own_model import load_own_model
 from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
+from worker.inference.seq2seq_service import Seq2SeqService
 from worker.inference.server import create_app
 from worker.inference.service import InferenceService
 
@@ -111,22 +115,24 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         encoders = EncoderService(encoder, adapters, info, description)
         encoders.previewer = Previewer(store, directory, info)
         return encoders, info
-    if family == "encoder_decoder":
-        raise UnavailableError(
-            f"{info.name!r} reads one text and writes another; such models can be trained here, "
-            "but not served yet. Download the adapter and use it with transformers."
-        )
-    model = load_model(directory, precision=mine.precision, device=device)
+    head = Head("seq2seq_lm" if family == "encoder_decoder" else "causal_lm")
+    model = load_model(directory, precision=mine.precision, device=device, head=head)
     if device == "cpu" and mine.precision == "nf4":
         dequantise_(model)
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
 
-    def build_engine(model: "PreTrainedModel", fingerprint: str) -> BatchingEngine:
+    def build_engine(model: "PreTrainedModel", fingerprint: str) -> Engine:
+        def decode(ids: Sequence[int]) -> str:
+            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+        ends = stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids
+        if family == "encoder_decoder":
+            return Seq2SeqEngine(model, decode, ends, max_waiting=mine.max_waiting)
         return BatchingEngine(
             model,
-            lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
-            stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids,
+            decode,
+            ends,
             fingerprint=fingerprint,
             limits=Limits(
                 n_slots=mine.max_adapters,
@@ -137,18 +143,25 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
             adapter_bytes=mine.adapter_memory_bytes,
         )
 
-    def build_own(adapter: Path, served: str) -> BatchingEngine:
-        own = load_own_model(directory, adapter, served, precision=mine.precision, device=device)
+    def build_own(adapter: Path, served: str) -> Engine:
+        own = load_own_model(
+            directory, adapter, served, precision=mine.precision, device=device, head=head
+        )
         return build_engine(own, f"{info.fingerprint} {adapter.name}")
 
     engine = build_engine(model, info.fingerprint)
     metrics.watch(engine.stats)
     residency = Residency(engine, adapters, renderer.template_sha256, metrics=metrics)
-    service = InferenceService(engine, renderer, residency, info, description)
+    kind = Seq2SeqService if family == "encoder_decoder" else InferenceService
+    service = kind(engine, renderer, residency, info, description)
     service.metrics = metrics
     service.previewer = Previewer(store, directory, info)
     service.own_models = OwnModels(
-        adapters, renderer.template_sha256, build_own, mine.max_own_models
+        adapters,
+        renderer.template_sha256,
+        build_own,
+        mine.max_own_models,
+        batches=family == "decoder",
     )
     return service, info
 

@@ -190,7 +190,7 @@ class InferenceService:
     def _sampling(self, request: GenerateRequest, prompt_tokens: int) -> Sampling:
         params = request.sampling
         wanted = params.max_tokens
-        room = self._base.max_length - prompt_tokens
+        room = self._room(prompt_tokens)
         if room < (0 if wanted == 0 else 1):
             raise InvalidRequestError(
                 f"The input has {prompt_tokens} tokens, but {self._base.name!r} takes "
@@ -203,6 +203,10 @@ class InferenceService:
         self._check_tokens(params.logit_bias, "logit_bias")
         fields = params.model_dump(exclude={"n"})
         return Sampling(**fields | {"max_tokens": room if wanted is None else min(wanted, room)})
+
+    def _room(self, prompt_tokens: int) -> int:
+        """Return how many tokens an answer may have; below 1 where the prompt is too long."""
+        return self._base.max_length - prompt_tokens
 
     def system_fingerprint(self, adapter: AdapterRef | None) -> str:
         """Return ``fp_BASE`` or ``fp_BASE_ADAPTER``: 12 digits of fingerprint and digest each."""

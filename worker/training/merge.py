@@ -71,7 +71,6 @@ def merge_weights(base: Path, adapter: Path, target: Path, precision: JsonObject
     model = load_model(base, precision=held.type, double_quant=held.double_quant, device="cpu")
     if held.type == "nf4":
         dequantise_(model)
-        _forget_quantisation(model)
     try:
         adapted = with_adapter(model.float(), adapter, "cpu").eval()
     except (KeyError, RuntimeError, ValueError) as error:
@@ -89,13 +88,6 @@ def merge_weights(base: Path, adapter: Path, target: Path, precision: JsonObject
         rounded = _error(whole.float()(input_ids=ids).logits, expected)
     load_tokenizer(base).save_pretrained(target)
     return Errors(merged, rounded)
-
-
-def _forget_quantisation(model: Any) -> None:
-    """Take from a model what says that its weights are quantised; they are not any more."""
-    del model.config.quantization_config
-    model.hf_quantizer = model.quantization_method = None
-    model.is_quantized = model.is_loaded_in_4bit = False
 
 
 def _merged(adapted: "PeftModel") -> Any:

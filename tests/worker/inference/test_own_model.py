@@ -10,7 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 
 from tests.worker.inference.tiny import collect, submit, tiny_llama
-from worker.base_models import load_model
+from worker.base_models import dequantise_, load_model
 from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.params import Sampling
 from worker.inference.own_model import load_own_model
@@ -87,6 +87,20 @@ def test_it_computes_what_peft_computes_with_the_two(
     tolerance = 1e-5 if precision == "fp32" or served == "merged" else 3e-2
     assert float((found - expected).norm() / expected.norm()) <= tolerance
     assert float((found - plain).norm() / plain.norm()) > 0.05
+
+
+def test_merged_into_a_base_in_nf4_it_computes_what_peft_computes_with_the_dequantised_weights(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", {"type": "miss", "r": 8})
+    model: Any = load_own_model(base_directory, adapter, "merged", precision="nf4", device="cpu")
+    base: Any = load_model(base_directory, precision="nf4")
+    dequantise_(base)
+    both: Any = PeftModel.from_pretrained(base.float(), str(adapter)).eval()
+    with torch.no_grad():
+        found, expected = model(IDS).logits, both(IDS).logits
+    assert model.dtype == torch.float32
+    assert float((found - expected).norm() / expected.norm()) <= 1e-5
 
 
 def test_an_adapter_with_a_tensor_missing_is_refused(base_directory: Path, tmp_path: Path) -> None:
