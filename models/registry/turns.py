@@ -92,8 +92,8 @@ def places(session: Session, jobs: Iterable[Job]) -> dict[str, Place]:
     found = {}
     for job in wanted:
         rank = ranks[job.project_id].get(job.id)
-        if rank is not None:
-            own = waiting[job.project_id]
+        own = waiting.get(job.project_id)
+        if rank is not None and own is not None:  # it may have been queued between the two queries
             others = [each for each in waiting.values() if each is not own]
             before = rank + sum(_n_before(each, own, rank, seconds) for each in others)
             found[job.id] = Place(before + 1, length)
