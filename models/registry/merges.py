@@ -61,6 +61,7 @@ def claim(session: Session, seconds: float) -> Merge | None:
     if merge is not None:
         until = db_now() + seconds
         _write(session, merge.id, status=MergeStatus.RUNNING, claimed_until=until)
+        session.refresh(merge)  # the caller reads it when the session is over
     return merge
 
 
