@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 N_ROWS = 20
 PATIENCE = 1200
 """Seconds that a job may take; `wait_until` gives slow processors three times as long."""
-SLOW = 300_000
+SLOW = 900_000
 QUESTION = "Hello. A dog has been barking on a boat for hours. It cannot wait!"
 Prepare = Callable[[Page], None]
 

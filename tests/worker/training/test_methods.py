@@ -326,7 +326,7 @@ def test_what_is_saved_gives_the_same_logits_everywhere(run: Run, tmp_path: Path
         assert_close(logits(model), expected)
     if trainer.task.method.merges(trainer.task.method_params):
         merged: Any = copy.deepcopy(loaded).merge_and_unload()
-        assert_close(logits(merged), expected)
+        assert_close(logits(merged), expected, 1e-4)  # rounded in another order
 
 
 def test_a_checkpoint_brings_back_what_was_trained(run: Run, tmp_path: Path) -> None:
