@@ -208,40 +208,11 @@ TIDES: Any = {
 }
 
 
-def test_a_required_tool_is_called_whole_and_in_parts_and_its_result_is_read(up: Up) -> None:
-    client, question = up.client(), [{"role": "user", "content": "When is high tide up north?"}]
-    request: Any = {
-        "model": BASE,
-        "messages": question,
-        "tools": [TIDES],
-        "tool_choice": "required",
-        "temperature": 0,
-        "max_tokens": 48,
-    }
-    [choice] = client.chat.completions.create(**request).choices
-    assert choice.finish_reason == "tool_calls"
-    [call] = choice.message.tool_calls or []
-    assert call.type == "function"
-    assert call.function.name == "get_tide"
-    assert json.loads(call.function.arguments)["harbour"] in ("north", "south")
-
-    with client.chat.completions.stream(**request) as stream:
-        n_deltas = sum(event.type == "tool_calls.function.arguments.delta" for event in stream)
-        [streamed] = stream.get_final_completion().choices
-    [again] = streamed.message.tool_calls or []
-    assert n_deltas > 0
-    assert streamed.finish_reason == "tool_calls"
-    assert (again.function.name, again.function.arguments) == (
-        call.function.name,
-        call.function.arguments,
-    )
-
-    result: Any = {"role": "tool", "tool_call_id": call.id, "content": "At six."}
-    later: Any = [*question, choice.message, result]
-    answer = client.chat.completions.create(
-        model=BASE, messages=later, tools=[TIDES], tool_choice="none", max_tokens=4
-    )
-    assert answer.choices[0].finish_reason in ("stop", "length")
+def test_a_base_whose_template_knows_no_tools_says_so(up: Up) -> None:
+    """Calls are parsed back in ``tests/worker/inference``, by templates that know them."""
+    with pytest.raises(openai.BadRequestError, match="does not support tools") as caught:
+        up.client().chat.completions.create(model=BASE, messages=QUESTION, tools=[TIDES])
+    assert caught.value.param == "tools"
 
 
 class Berth(BaseModel):
