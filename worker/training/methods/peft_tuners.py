@@ -6,6 +6,7 @@ from the number in the file.
 """
 
 import math
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictInt
@@ -44,13 +45,13 @@ class Tuner(Method):
     takes_transposed: ClassVar[bool] = False
     """Whether it works on layers with weights [in, out], as those of GPT-2 are."""
 
+    @abstractmethod
     def settings(self, params: Any) -> JsonObject:
         """Return the fields of PEFT's configuration that differ from one job to the other."""
-        raise NotImplementedError
 
+    @abstractmethod
     def count_layer(self, layer: LayerShape, params: Any) -> int:
         """Return how many parameters one layer of this shape gets."""
-        raise NotImplementedError
 
     def served(self, params: Any) -> Served:
         return Served.MERGED
