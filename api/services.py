@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from anyio import CapacityLimiter
 from starlette.concurrency import run_in_threadpool
 
 from api.feed import JobFeed
+from api.group_commit import GroupCommit
 from api.inference_client import InferenceClient
 from api.key_cache import KeyCache
 from api.metering import Meter
@@ -15,9 +15,6 @@ from models.broker import Bell, make_celery
 from models.db import Database
 from models.settings import Settings
 from models.storage import ObjectStore, open_store
-
-THREADS = 40
-"""As many as starlette has for routes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +29,7 @@ class Services:
     rates: RateLimits
     batch_wake: Wake
     callers: KeyCache[object]
-    writers: CapacityLimiter
-    """For short writes: on a file of this machine one thread writes as much as many do."""
+    writer: GroupCommit
 
     @classmethod
     def from_settings(cls, settings: Settings) -> "Services":
@@ -50,12 +46,13 @@ class Services:
             rates=rates,
             batch_wake=Wake(),
             callers=KeyCache(settings.api.key_seconds),
-            writers=CapacityLimiter(1 if database.is_embedded else THREADS),
+            writer=GroupCommit(database),
         )
 
     async def aclose(self) -> None:
         await self.feed.aclose()
         await self.inference.aclose()
         await run_in_threadpool(self.meter.close)
+        await run_in_threadpool(self.writer.close)
         await run_in_threadpool(self.bell.close)
         self.database.close()

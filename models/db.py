@@ -1,9 +1,11 @@
 """The database: one engine a process, one transaction a request or task, committed at the edge."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import orjson
 from sqlalchemy import Connection, Double, Engine, create_engine, event
@@ -18,6 +20,7 @@ from models.settings import DatabaseSettings
 SQLITE_BUSY_SECONDS = 30
 IDLE_TRANSACTION_SECONDS = 15
 
+_Result = TypeVar("_Result")
 _AFTER_COMMIT = "after_commit"
 
 
@@ -44,6 +47,22 @@ def _sqlite_now(element: db_now, compiler: Any, **_: Any) -> str:
 @compiles(db_now, "postgresql")
 def _postgresql_now(element: db_now, compiler: Any, **_: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[_Result]):
+    """What a function returned, or the exception that it raised instead."""
+
+    result: _Result | None = None
+    error: Exception | None = None
+
+    @classmethod
+    def of(cls, run: Callable[[], _Result]) -> "Outcome[_Result]":
+        """Run it; the exception is for whoever it belongs to, and stops nobody else."""
+        try:
+            return cls(run())
+        except Exception as error:  # noqa: BLE001 (kept, not swallowed)
+            return cls(error=error)
 
 
 class Database:
@@ -73,8 +92,33 @@ class Database:
         with Session(self.engine, expire_on_commit=False) as session:
             with session.begin():
                 yield session
-            for action in session.info.pop(_AFTER_COMMIT, {}).values():
-                action()
+            _run_actions(session)
+
+    def write_together(self, writes: Sequence[Callable[[Session], Any]]) -> list[Outcome[Any]]:
+        """Carry out several writes in one transaction; return the outcome of each.
+
+        Each has a session and a savepoint of its own: of one that raises nothing is kept, and the
+        others do not notice.
+
+        Raises:
+            DBAPIError: the commit of all of them failed.
+        """
+        with self.engine.begin() as connection:
+            sessions = [
+                Session(
+                    connection, join_transaction_mode="create_savepoint", expire_on_commit=False
+                )
+                for _ in writes
+            ]
+            outcomes = [
+                Outcome.of(partial(_write_within, session, write))
+                for session, write in zip(sessions, writes, strict=True)
+            ]
+        for index, session in enumerate(sessions):
+            if outcomes[index].error is None:
+                told = Outcome.of(partial(_run_actions, session))
+                outcomes[index] = outcomes[index] if told.error is None else told
+        return outcomes
 
     @contextmanager
     def read(self) -> Iterator[Session]:
@@ -106,6 +150,16 @@ class Database:
             self._watcher.close()
             self._watcher = None
         self.engine.dispose()
+
+
+def _write_within(session: Session, write: Callable[[Session], _Result]) -> _Result:
+    with session, session.begin():
+        return write(session)
+
+
+def _run_actions(session: Session) -> None:
+    for action in session.info.pop(_AFTER_COMMIT, {}).values():
+        action()
 
 
 def _create_engine(settings: DatabaseSettings) -> Engine:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from anyio.to_thread import run_sync
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
@@ -43,16 +42,14 @@ async def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) 
     ``model`` is a base model, or a fine-tuned model or checkpoint to go on from.
     """
 
-    def create() -> Job:
-        with services.database.write() as session:
-            start = actions.find_start(session, caller, body.model)
-            spec = translate.training_spec(body, start)
-            job = actions.submit_job(session, services, caller, spec, body.metadata)
-            note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
-            return job
+    def create(session: Session) -> Job:
+        start = actions.find_start(session, caller, body.model)
+        spec = translate.training_spec(body, start)
+        job = actions.submit_job(session, services, caller, spec, body.metadata)
+        note(session, caller, "fine_tuning.job.created", job.id, model=body.model)
+        return job
 
-    # Not `WriteSession`: all of it in one thread, so that the other writers wait less.
-    job = await run_sync(create, limiter=services.writers)
+    job = await services.writer.run(create)
     return bodies.job_body(job, services.settings.api.organization)
 
 

@@ -1,5 +1,6 @@
 """What a worker reports: findings in a data set, metrics of a step, the manifest of an adapter."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import Field
@@ -24,8 +25,35 @@ class RowFinding(Frozen):
     level: Literal["error", "warning"] = "error"
 
     def sentence(self) -> str:
+        return f"{self.statement()} {self.hint}".rstrip()
+
+    def statement(self) -> str:
+        """Return where and what, without the remedy."""
         where = f"Line {self.line}" + (f", {self.path}" if self.path else "")
-        return f"{where}: {self.message}" + (f" {self.hint}" if self.hint else "")
+        return f"{where}: {self.message}"
+
+
+def tell(findings: Sequence[RowFinding], n_findings: int, max_length: int | None = None) -> str:
+    """Return findings as one text of at most about `max_length` characters.
+
+    Neighbours with one remedy have it once, after the last of them; `n_findings`, how many there
+    are in all, is told where that is more than the text has.
+    """
+    parts: list[str] = []
+    length, hint = 0, ""
+    for n_told, finding in enumerate(findings):
+        remedy = [hint] if hint and finding.hint != hint else []
+        length += sum(len(part) + 1 for part in (*remedy, finding.statement()))
+        if max_length is not None and length + len(finding.hint) > max_length:
+            findings = findings[:n_told]
+            break
+        parts += [*remedy, finding.statement()]
+        hint = finding.hint
+    if findings and hint:
+        parts.append(hint)
+    if findings and n_findings > len(findings):
+        parts.append(f"({n_findings:,} errors in all.)")
+    return " ".join(parts)
 
 
 class DataOptions(Parameters):

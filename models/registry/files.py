@@ -8,7 +8,7 @@ from sqlalchemy import delete as sql_delete
 from sqlalchemy.orm import Session
 
 from models.db import db_now
-from models.domain.reports import DataOptions, DatasetReport
+from models.domain.reports import DataOptions, DatasetReport, tell
 from models.domain.status import FileStatus, JobStatus
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
 from models.prepared import PreparedRows
@@ -287,15 +287,4 @@ def record_report(
 
 def _details(report: DatasetReport) -> str | None:
     """Return the errors as sentences, as many as fit into a message that people read."""
-    sentences: list[str] = []
-    length = 0
-    for finding in report.findings:
-        length += len(finding.sentence()) + 1
-        if length > MAX_DETAILS:
-            break
-        sentences.append(finding.sentence())
-    if not sentences:
-        return None
-    if report.n_findings > len(sentences):
-        sentences.append(f"({report.n_findings:,} errors in all.)")
-    return " ".join(sentences)
+    return tell(report.findings, report.n_findings, MAX_DETAILS) or None

@@ -86,7 +86,7 @@ CHECKS: dict[str, tuple[str, ...]] = {
         "web/test_operations.py::test_a_key_is_shown_once_works_and_is_revoked",
         "web/test_operations.py::test_a_worker_is_drained_and_resumed_and_seen_to_fall_silent",
     ),
-    "25 bytes, a phone, a path, no JavaScript": (
+    "25 bytes, first paint, a phone, a path, no JavaScript": (
         "web/test_pages.py::test_pages_are_small_and_fit_a_phone",
         "web/test_replicas.py::test_every_page_works_under_a_path",
         "web/test_replicas.py::test_a_replica_that_dies_costs_no_reload_and_no_point",

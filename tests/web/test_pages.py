@@ -17,11 +17,15 @@ RULES = {
 }
 MOST_BYTES = 250_000
 """Of a page with all of its files, as the browser unpacks them."""
-
+MOST_PAINT_MS = 1000
+LOADS = 5
+"""At most so many of a page, until one of them paints in time: a machine has other work too."""
 
 SIZE = """() => ['navigation', 'resource']
     .flatMap(type => performance.getEntriesByType(type))
     .reduce((sum, each) => sum + each.decodedBodySize, 0)"""
+
+PAINT = "performance.getEntriesByName('first-contentful-paint').map(each => each.startTime)"
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Visit:
     policy: str
     n_bytes: int
     width_on_phone: int
+    paint_ms: float
     problems: dict[str, list[str]]
 
 
@@ -48,18 +53,31 @@ def visits(service: Site, browser: Browser) -> dict[str, Visit]:
         assert response is not None
         page.wait_for_timeout(150)
         n_bytes = page.evaluate(SIZE)
+        paint_ms = fastest_paint(page)
         page.evaluate(AXE.read_text())
         problems = {theme: axe(page, theme) for theme in ("light", "dark")}
         page.set_viewport_size({"width": PHONE, "height": 844})
         width = page.evaluate("document.documentElement.scrollWidth")
         policy = response.headers["content-security-policy"]
-        found[path] = Visit(response.status, policy, n_bytes, width, problems)
+        found[path] = Visit(response.status, policy, n_bytes, width, paint_ms, problems)
         page.close()
     context.close()
     # Without an inference server the preview and the estimate of this site answer 503, as said.
     faults = [each for each in service.faults if "503" not in each and "404" not in each]
     assert faults == []
     return found
+
+
+def fastest_paint(page: Page) -> float:
+    """Return the milliseconds until something is to be seen, in the fastest of several loads."""
+    fastest = float("inf")
+    for _ in range(LOADS):
+        fastest = min([fastest, *page.evaluate(PAINT)])
+        if fastest <= MOST_PAINT_MS:
+            break
+        page.reload()
+        page.wait_for_timeout(150)
+    return fastest
 
 
 def axe(page: Page, theme: Literal["light", "dark"]) -> list[str]:
@@ -91,6 +109,7 @@ def test_pages_are_small_and_fit_a_phone(visits: dict[str, Visit]) -> None:
     for path, visit in visits.items():
         assert visit.width_on_phone <= PHONE, path
         assert 0 < visit.n_bytes <= MOST_BYTES, path
+        assert 0 < visit.paint_ms <= MOST_PAINT_MS, path
 
 
 def test_who_is_not_logged_in_is_led_to_the_login_and_back(browser: Browser, site: Site) -> None:

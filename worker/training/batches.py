@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from models.domain.reports import MAX_FINDINGS, RowFinding
+from models.domain.reports import MAX_FINDINGS, RowFinding, tell
 from models.domain.rows import Row
 from models.errors import TrainingFailedError
 from worker.masker import Rendered
@@ -97,10 +97,7 @@ def build_dataset(
             builder.add(line, each)
     what = param.replace("_", " ")
     if builder.n_faults:
-        sentences = " ".join(finding.sentence() for finding in builder.faults)
-        if builder.n_faults > 1:
-            sentences += f" ({builder.n_faults} errors in all.)"
-        raise _format_error(what, param, sentences)
+        raise _format_error(what, param, tell(builder.faults, builder.n_faults))
     if not builder.counts.n_examples:
         reason = builder.counts.warning(what) or "It has no rows."
         raise _format_error(what, param, f"No row is left to train on. {reason}")

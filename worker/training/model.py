@@ -165,7 +165,8 @@ def describe_device(device: str) -> str:
     """Return the kind of a device: what was measured on one of a kind holds for another."""
     if torch.device(device).type == "cuda":
         return str(torch.cuda.get_device_name(device))
-    return f"CPU, {torch.get_num_threads()} threads"
+    n_threads = torch.get_num_threads()
+    return f"CPU, {n_threads} thread{'s' if n_threads > 1 else ''}"
 
 
 def set_threads(jobs_at_a_time: int) -> None:
