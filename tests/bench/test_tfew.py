@@ -29,3 +29,14 @@ def test_texts_to_test_on_are_not_learned(tmp_path: Path, monkeypatch: pytest.Mo
     text, _, asked = max(questions[0]).partition("\n\n")
     assert len(text.split()) == tfew.N_WORDS
     assert asked == "What is this text about?"
+
+
+def test_the_table_adds_up_the_seeds() -> None:
+    def run(seed: int, right: int, seconds: float) -> dict[str, object]:
+        found = {tfew.ZERO_SHOT: 1, "T-Few": right}
+        return {"seed": seed, "n_test": 10, "right": found, "cpu_seconds": {"T-Few": seconds}}
+
+    assert tfew.rows_of([run(0, 6, 10.0), run(1, 9, 20.0)]) == [
+        [tfew.ZERO_SHOT, "1 / 1", "2 of 20", "10.0%", ""],
+        ["T-Few", "6 / 9", "15 of 20", "75.0%", "15"],
+    ]
