@@ -1,6 +1,7 @@
 """A base and one adapter as one model: merged in float32, or with the adapter's modules inside."""
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,22 @@ MERGE_TOLERANCE = 1e-4
 logger = structlog.get_logger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class OwnModel:
+    """A model of its own.
+
+    Args:
+        model: In evaluation mode.
+        n_bytes: Of its parameters and buffers.
+        drift: Relative difference of the logits of a few tokens before and after the merge, in
+            float32: the norm of the difference over that of the unmerged ones. None if unmerged.
+    """
+
+    model: "PreTrainedModel"
+    n_bytes: int
+    drift: float | None = None
+
+
 def load_own_model(
     base: Path,
     adapter: Path,
@@ -28,8 +45,8 @@ def load_own_model(
     precision: str,
     device: str,
     head: Head | None = None,
-) -> "PreTrainedModel":
-    """Load a copy of the base with an adapter that no batch can serve.
+) -> OwnModel:
+    """Load a copy of the base with an adapter.
 
     Merged models are held in float32, whatever the base is held in: the sum would not fit into
     fewer bits, and NF4 would have to be quantised again (specs: methods, finding 5).
@@ -37,7 +54,7 @@ def load_own_model(
     Args:
         base: Directory of the base model.
         adapter: Directory of the adapter.
-        served: The manifest's ``served``: ``merged`` or ``own``.
+        served: ``merged``, or ``own`` for the adapter's modules beside the weights.
         precision: How the server holds the base.
         device: Where the model goes.
         head: What the base is loaded with; a causal language model's if None.
@@ -55,13 +72,15 @@ def load_own_model(
         model = model.float()
     adapted = with_adapter(model, adapter, device)
     whole: PreTrainedModel
+    drift = None
     if served == "merged":
-        whole = _merged(adapted, adapter.name)
+        whole, drift = _merged(adapted, adapter.name)
     elif adapted.active_peft_config.is_prompt_learning:
         whole = with_virtual_tokens(adapted)
     else:
         whole = adapted.get_base_model()
-    return whole.requires_grad_(False).eval()
+    whole = whole.requires_grad_(False).eval()
+    return OwnModel(whole, int(whole.get_memory_footprint()), drift)
 
 
 def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
@@ -96,15 +115,21 @@ def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
     return adapted
 
 
-def _merged(adapted: Any, digest: str) -> "PreTrainedModel":
-    """Return the base with the adapter in its weights; raises ``ValueError`` if it differs."""
+def _merged(adapted: Any, digest: str) -> tuple["PreTrainedModel", float]:
+    """Return the base with the adapter in its weights, and the drift.
+
+    Raises:
+        ValueError: it cannot be merged, or merged it is another model.
+    """
+    if adapted.active_peft_config.is_prompt_learning:
+        raise ValueError("virtual tokens cannot be merged into the base")
     expected = _logits(adapted)
     merged: PreTrainedModel = adapted.merge_and_unload()
     drift = float((_logits(merged) - expected).norm() / expected.norm())
     logger.info("adapter_merged", adapter=digest, drift=drift)
     if not drift <= MERGE_TOLERANCE:
         raise ValueError(f"merged, its logits are off by {drift:.1e}, above {MERGE_TOLERANCE:.0e}")
-    return merged
+    return merged, drift
 
 
 def _logits(model: Any) -> "torch.Tensor":

@@ -37,7 +37,7 @@ from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.seq2seq import Seq2SeqEngine
 from worker.inference.metrics import Metrics
 from worker.inference.own_model import load_own_model
-from worker.inference.own_models import OwnModels
+from worker.inference.own_models import Built, OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.seq2seq_service import Seq2SeqService
@@ -143,11 +143,12 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
             adapter_bytes=mine.adapter_memory_bytes,
         )
 
-    def build_own(adapter: Path, served: str) -> Engine:
+    def build_own(adapter: Path, served: str) -> Built:
         own = load_own_model(
             directory, adapter, served, precision=mine.precision, device=device, head=head
         )
-        return build_engine(own, f"{info.fingerprint} {adapter.name}")
+        engine = build_engine(own.model, f"{info.fingerprint} {adapter.name}")
+        return Built(engine, own.n_bytes, own.drift)
 
     engine = build_engine(model, info.fingerprint)
     metrics.watch(engine.stats)
@@ -162,7 +163,9 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         build_own,
         mine.max_own_models,
         batches=family == "decoder",
+        metrics=metrics,
     )
+    metrics.watch_own(service.own_models.stats)
     return service, info
 
 

@@ -75,7 +75,10 @@ def test_it_computes_what_peft_computes_with_the_two(
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter", peft)
     served = "merged" if peft["type"] in ("full", "ia3") else "own"
-    model: Any = load_own_model(base_directory, adapter, served, precision=precision, device="cpu")
+    own = load_own_model(base_directory, adapter, served, precision=precision, device="cpu")
+    model: Any = own.model
+    assert (own.drift is not None) == (served == "merged")
+    assert own.n_bytes >= sum(each.nbytes for each in model.parameters())
     base: Any = load_model(base_directory, precision=precision).float()
     with torch.no_grad():
         plain = base(IDS).logits
@@ -93,7 +96,8 @@ def test_merged_into_a_base_in_nf4_it_computes_what_peft_computes_with_the_dequa
     base_directory: Path, tmp_path: Path
 ) -> None:
     adapter = write_adapter(tmp_path / "adapter", {"type": "miss", "r": 8})
-    model: Any = load_own_model(base_directory, adapter, "merged", precision="nf4", device="cpu")
+    own = load_own_model(base_directory, adapter, "merged", precision="nf4", device="cpu")
+    model: Any = own.model
     base: Any = load_model(base_directory, precision="nf4")
     dequantise_(base)
     both: Any = PeftModel.from_pretrained(base.float(), str(adapter)).eval()
@@ -131,7 +135,8 @@ def test_the_engine_answers_after_virtual_tokens_as_peft_generates(
         [greedy(model, prompt) for prompt in prompts] for model in (peft, tiny_llama())
     )
     assert expected != plain
-    model: Any = load_own_model(base_directory, adapter, "own", precision="fp32", device="cpu")
+    own = load_own_model(base_directory, adapter, "own", precision="fp32", device="cpu")
+    model: Any = own.model
     engine = BatchingEngine(model, lambda ids: "".join(chr(256 + i) for i in ids), [])
     streams = [submit(engine, Request(prompt, Sampling(6, temperature=0))) for prompt in prompts]
     answers = [[ord(each) - 256 for each in collect(stream)[0]] for stream in streams]
