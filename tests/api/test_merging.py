@@ -10,7 +10,7 @@ from models.db import Database
 from models.domain.generation import AdapterRef
 from models.registry import adapters, permissions, tenancy
 from models.tables import Adapter, BaseModel, Job
-from tests.api.adapters.test_routes import FIRST, SECOND, publish
+from tests.api.adapters.test_routes import FIRST, publish
 from tests.api.calls import chat, expect, new_job
 from tests.api.fake_inference import FakeInference
 
