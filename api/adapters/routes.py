@@ -119,8 +119,8 @@ def serve_adapter(
 ) -> JsonObject:
     """Have an adapter answered ``merged``, by a copy of its base with the adapter in the weights.
 
-    Then no request has the adapter's latency; the inference server holds a few such copies, in
-    float32, and makes one at the first request. With ``false`` it is answered in one batch with
+    Then no request has the adapter's latency; the inference server holds a few such copies and
+    makes one at the first request. With ``false`` it is answered in one batch with
     all others again. Name and answers stay the same. Methods that cannot be merged are refused.
     """
     return bodies.made_body(actions.serve_adapter(session, caller, model, merged=body.merged))

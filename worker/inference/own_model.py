@@ -1,6 +1,7 @@
 """A base and one adapter as one model: merged in float32, or with the adapter's modules inside."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ class OwnModel:
     Args:
         model: In evaluation mode.
         n_bytes: Of its parameters and buffers.
-        drift: Relative difference of the logits of a few tokens before and after the merge, in
+        drift: Relative difference of the logits of a few tokens from those before the merge in
             float32: the norm of the difference over that of the unmerged ones. None if unmerged.
     """
 
@@ -48,13 +49,15 @@ def load_own_model(
 ) -> OwnModel:
     """Load a copy of the base with an adapter.
 
-    Merged models are held in float32, whatever the base is held in: the sum would not fit into
-    fewer bits, and NF4 would have to be quantised again (specs: methods, finding 5).
+    Merged models are made in float32, whatever the base is held in: NF4 would have to be quantised
+    again (specs: methods, finding 5). They stay so, since the sum does not fit into fewer bits,
+    unless they are ``rounded`` to be as fast as the base: then each weight is held in what it has
+    in the (dequantised) base, and the error of that is part of the drift.
 
     Args:
         base: Directory of the base model.
         adapter: Directory of the adapter.
-        served: ``merged``, or ``own`` for the adapter's modules beside the weights.
+        served: ``merged``, ``rounded``, or ``own`` for the adapter's modules beside the weights.
         precision: How the server holds the base.
         device: Where the model goes.
         head: What the base is loaded with; a causal language model's if None.
@@ -68,13 +71,16 @@ def load_own_model(
     model: Any = load_model(base, precision=precision, device=device, head=head)
     if precision == "nf4":
         dequantise_(model)
-    if served == "merged":
+    dtypes = {}
+    if served == "rounded":
+        dtypes = {name: each.dtype for name, each in model.named_parameters()}
+    if served != "own":
         model = model.float()
     adapted = with_adapter(model, adapter, device)
     whole: PreTrainedModel
     drift = None
-    if served == "merged":
-        whole, drift = _merged(adapted, adapter.name)
+    if served != "own":
+        whole, drift = _merged(adapted, adapter.name, dtypes)
     elif adapted.active_peft_config.is_prompt_learning:
         whole = with_virtual_tokens(adapted)
     else:
@@ -115,21 +121,34 @@ def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
     return adapted
 
 
-def _merged(adapted: Any, digest: str) -> tuple["PreTrainedModel", float]:
+def _merged(
+    adapted: Any, digest: str, dtypes: "Mapping[str, torch.dtype]"
+) -> tuple["PreTrainedModel", float]:
     """Return the base with the adapter in its weights, and the drift.
 
+    Args:
+        adapted: PEFT's model in float32.
+        digest: Of the adapter, for the log.
+        dtypes: What parameters are held in afterwards; buffers, and those not named, stay.
+
     Raises:
-        ValueError: it cannot be merged, or merged it is another model.
+        ValueError: it cannot be merged, or merged it is another model, before it is rounded.
     """
     if adapted.active_peft_config.is_prompt_learning:
         raise ValueError("virtual tokens cannot be merged into the base")
     expected = _logits(adapted)
     merged: PreTrainedModel = adapted.merge_and_unload()
-    drift = float((_logits(merged) - expected).norm() / expected.norm())
+    drift = _difference(_logits(merged), expected)
     logger.info("adapter_merged", adapter=digest, drift=drift)
     if not drift <= MERGE_TOLERANCE:
         raise ValueError(f"merged, its logits are off by {drift:.1e}, above {MERGE_TOLERANCE:.0e}")
-    return merged, drift
+    for name, parameter in merged.named_parameters():
+        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+    return merged, _difference(_logits(merged), expected) if dtypes else drift
+
+
+def _difference(found: "torch.Tensor", expected: "torch.Tensor") -> float:
+    return float((found - expected).norm() / expected.norm())
 
 
 def _logits(model: Any) -> "torch.Tensor":

@@ -40,7 +40,7 @@ class Built:
 
 
 Build = Callable[[Path, str], Built]
-"""Makes the engine of the adapter in a directory, ``merged`` or on its ``own``; blocks."""
+"""Makes the engine of the adapter in a directory, served as `load_own_model` says; blocks."""
 
 _Key = tuple[str, str]
 """Digest and way: of two names for one content, only one may be wanted merged."""
@@ -156,7 +156,9 @@ class OwnModels:
         with self._adapters.open(ref) as (directory, manifest):
             require_template(ref, manifest, self._template_sha256)
             try:
-                built = self._build(directory, way)
+                # What is merged for its speed is held as the base is.
+                for_speed = way == "merged" and manifest.served == "batched"
+                built = self._build(directory, "rounded" if for_speed else way)
             except (KeyError, ValueError, RuntimeError) as error:
                 logger.warning("own_model_failed", digest=ref.digest, error=repr(error))
                 self._metrics.own_loads.labels(way, "refused").inc()

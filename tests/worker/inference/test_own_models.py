@@ -52,6 +52,7 @@ class Place:
 
     def build(self, adapter: Path, served: str) -> Built:
         self.n_built += 1
+        self.asked = served
         own = load_own_model(self.root / "base", adapter, served, precision="fp32", device="cpu")
         return Built(engine_of(own.model), own.n_bytes, own.drift)
 
@@ -101,6 +102,7 @@ def test_each_adapter_answers_for_itself_and_the_idle_one_makes_room(place: Plac
     first, second, *again = asyncio.run(all_of_them())
     assert first != second
     assert again == [first] * 3
+    assert place.asked == "merged"  # not rounded: nobody has asked for speed
     assert place.n_built == 3
 
 
@@ -174,6 +176,7 @@ def test_wanted_merged_it_answers_as_in_the_batch_each_time_it_is_loaded_and_can
     assert again == expected[0]
     assert len({text for answers in expected for text in answers}) == len(refs) * len(PROMPTS)
     assert place.n_built == len(refs) + 1
+    assert place.asked == "rounded"
     (kept,) = place.models.stats()
     assert (kept.digest, kept.served, kept.running) == (refs[0].digest, "merged", 0)
     assert kept.drift is not None
