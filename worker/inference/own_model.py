@@ -1,14 +1,13 @@
 """A base and one adapter as one model: merged in float32, or with the adapter's modules inside."""
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from worker.base_models import dequantise_, load_model
+from worker.base_models import compute_dtype, dequantise_, load_model
 from worker.heads import Head
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def load_own_model(
     Merged models are made in float32, whatever the base is held in: NF4 would have to be quantised
     again (specs: methods, finding 5). They stay so, since the sum does not fit into fewer bits,
     unless they are ``rounded`` to be as fast as the base: then each weight is held in what it has
-    in the (dequantised) base, and the error of that is part of the drift.
+    in the (dequantised) base that answers, and the error of that is part of the drift.
 
     Args:
         base: Directory of the base model.
@@ -71,22 +70,54 @@ def load_own_model(
     model: Any = load_model(base, precision=precision, device=device, head=head)
     if precision == "nf4":
         dequantise_(model)
-    dtypes = {}
-    if served == "rounded":
-        dtypes = {name: each.dtype for name, each in model.named_parameters()}
+    dtypes = {name: each.dtype for name, each in model.named_parameters()}
     if served != "own":
         model = model.float()
     adapted = with_adapter(model, adapter, device)
     whole: PreTrainedModel
     drift = None
     if served != "own":
-        whole, drift = _merged(adapted, adapter.name, dtypes)
+        if adapted.active_peft_config.is_prompt_learning:
+            raise ValueError("virtual tokens cannot be merged into the base")
+        expected = _logits(adapted)
+        whole = _merged(adapted, adapter.name, expected)
+        if served == "rounded":
+            for name, parameter in whole.named_parameters():
+                parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
+            lighten_(whole, precision, device)
+        drift = _difference(_logits(whole), expected)
     elif adapted.active_peft_config.is_prompt_learning:
         whole = with_virtual_tokens(adapted)
     else:
         whole = adapted.get_base_model()
     whole = whole.requires_grad_(False).eval()
-    return OwnModel(whole, int(whole.get_memory_footprint()), drift)
+    return OwnModel(whole, _n_bytes(whole), drift)
+
+
+def lighten_(model: "PreTrainedModel", precision: str, device: str) -> None:
+    """Hold the linear layers of a decoder in float16 where a base is computed in float32 instead
+    of bfloat16, in place.
+
+    Args:
+        model: Dequantised, where that is how it answers.
+        precision: How the server holds the base.
+        device: Where the model is.
+    """
+    from worker.inference.engine.half_linear import hold_in_half_
+
+    # An encoder-decoder asks its layers for their weights in every pass.
+    of_one_stack = not model.config.is_encoder_decoder
+    if of_one_stack and precision != "fp32" and compute_dtype(device).itemsize == 4:
+        hold_in_half_(model)
+
+
+def _n_bytes(model: "PreTrainedModel") -> int:
+    """Return what the weights of a model take; those of `HalfLinear` are no parameters."""
+    from worker.inference.engine.half_linear import HalfLinear
+
+    halves = [each for each in model.modules() if isinstance(each, HalfLinear)]
+    packed = sum(2 * each.in_features * each.out_features for each in halves)
+    return int(model.get_memory_footprint()) + packed
 
 
 def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
@@ -121,30 +152,23 @@ def with_adapter(model: "PreTrainedModel", adapter: Path, device: str) -> Any:
     return adapted
 
 
-def _merged(
-    adapted: Any, digest: str, dtypes: "Mapping[str, torch.dtype]"
-) -> tuple["PreTrainedModel", float]:
-    """Return the base with the adapter in its weights, and the drift.
+def _merged(adapted: Any, digest: str, expected: "torch.Tensor") -> "PreTrainedModel":
+    """Return the base with the adapter in its weights, in float32.
 
     Args:
         adapted: PEFT's model in float32.
         digest: Of the adapter, for the log.
-        dtypes: What parameters are held in afterwards; buffers, and those not named, stay.
+        expected: What `_logits` has of it.
 
     Raises:
-        ValueError: it cannot be merged, or merged it is another model, before it is rounded.
+        ValueError: merged, it is another model.
     """
-    if adapted.active_peft_config.is_prompt_learning:
-        raise ValueError("virtual tokens cannot be merged into the base")
-    expected = _logits(adapted)
     merged: PreTrainedModel = adapted.merge_and_unload()
     drift = _difference(_logits(merged), expected)
     logger.info("adapter_merged", adapter=digest, drift=drift)
     if not drift <= MERGE_TOLERANCE:
         raise ValueError(f"merged, its logits are off by {drift:.1e}, above {MERGE_TOLERANCE:.0e}")
-    for name, parameter in merged.named_parameters():
-        parameter.data = parameter.data.to(dtypes.get(name, parameter.dtype))
-    return merged, _difference(_logits(merged), expected) if dtypes else drift
+    return merged
 
 
 def _difference(found: "torch.Tensor", expected: "torch.Tensor") -> float:

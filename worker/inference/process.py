@@ -21,7 +21,6 @@ from models.settings import InferenceSettings, Settings
 from models.storage import open_store
 from worker.base_models import (
     BaseModelInfo,
-    compute_dtype,
     dequantise_,
     load_model,
     load_tokenizer,
@@ -34,11 +33,10 @@ from worker.inference.adapter_store import AdapterStore
 from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine, Engine
-from worker.inference.engine.half_linear import hold_in_half_
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.seq2seq import Seq2SeqEngine
 from worker.inference.metrics import Metrics
-from worker.inference.own_model import load_own_model
+from worker.inference.own_model import lighten_, load_own_model
 from worker.inference.own_models import Built, OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
@@ -121,8 +119,7 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     model = load_model(directory, precision=mine.precision, device=device, head=head)
     if device == "cpu" and mine.precision == "nf4":
         dequantise_(model)
-    if family == "decoder" and mine.precision != "fp32" and compute_dtype(device).itemsize == 4:
-        hold_in_half_(model)  # T5 asks its layers for their weights in every pass
+    lighten_(model, mine.precision, device)
     # Two tokenizers: the engine's thread decodes while another thread renders.
     renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
 

@@ -14,6 +14,7 @@ from worker import base_models
 from worker.base_models import dequantise_, load_model
 from worker.inference import own_model
 from worker.inference.engine.engine import BatchingEngine, Request
+from worker.inference.engine.half_linear import HalfLinear
 from worker.inference.engine.params import Sampling
 from worker.inference.own_model import load_own_model
 from worker.training import methods
@@ -115,6 +116,7 @@ def test_to_be_as_fast_as_the_base_it_is_held_as_the_base_and_the_rounding_is_dr
 ) -> None:
     """As on a device that has products in bfloat16."""
     monkeypatch.setattr(base_models, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(own_model, "compute_dtype", lambda device: torch.bfloat16)
     adapter = write_adapter(tmp_path / "adapter", {"type": "lora", "r": 4})
     exact, rounded = (
         load_own_model(base_directory, adapter, served, precision=precision, device="cpu")
@@ -131,6 +133,23 @@ def test_to_be_as_fast_as_the_base_it_is_held_as_the_base_and_the_rounding_is_dr
     assert exact.drift < 1e-5 < 1e-3 < rounded.drift < in_the_batch
     buffers = dict(exact.model.named_buffers())
     assert all(torch.equal(each, buffers[name]) for name, each in rounded.model.named_buffers())
+
+
+@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+def test_where_the_base_is_held_in_float16_so_is_what_is_as_fast_as_it(
+    precision: str, base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU without products in bfloat16."""
+    monkeypatch.setattr(base_models, "compute_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(own_model, "compute_dtype", lambda device: torch.float32)
+    adapter = write_adapter(tmp_path / "adapter", {"type": "lora", "r": 4})
+    own = load_own_model(base_directory, adapter, "rounded", precision=precision, device="cpu")
+    layers = [each for each in own.model.modules() if isinstance(each, torch.nn.Linear)]
+    assert {type(each) for each in layers} == {HalfLinear}
+    weights = sum(each.in_features * each.out_features for each in layers)
+    assert 2 * weights < own.n_bytes < 4 * weights
+    assert own.drift is not None
+    assert 1e-5 < own.drift < 1e-2
 
 
 def test_merged_it_is_refused_if_its_logits_are_others(
