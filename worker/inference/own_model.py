@@ -180,7 +180,8 @@ def _logits(model: Any) -> "torch.Tensor":
     import torch
 
     config = model.config
-    ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)[None] % config.vocab_size
+    # Not the first ones: those are special tokens, whose logits magnify every rounding.
+    ids = torch.arange(PROBE_TOKENS, device=model.device)[None] * 7919 % config.vocab_size
     inputs = {"decoder_input_ids": ids} if config.is_encoder_decoder else {}
     with torch.inference_mode():
         found: torch.Tensor = model.eval()(input_ids=ids, use_cache=False, **inputs).logits
