@@ -6,23 +6,25 @@ makes room.
 """
 
 import asyncio
+import copy
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import structlog
 
 from models.domain.generation import AdapterRef
 from models.domain.reports import AdapterManifest
-from models.errors import CapacityError, UnavailableError
+from models.errors import CapacityError, TuneryError, UnavailableError
 from worker.adapter_format import invalid_adapter
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import Engine
 from worker.inference.metrics import Metrics, OwnModelStats
-from worker.inference.residency import require_template
+from worker.inference.residency import FAILURE_SECONDS, require_template
 
 LOAD_SECONDS = 120.0
 """How long a request waits for a model to be made; that goes on and serves the next one."""
@@ -79,6 +81,7 @@ class OwnModels:
         self._users: Counter[_Key] = Counter()  # those that wait for it included
         self._served: dict[str, str] = {}
         self._making: dict[_Key, asyncio.Task[None]] = {}
+        self._failures: dict[_Key, tuple[TuneryError, float]] = {}
 
     @asynccontextmanager
     async def hold(self, ref: AdapterRef | None) -> AsyncIterator[Engine | None]:
@@ -120,6 +123,7 @@ class OwnModels:
         if key not in self._models:
             making = self._making.get(key)
             if making is None:
+                self._raise_known_failure(key)
                 making = asyncio.create_task(self._make(ref, key))
                 self._making[key] = making
                 making.add_done_callback(lambda _: self._making.pop(key))
@@ -136,6 +140,13 @@ class OwnModels:
         self._models.move_to_end(key)
         return self._models[key]
 
+    def _raise_known_failure(self, key: _Key) -> None:
+        """A copy that cannot be made is not tried for every request: it takes seconds each time."""
+        now = monotonic()
+        self._failures = {each: found for each, found in self._failures.items() if found[1] > now}
+        if key in self._failures:
+            raise copy.copy(self._failures[key][0])
+
     async def _make(self, ref: AdapterRef, key: _Key) -> None:
         loop = asyncio.get_running_loop()
         while len(self._models) + len(self._making) > self._limit:
@@ -150,7 +161,12 @@ class OwnModels:
                 )
             self._metrics.own_evictions.inc()
             await loop.run_in_executor(self._executor, self._models.pop(idle).engine.close)
-        self._models[key] = await loop.run_in_executor(self._executor, self._load, ref, key[1])
+        try:
+            built = await loop.run_in_executor(self._executor, self._load, ref, key[1])
+        except TuneryError as error:
+            self._failures[key] = (error, monotonic() + FAILURE_SECONDS.get(type(error), 0.0))
+            raise
+        self._models[key] = built
 
     def _load(self, ref: AdapterRef, way: str) -> Built:
         with self._adapters.open(ref) as (directory, manifest):

@@ -80,3 +80,19 @@ def test_a_base_model_has_no_ancestors(database: Database) -> None:
         base = adapters.resolve(session, project, "base")
         assert lineage.ancestry(session, project, base) == []
         assert lineage.successors(session, project, base) == []
+
+
+@pytest.mark.usefixtures("chain")
+def test_who_calls_a_model_learns_that_it_is_wanted_merged_and_a_job_does_not(
+    database: Database,
+) -> None:
+    for merged in (True, False):
+        with database.write() as session:
+            adapters.set_merged(session, NAMES[0], merged=merged)
+        with database.read() as session:
+            project = tenancy.default_project(session).id
+            called = adapters.resolve(session, project, NAMES[0]).adapter
+            kept = adapters.resolve_own(session, project, NAMES[0]).adapter
+        assert called is not None
+        assert kept is not None
+        assert (called.merged, kept.merged) == (merged, False)

@@ -189,6 +189,9 @@ def test_what_cannot_be_merged_is_refused_when_it_is_wanted_so(place: Place, kin
     ref = place.publish({"type": kind})
     with pytest.raises(UnprocessableError, match="cannot be merged"):
         asyncio.run(merged_answers(place, ref))
+    with pytest.raises(UnprocessableError, match="cannot be merged"):
+        asyncio.run(merged_answers(place, ref))
+    assert place.n_built == 1  # not tried again at once
     assert place.models.stats() == []
 
 
