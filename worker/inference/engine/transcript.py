@@ -46,6 +46,10 @@ class Transcript:
             text += self._text.finish()
         return text, reason, self._final_logprobs(reason)
 
+    def finish(self, reason: FinishReason) -> tuple[str, tuple[TokenLogprobs, ...]]:
+        """Return what was held back, where the answer ends for another reason than a token."""
+        return self._text.finish(), self._final_logprobs(reason)
+
     def _final_logprobs(self, reason: FinishReason | None) -> tuple[TokenLogprobs, ...]:
         """Take out the log-probabilities of tokens whose text has become final."""
         if not self._logprobs:
