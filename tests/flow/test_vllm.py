@@ -5,6 +5,7 @@ The base model is SmolLM2 in float32, in which two engines agree on every token.
 
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def real(
         store = open_store(settings.storage)
 
         def put(name: str, **more: Any) -> AdapterRef:
-            files = Files(shapes, size=0.1, **more)
+            files = Files(shapes, size=0.15, **more)
             if name == "rs":
                 files.config |= {"use_rslora": True, "alpha_pattern": {"v_proj": 3}}
             directory = files.write(root / name)
@@ -122,6 +123,15 @@ def test_base_and_adapters_answer_as_with_our_own_engine_and_change_places(real:
     assert len(set(texts.values())) == 5
     assert real.engine.stats().host_evictions == 3
     assert real.engine.audit() == {}
+
+
+def test_streams_of_base_and_adapters_side_by_side_are_the_answers_alone(real: Real) -> None:
+    refs = [None, real.refs["one"], real.refs["two"]]
+    alone = [answer(real.own, ref)[0] for ref in refs]
+    with ThreadPoolExecutor(6) as pool:
+        texts = list(pool.map(lambda ref: answer(real.vllm, ref)[0], refs * 3))
+    assert texts == alone * 3
+    assert sum(real.engine.stats().references.values()) == 0
 
 
 def test_what_vllm_cannot_serve_is_refused_and_never_answered_by_the_base(real: Real) -> None:

@@ -33,8 +33,9 @@ class FakeVllm:
     def __init__(self, engine: BatchingEngine, *, max_rank: int) -> None:
         self.engine = engine
         self.is_alive = True
+        self.health = 200
         self.status = 200
-        """Of ``/health`` and of completions; anything but 200 is an error."""
+        """Of completions; anything but 200 is an error."""
         self.break_after: int | None = None
         """Tokens after which streams end with an error."""
         self.seconds_a_token = 0.0
@@ -172,7 +173,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path == "/version":
             self._reply(200, {"version": "0.32.0"})
         else:
-            self._reply(self.fake.status, "")
+            self._reply(self.fake.health, "")
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -11,8 +11,12 @@ from pydantic import ValidationError
 
 from models.errors import UnavailableError
 from models.settings import InferenceSettings
-from tests.worker.inference.tiny import tiny_llama
+from models.storage import open_store
+from tests.worker.inference.conftest import running
+from tests.worker.inference.test_process import settings_in
+from tests.worker.inference.tiny import Files, publish, tiny_llama
 from worker.base_models import BaseModelInfo
+from worker.inference.process import build_service
 from worker.inference.vllm.build import (
     build_vllm_engine,
     command_of,
@@ -153,3 +157,28 @@ def test_settings_that_cannot_work_are_refused(changes: dict[str, str], words: s
     InferenceSettings.model_validate(good)
     with pytest.raises(ValidationError, match=words):
         InferenceSettings.model_validate(good | changes)
+
+
+def test_a_server_of_the_settings_has_vllm_for_its_engine(
+    tmp_path: Path, base_model_cache: Path, smollm2: tuple[Path, BaseModelInfo]
+) -> None:
+    chosen = settings_in(
+        tmp_path,
+        base_model_cache,
+        engine="vllm",
+        precision="bf16",
+        vllm_command=str(program(tmp_path, SERVER)),
+    )
+    service, info = build_service(chosen)
+    assert isinstance(service.engine, VllmEngine)
+    shapes = service.engine._shapes
+    files = Files(shapes).write(tmp_path / "adapter")
+    merged = publish(open_store(chosen.storage), files, info, served="merged")
+    with running(service) as client:
+        state = client.get("/health").json()
+        assert (state["status"], state["engine"]) == ("ok", "vllm")
+        refused = client.post("/warm", json=merged.model_dump())
+        assert refused.status_code == 422
+        assert "TUNERY_INFERENCE__ENGINE=tunery" in refused.json()["error"]["message"]
+        service.engine._process.stop()
+        assert client.get("/health").status_code == 503

@@ -2,13 +2,13 @@
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from models.errors import UnavailableError
 from tests.worker.inference.engine.test_engine import wait_for
+from tests.worker.inference.engine.test_sampler import Only
 from tests.worker.inference.tiny import Files, collect, generate, shapes_of, submit, tiny_llama
 from tests.worker.inference.vllm.conftest import MakeAdapter, connect
 from tests.worker.inference.vllm.fake import FakeVllm
@@ -133,22 +133,17 @@ def test_an_error_of_vllm_is_the_error_of_one_request(
 ) -> None:
     engine = connect(fake, tmp_path / "cache", stall_seconds=0.3)
     with engine.load("d1", adapter(1)) as lease:
-        healthy = submit(engine, Request(PROMPT, Sampling(300, ignore_eos=True), lease=lease))
+        healthy = submit(engine, Request(PROMPT, Sampling(100, ignore_eos=True), lease=lease))
         wait_for(lambda: engine.stats().n_drawn > 0)
         fake.status = 500 if how == "500" else 200
         fake.break_after = 3 if how == "in the middle" else None
         fake.seconds_a_token = 1.0 if how.startswith("nothing") else 0.0
-        if how == "500":  # of requests only: its health would make it broken as a whole
-            failing = submit(engine, Request(PROMPT, GREEDY, lease=lease))
-            wait_for(lambda: len(fake.bodies) == 4)
-            fake.status = 200
-        else:
-            failing = submit(engine, Request(PROMPT, GREEDY, lease=lease))
+        failing = submit(engine, Request(PROMPT, GREEDY, lease=lease))
         with pytest.raises(GenerationError, match=r"vLLM"):
             collect(failing)
-        fake.seconds_a_token, fake.break_after = 0.0, None
+        fake.seconds_a_token, fake.break_after, fake.status = 0.0, None, 200
         if how == "500":
-            assert collect(healthy)[1].n_tokens == 300
+            assert collect(healthy)[1].n_tokens == 100
         assert generate(engine, Request(PROMPT, GREEDY))[1].n_tokens > 0
     wait_for(lambda: engine.stats().running == 0)
     assert engine.stats().references == {"d1": 0}
@@ -175,17 +170,22 @@ def test_a_dead_vllm_ends_its_requests_and_takes_no_more(
 
 
 def test_a_vllm_that_is_not_well_is_stopped(fake: FakeVllm, engine: VllmEngine) -> None:
-    fake.status = 503
+    fake.health = 503
     wait_for(lambda: not engine.stats().alive)
     wait_for(lambda: not fake.is_alive)
 
 
 def test_a_request_that_vllm_refuses_is_at_fault_itself(fake: FakeVllm, engine: VllmEngine) -> None:
-    class Constraint:
-        def __call__(self) -> Any: ...
+    fake.status = 400
+    with pytest.raises(RequestRefusedError, match=r"vLLM refuses: It was asked to fail"):
+        generate(engine, Request(PROMPT, GREEDY))
 
+
+def test_a_constraint_that_cannot_be_written_down_is_refused(
+    fake: FakeVllm, engine: VllmEngine
+) -> None:
     with pytest.raises(RequestRefusedError) as caught:
-        generate(engine, Request(PROMPT, GREEDY, constraint=Constraint()))
+        generate(engine, Request(PROMPT, GREEDY, constraint=lambda: Only(65)))
     assert caught.value.param == "response_format"
     assert fake.bodies == []
 
