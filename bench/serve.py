@@ -1,10 +1,11 @@
 """Output tokens a second, first token and gaps: base and 1, 8, 16 adapters at 8 and 16 streams.
 
-Asks the engine itself with SmolLM2 in bfloat16 (float32 where a processor makes no products in
-bfloat16) and random adapters of rank 16 on all linear layers; each request has about 93 prompt and
-48 output tokens, greedy, no end token. Then: 1,000 registered adapters of which 100 are asked for,
-over 16 slots, each loaded from the disk when its first request comes; and peft's own ways, one
-``generate`` with ``adapter_names`` and one request after the other with ``set_adapter``.
+Asks the engine itself with SmolLM2 in bfloat16 and random adapters of rank 16 on all linear layers
+(where a processor makes no products in bfloat16, as an inference server does there); each request
+has about 93 prompt and 48 output tokens, greedy, no end token. Then: 1,000 registered adapters of
+which 100 are asked for, over 16 slots, each loaded from the disk when its first request comes; and
+peft's own ways, one ``generate`` with ``adapter_names`` and one request after the other with
+``set_adapter``.
 
 ``--peer URL --peer-models A,B`` sends the same load to any OpenAI-compatible server (its models:
 the base first, then adapters). ``--quick`` asks for 24 tokens after 47 and leaves out loads.
@@ -36,6 +37,7 @@ from models.settings import Settings
 from worker.base_models import compute_dtype, load_model, load_tokenizer, materialise
 from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.errors import EngineError
+from worker.inference.engine.half_linear import hold_in_half_
 from worker.inference.engine.params import Sampling, TokenEvent
 from worker.inference.engine.pool import AdapterLease
 from worker.inference.engine.scheduler import Limits
@@ -127,8 +129,11 @@ class Ours:
         for index in range(N_SLOTS, N_REGISTERED):
             (folder / str(index)).symlink_to(folder / str(index % N_SLOTS))
         # Every token is one character, so that each makes an event at once.
+        model = load_model(directory, precision="bf16")
+        if compute_dtype("cpu") == torch.float32:
+            hold_in_half_(model)
         self.engine = BatchingEngine(
-            load_model(directory, precision="bf16"),
+            model,
             lambda ids: "x" * len(ids),
             [],
             limits=Limits(n_slots=N_SLOTS),

@@ -21,6 +21,7 @@ from models.settings import InferenceSettings, Settings
 from models.storage import open_store
 from worker.base_models import (
     BaseModelInfo,
+    compute_dtype,
     dequantise_,
     load_model,
     load_tokenizer,
@@ -33,6 +34,7 @@ from worker.inference.adapter_store import AdapterStore
 from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine, Engine
+from worker.inference.engine.half_linear import hold_in_half_
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.seq2seq import Seq2SeqEngine
 from worker.inference.engine.stream import Decode
@@ -163,6 +165,8 @@ def _own_engines(
     model = load_model(directory, precision=mine.precision, device=device, head=head)
     if device == "cpu" and mine.precision == "nf4":
         dequantise_(model)
+    if family == "decoder" and mine.precision != "fp32" and compute_dtype(device).itemsize == 4:
+        hold_in_half_(model)  # T5 asks its layers for their weights in every pass
 
     def build_engine(model: "PreTrainedModel", fingerprint: str) -> Engine:
         ends = stop_ids(model.generation_config.eos_token_id) | turn_ends
