@@ -1,6 +1,7 @@
 """What vLLM can do of what adapters are: plain LoRA up to a rank, of modules that the base has."""
 
 import fcntl
+import json
 import os
 import shutil
 import tempfile
@@ -91,6 +92,24 @@ class Links:
         target.mkdir()
         for name in ADAPTER_FILES:
             os.link(directory / name, target / name)
+        return target
+
+    def add_zero(self, name: str, shapes: Mapping[str, ModuleShape]) -> Path:
+        """Write a LoRA that changes nothing; return its directory."""
+        import torch
+        from safetensors.torch import save_file
+
+        path, shape = next((p, s) for p, s in shapes.items() if s.kind == "linear")
+        target = self._root / name
+        target.mkdir()
+        config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [path]}
+        (target / "adapter_config.json").write_text(json.dumps(config))
+        key = f"base_model.model.{path}"
+        tensors = {
+            f"{key}.lora_A.weight": torch.zeros(1, shape.in_features),
+            f"{key}.lora_B.weight": torch.zeros(shape.out_features, 1),
+        }
+        save_file(tensors, target / "adapter_model.safetensors")
         return target
 
     def remove(self, digest: str) -> None:

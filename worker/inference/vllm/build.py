@@ -11,7 +11,7 @@ import structlog
 
 from models.errors import UnavailableError
 from models.settings import InferenceSettings, child_environment
-from worker.base_models import BaseModelInfo
+from worker.base_models import BaseModelInfo, pick_device
 from worker.inference.engine.engine import Engine
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.stream import Decode
@@ -19,7 +19,7 @@ from worker.inference.vllm.adapters import Links
 from worker.inference.vllm.client import VllmClient, VllmError
 from worker.inference.vllm.engine import MAX_RUNNING, Server, VllmEngine, VllmLimits
 from worker.inference.vllm.process import VllmProcess
-from worker.inference.vllm.wire import BASE
+from worker.inference.vllm.wire import BASE, ZERO
 from worker.launch import WITHHELD
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
@@ -56,10 +56,14 @@ def build_vllm_engine(
         url = f"http://127.0.0.1:{port}"
         asyncio.run(_answered(process, url, key, settings.vllm_start_seconds))
         links = Links(settings.adapter_cache_dir)
+        base = BASE
+        if on_cpu(settings):
+            base = ZERO
+            asyncio.run(_load_zero(url, key, links.add_zero(ZERO, shapes)))
         limits = VllmLimits(
             settings.max_adapters, settings.vllm_max_lora_rank, MAX_RUNNING, settings.max_waiting
         )
-        server = Server(process, VllmClient(url, key), links)
+        server = Server(process, VllmClient(url, key), links, base)
         return VllmEngine(server, shapes, decode, stop_ids, limits)
     except BaseException:  # a signal too
         process.stop()
@@ -75,8 +79,8 @@ def command_of(
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--dtype", _DTYPES[settings.precision], "--max-model-len", str(info.max_length)),
         "--enable-lora",
-        *("--max-loras", str(settings.max_adapters)),
-        *("--max-cpu-loras", str(2 * settings.max_adapters)),
+        *("--max-loras", str(settings.max_adapters + on_cpu(settings))),
+        *("--max-cpu-loras", str(2 * settings.max_adapters + on_cpu(settings))),
         *("--max-lora-rank", str(settings.vllm_max_lora_rank)),
         *("--max-num-seqs", str(MAX_RUNNING)),
         # Not what the model's files say about sampling: requests say everything.
@@ -86,6 +90,15 @@ def command_of(
         *("--enable-prompt-tokens-details", "--disable-uvicorn-access-log"),
         *settings.vllm_arguments,
     ]
+
+
+def on_cpu(settings: InferenceSettings) -> bool:
+    """Return whether the base has to be asked as an adapter that changes nothing.
+
+    On a CPU vLLM 0.32 finds the adapter of each token by an index that is -1 for the base, and so,
+    in a batch with adapters, takes the last slot's for it (lora/ops/torch_ops/lora_ops.py).
+    """
+    return pick_device(settings.device) == "cpu"
 
 
 def environment_of(settings: InferenceSettings, key: str) -> dict[str, str]:
@@ -144,6 +157,17 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+async def _load_zero(url: str, key: str, directory: Path) -> None:
+    client = VllmClient(url, key)
+    try:
+        await client.load(ZERO, directory)
+        await client.probe(ZERO)
+    except VllmError as error:
+        raise UnavailableError(f"vLLM cannot be used: {error}", code="vllm_unusable") from error
+    finally:
+        await client.close()
 
 
 async def _answered(process: VllmProcess, url: str, key: str, seconds: float) -> None:

@@ -65,10 +65,15 @@ class Choice:
             self.end()
             self._send(error)
 
-    async def run(self, client: VllmClient) -> None:
-        """Ask vLLM and emit what comes; whatever goes wrong ends this answer and no other."""
+    async def run(self, client: VllmClient, base: str) -> None:
+        """Ask vLLM and emit what comes; whatever goes wrong ends this answer and no other.
+
+        Args:
+            client: Of its server.
+            base: The name of the base there.
+        """
         try:
-            await self._read(client)
+            await self._read(client, base)
         except EngineError as error:
             self.fail(error)
         except Exception as error:
@@ -76,13 +81,13 @@ class Choice:
             logger.exception("An answer of vLLM failed.")
             self.fail(GenerationError(f"{type(error).__name__} while reading vLLM's answer."))
 
-    async def _read(self, client: VllmClient) -> None:
+    async def _read(self, client: VllmClient, base: str) -> None:
         request = self._request
         n_prompt = len(request.prompt)
         if request.sampling.max_tokens == 0 and not request.scores_prompt:
             self._finish(TokenEvent("", "length", 0))
             return
-        body = body_of(request, self._index, self._stop_ids)
+        body = body_of(request, self._index, self._stop_ids, base)
         last: TokenEvent | None = None
         async with aclosing(client.stream(body)) as events:
             async for event in events:

@@ -69,6 +69,8 @@ class Server:
     client: VllmClient
     """Used on the engine's thread alone."""
     links: Links
+    base: str = BASE
+    """The name under which the base is asked."""
 
 
 class _Ticket:
@@ -105,6 +107,7 @@ class VllmEngine:
         self._process = server.process
         self._client = server.client
         self._links = server.links
+        self._base = server.base
         self._shapes = shapes
         self._decode = decode
         self._stop_ids = frozenset(stop_ids)
@@ -153,7 +156,7 @@ class VllmEngine:
                 raise
             raise AdapterFormatError("refused_by_vllm", str(error)) from error
         # vLLM leaves out what it does not find in its own model, and then answers as the base.
-        if changes and await self._client.probe(digest) == await self._client.probe(BASE):
+        if changes and await self._client.probe(digest) == await self._client.probe(self._base):
             await self._client.unload(digest)
             raise AdapterFormatError("no_effect", "with it vLLM answers as the base model does")
 
@@ -213,7 +216,7 @@ class VllmEngine:
     def _start(self, choices: list[Choice]) -> None:
         for choice in choices:
             if choice in self._choices and not self._closing:
-                task = self._loop.create_task(choice.run(self._client))
+                task = self._loop.create_task(choice.run(self._client, self._base))
                 self._choices[choice] = task
                 task.add_done_callback(partial(self._done, choice))
 

@@ -12,6 +12,9 @@ from worker.inference.engine.sequence import Request
 BASE = "base"
 """The base model's name in vLLM; adapters are there under their digests, which are never this."""
 
+ZERO = "zero"
+"""The name of an adapter that changes nothing (`adapters.Links.add_zero`)."""
+
 _PREFIX = "token_id:"
 _SEEDS = 2**63
 
@@ -30,8 +33,10 @@ class Piece:
     cached_tokens: int | None = None
 
 
-def body_of(request: Request, index: int, stop_ids: Iterable[int]) -> dict[str, Any]:
-    """Return the body that asks for choice `index` of `request`.
+def body_of(
+    request: Request, index: int, stop_ids: Iterable[int], base: str = BASE
+) -> dict[str, Any]:
+    """Return the body that asks for choice `index` of `request`, of `base` if of no adapter.
 
     Nothing is left to the defaults of vLLM, which come from the model's files.
 
@@ -40,7 +45,7 @@ def body_of(request: Request, index: int, stop_ids: Iterable[int]) -> dict[str, 
     """
     sampling = request.sampling
     body: dict[str, Any] = {
-        "model": BASE if request.lease is None else request.lease.weights.digest,
+        "model": base if request.lease is None else request.lease.weights.digest,
         "prompt": list(request.prompt),
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,

@@ -14,9 +14,10 @@ from models.settings import InferenceSettings
 from models.storage import open_store
 from tests.worker.inference.conftest import running
 from tests.worker.inference.test_process import settings_in
-from tests.worker.inference.tiny import Files, publish, tiny_llama
+from tests.worker.inference.tiny import Files, publish, shapes_of, tiny_llama
 from worker.base_models import BaseModelInfo
 from worker.inference.process import build_service
+from worker.inference.vllm.adapters import check_adapter
 from worker.inference.vllm.build import (
     build_vllm_engine,
     command_of,
@@ -70,7 +71,8 @@ def program(root: Path, text: str) -> Path:
 
 
 def start(chosen: InferenceSettings, base: BaseModelInfo) -> VllmEngine:
-    return build_vllm_engine(chosen, Path("/base"), base, {}, str, frozenset())
+    shapes = shapes_of(tiny_llama())
+    return build_vllm_engine(chosen, Path("/base"), base, shapes, str, frozenset())
 
 
 def test_it_is_ready_when_it_has_answered_a_token_and_is_gone_when_closed(
@@ -104,7 +106,8 @@ def test_a_vllm_that_does_not_serve_is_an_error_with_its_last_words(
 def test_the_command_serves_the_base_alone_on_this_machine(
     tmp_path: Path, base: BaseModelInfo
 ) -> None:
-    chosen = settings("v", tmp_path, max_adapters=3, vllm_arguments=["--max-model-len", "99"])
+    more = ["--max-model-len", "99"]
+    chosen = settings("v", tmp_path, max_adapters=3, vllm_arguments=more, device="cuda:0")
     command = command_of(chosen, Path("/base"), base, 4711)
     assert command[:3] == ["v", "serve", "/base"]
     assert command[-2:] == ["--max-model-len", "99"]
@@ -115,6 +118,19 @@ def test_the_command_serves_the_base_alone_on_this_machine(
     assert pairs["--max-cpu-loras"] == "6"
     assert pairs["--max-lora-rank"] == "64"
     assert "--api-key" not in command
+    on_cpu = command_of(chosen.model_copy(update={"device": "cpu"}), Path("/base"), base, 4711)
+    assert on_cpu[on_cpu.index("--max-loras") + 1] == "4"  # one for the base itself
+
+
+def test_on_a_cpu_the_base_is_asked_as_an_adapter_that_changes_nothing(
+    tmp_path: Path, base: BaseModelInfo
+) -> None:
+    chosen = settings(program(tmp_path, SERVER), tmp_path, device="cpu")
+    engine = start(chosen, base)
+    [zero] = chosen.adapter_cache_dir.glob(".vllm-*/zero")
+    assert engine._base == zero.name
+    assert not check_adapter(zero, "0" * 40, shapes_of(tiny_llama()), 8)
+    engine.close()
 
 
 def test_the_environment_has_the_key_and_none_of_our_secrets(
