@@ -96,7 +96,7 @@ def on_cpu(settings: InferenceSettings) -> bool:
     """Return whether the base has to be asked as an adapter that changes nothing.
 
     On a CPU vLLM 0.32 finds the adapter of each token by an index that is -1 for the base, and so,
-    in a batch with adapters, takes the last slot's for it (lora/ops/torch_ops/lora_ops.py).
+    in a batch with adapters, takes the last slot's for it (vllm-project/vllm#48421, open).
     """
     return pick_device(settings.device) == "cpu"
 
