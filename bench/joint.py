@@ -69,7 +69,7 @@ def trainers(precision: Precision) -> list[Trainer]:
             training_file="",
             seed=index,
             hyperparameters=Hyperparameters(
-                n_epochs=100, batch_size=BATCHES[index], learning_rate_multiplier=1.0
+                n_epochs=50, batch_size=BATCHES[index], learning_rate_multiplier=1.0
             ),
             objective=objectives.parse_params({"type": "sft"}).model_dump(),
             peft=params.model_dump(),

@@ -101,7 +101,7 @@ class WorkerSettings(Group):
         "processes where there is none.",
     )
     joint_jobs: int = Field(
-        1,
+        4,
         ge=1,
         le=64,
         description="Most queued jobs with small steps over one base model that a trainer takes "

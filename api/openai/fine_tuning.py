@@ -160,7 +160,8 @@ def rerun_job(
 ) -> JsonObject:
     """Submit a job once more: same files, same seed, and the numbers that "auto" had become.
 
-    On the same kind of machine it makes the same adapter, on a CPU bit for bit.
+    On the same kind of machine it makes the same adapter, on a CPU bit for bit; within rounding
+    where it shares its passes with other queued jobs.
     """
     job = jobs.get(session, caller.project_id, job_id)
     spec = TrainingSpec.model_validate(job.spec)

@@ -50,6 +50,7 @@ class Houlsby(Method):
         "A strong alternative to LoRA on encoders; cannot be merged, so answers cost a little more."
     )
     Params: ClassVar[type[MethodParams]] = HoulsbyParams
+    rate_scale: ClassVar[float] = 3.0
 
     def merges(self, params: Any) -> bool:
         return False

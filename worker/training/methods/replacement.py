@@ -110,6 +110,7 @@ class Bitfit(_Replacement):
     title: ClassVar[str] = "BitFit"
     when: ClassVar[str] = "A tiny baseline on bases that have biases (BERT, GPT-2, Phi)."
     Params: ClassVar[type[MethodParams]] = BitfitParams
+    rate_scale: ClassVar[float] = 3.0
     parameters: ClassVar[list[str] | None] = ["bias"]
 
     def require_fit(self, params: Any, precision: str, shape: BaseShape | None) -> None:
