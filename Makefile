@@ -1,6 +1,6 @@
 # Every command that the README names. `make` alone prints them.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up test test-web churn screenshots check fuzz migrate bench clean
+.PHONY: help setup demo up test test-web test-vllm churn screenshots check fuzz migrate bench clean
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -39,6 +39,10 @@ test: $(READY) ## Run all tests; they start the servers that they need
 
 test-web: $(READY) ## Run the tests of the web page alone, in a browser
 	$(BIN)/python -m pytest tests/web
+
+test-vllm: $(STAMP) ## Serve by a real vLLM, whose command VLLM names: make test-vllm VLLM=/path/to/vllm
+	@test -n "$(VLLM)" || { echo "Say where vLLM is: make test-vllm VLLM=/path/to/vllm (docs/vllm.md)"; exit 2; }
+	TUNERY_TEST_VLLM_COMMAND=$(VLLM) $(BIN)/python -m pytest tests/flow/test_vllm.py
 
 churn: $(STAMP) ## Load, replace and evict adapters under 64 streams for a minute
 	TUNERY_TEST_CHURN_SECONDS=60 $(BIN)/python -m pytest -s tests/flow/test_churn.py

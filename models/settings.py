@@ -8,7 +8,7 @@ A setting is an environment variable ``TUNERY_<GROUP>__<NAME>``, e.g. ``TUNERY_D
 import os
 from ipaddress import ip_network
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -172,6 +172,25 @@ class InferenceSettings(Group):
         description="How it holds the base: `nf4` is what QLoRA trains on.",
     )
     device: str = Field("auto", description="`auto`, `cpu` or `cuda:N`.")
+    engine: str = Field(
+        "tunery",
+        pattern="^(tunery|vllm)$",
+        description="What generates on a causal base: our own engine, or an external `vllm`.",
+    )
+    vllm_command: str = Field(
+        "", description="Path of the `vllm` command in its own virtual environment."
+    )
+    vllm_arguments: list[str] = Field(
+        [],
+        description="More arguments of `vllm serve`, which come last, as a JSON list, e.g. "
+        '`["--gpu-memory-utilization", "0.8"]`.',
+    )
+    vllm_max_lora_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        64, description="Largest rank of adapters in vLLM; its slots are of this size."
+    )
+    vllm_start_seconds: float = Field(
+        900, gt=0, description="Time that vLLM may take until it has answered a token."
+    )
     adapter_cache_dir: Path = Field(
         Path("adapters"), description="Local copies of adapters, by digest."
     )
@@ -201,6 +220,16 @@ class InferenceSettings(Group):
     token: SecretStr = Field(
         SecretStr(""), description="Shared secret between API and inference servers; required."
     )
+
+    @model_validator(mode="after")
+    def _vllm_can_start(self) -> Self:
+        if self.engine == "vllm" and not self.vllm_command:
+            raise ValueError("engine is 'vllm'; vllm_command must be the path of its command.")
+        if self.engine == "vllm" and self.precision == "nf4":
+            raise ValueError(
+                "engine is 'vllm', which cannot hold a base in nf4; set precision to bf16 or fp32."
+            )
+        return self
 
 
 class ModelSettings(Group):

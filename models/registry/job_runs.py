@@ -5,8 +5,9 @@ through `fence` or carries the attempt in its condition, so that a worker which 
 another took over changes nothing (specs: reliability, section 1.2).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
@@ -232,23 +233,47 @@ def end_attempt(
 ) -> None:
     """Note how an attempt ended; history only, so it needs no fence.
 
-    The first to do so ends it: its time on devices is then counted as used, once.
+    The first to do so ends it: its time on devices is then counted as used, once. While jobs had a
+    trainer together, each used its part of it.
     """
     this = (JobAttempt.job_id == job_id, JobAttempt.attempt == attempt)
-    started_at = session.scalar(
-        update(JobAttempt)
-        .where(*this, JobAttempt.ended_at.is_(None))
-        .values(ended_at=db_now())
-        .returning(JobAttempt.started_at)
+    was_open = session.execute(
+        update(JobAttempt).where(*this, JobAttempt.ended_at.is_(None)).values(ended_at=db_now())
     )
     session.execute(update(JobAttempt).where(*this).values(outcome=outcome, exit_code=exit_code))
-    if started_at is None:
+    assert isinstance(was_open, CursorResult)
+    if was_open.rowcount == 0:
         return
     job = session.get_one(Job, job_id)
-    now = session.scalar(select(db_now())) or started_at
-    seconds = max(0.0, now - started_at) * int(job.spec.get("num_devices", 1))
+    ended = session.get_one(JobAttempt, (job_id, attempt), populate_existing=True)
+    seconds = _own_seconds(ended, _beside(session, ended)) * int(job.spec.get("num_devices", 1))
     user = User(job.project_id, job.key_id, job.base_model)
     usage.add(session, [(user, Used(device_seconds=seconds))])
+
+
+def _beside(session: Session, ended: JobAttempt) -> list[JobAttempt]:
+    """Return the attempts of other jobs that had the trainer of an ended one beside it."""
+    if ended.trainer_pid is None or ended.ended_at is None:
+        return []
+    others = select(JobAttempt).where(
+        JobAttempt.worker == ended.worker,
+        JobAttempt.trainer_pid == ended.trainer_pid,
+        JobAttempt.job_id != ended.job_id,
+        JobAttempt.started_at < ended.ended_at,
+        or_(JobAttempt.ended_at.is_(None), JobAttempt.ended_at > ended.started_at),
+    )
+    return list(session.scalars(others.execution_options(populate_existing=True)))
+
+
+def _own_seconds(ended: JobAttempt, others: Sequence[JobAttempt]) -> float:
+    """Return the seconds of an ended attempt, those divided that it had with others."""
+    start, end = ended.started_at, ended.ended_at or ended.started_at
+    spans = [(each.started_at, each.ended_at or end) for each in others]
+    cuts = sorted({start, end, *(min(max(at, start), end) for span in spans for at in span)})
+    return sum(
+        (until - since) / (1 + sum(first <= since and until <= last for first, last in spans))
+        for since, until in pairwise(cuts)
+    )
 
 
 def release(session: Session, job_id: str, attempt: int, reason: str) -> JobStatus:

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from models.domain.generation import Chunk, Finished
-from models.errors import TuneryError, UnavailableError
-from worker.inference.engine.errors import EngineClosedError, EngineError
+from models.errors import InvalidRequestError, TuneryError, UnavailableError
+from worker.inference.engine.errors import EngineClosedError, EngineError, RequestRefusedError
 from worker.inference.engine.params import TokenEvent
 from worker.inference.writer import ChunkWriter
 
@@ -90,6 +90,8 @@ def shutting_down() -> UnavailableError:
 def _public_error(error: EngineError) -> TuneryError:
     if isinstance(error, EngineClosedError):
         return shutting_down()
+    if isinstance(error, RequestRefusedError):
+        return InvalidRequestError(str(error), param=error.param, code="unsupported_parameter")
     return TuneryError(
         f"Generating the answer failed: {error} The server's log tells more.",
         code="generation_failed",

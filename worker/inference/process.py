@@ -35,14 +35,16 @@ from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine, Engine
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.seq2seq import Seq2SeqEngine
+from worker.inference.engine.stream import Decode
 from worker.inference.metrics import Metrics
 from worker.inference.own_model import lighten_, load_own_model
-from worker.inference.own_models import Built, OwnModels
+from worker.inference.own_models import Build, Built, OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.seq2seq_service import Seq2SeqService
 from worker.inference.server import create_app
 from worker.inference.service import InferenceService
+from worker.inference.vllm.build import build_vllm_engine, read_base, refuse_own_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,19 +117,58 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         encoders = EncoderService(encoder, adapters, info, description)
         encoders.previewer = Previewer(store, directory, info)
         return encoders, info
+    # Two tokenizers: the engine's thread decodes while another thread renders.
+    renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    build_own: Build
+    if family == "decoder" and mine.engine == "vllm":
+        shapes, ends = read_base(directory)
+        engine: Engine = build_vllm_engine(
+            mine, directory, info, shapes, decode, stop_ids(ends) | renderer.stop_ids
+        )
+        description["engine"] = "vllm"
+        build_own = refuse_own_model
+    else:
+        engine, build_own = _own_engines(mine, directory, info, decode, renderer.stop_ids)
+    metrics.watch(engine.stats)
+    residency = Residency(engine, adapters, renderer.template_sha256, metrics=metrics)
+    kind = Seq2SeqService if family == "encoder_decoder" else InferenceService
+    service = kind(engine, renderer, residency, info, description)
+    service.metrics = metrics
+    service.previewer = Previewer(store, directory, info)
+    service.own_models = OwnModels(
+        adapters,
+        renderer.template_sha256,
+        build_own,
+        mine.max_own_models,
+        batches=family == "decoder",
+        metrics=metrics,
+    )
+    metrics.watch_own(service.own_models.stats)
+    return service, info
+
+
+def _own_engines(
+    mine: InferenceSettings,
+    directory: Path,
+    info: BaseModelInfo,
+    decode: Decode,
+    turn_ends: frozenset[int],
+) -> tuple[Engine, Build]:
+    """Return our own engine around the base model, and what makes one of a base and an adapter."""
+    family = info.shape.family if info.shape is not None else "decoder"
+    device = pick_device(mine.device)
     head = Head("seq2seq_lm" if family == "encoder_decoder" else "causal_lm")
     model = load_model(directory, precision=mine.precision, device=device, head=head)
     if device == "cpu" and mine.precision == "nf4":
         dequantise_(model)
     lighten_(model, mine.precision, device)
-    # Two tokenizers: the engine's thread decodes while another thread renders.
-    renderer, tokenizer = ChatRenderer(load_tokenizer(directory)), load_tokenizer(directory)
 
     def build_engine(model: "PreTrainedModel", fingerprint: str) -> Engine:
-        def decode(ids: Sequence[int]) -> str:
-            return str(tokenizer.decode(list(ids), skip_special_tokens=True))
-
-        ends = stop_ids(model.generation_config.eos_token_id) | renderer.stop_ids
+        ends = stop_ids(model.generation_config.eos_token_id) | turn_ends
         if family == "encoder_decoder":
             return Seq2SeqEngine(model, decode, ends, max_waiting=mine.max_waiting)
         return BatchingEngine(
@@ -151,23 +192,7 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         engine = build_engine(own.model, f"{info.fingerprint} {adapter.name}")
         return Built(engine, own.n_bytes, own.drift)
 
-    engine = build_engine(model, info.fingerprint)
-    metrics.watch(engine.stats)
-    residency = Residency(engine, adapters, renderer.template_sha256, metrics=metrics)
-    kind = Seq2SeqService if family == "encoder_decoder" else InferenceService
-    service = kind(engine, renderer, residency, info, description)
-    service.metrics = metrics
-    service.previewer = Previewer(store, directory, info)
-    service.own_models = OwnModels(
-        adapters,
-        renderer.template_sha256,
-        build_own,
-        mine.max_own_models,
-        batches=family == "decoder",
-        metrics=metrics,
-    )
-    metrics.watch_own(service.own_models.stats)
-    return service, info
+    return build_engine(model, info.fingerprint), build_own
 
 
 def stop_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:

@@ -7,7 +7,12 @@ import pytest
 from models.domain.generation import Chunk, Finished
 from models.errors import TuneryError
 from worker.inference.answer import Answer
-from worker.inference.engine.errors import EngineClosedError, EngineError, GenerationError
+from worker.inference.engine.errors import (
+    EngineClosedError,
+    EngineError,
+    GenerationError,
+    RequestRefusedError,
+)
 from worker.inference.engine.grammar import Vocabulary
 from worker.inference.engine.params import TokenEvent
 from worker.inference.writer import ChunkWriter
@@ -52,6 +57,7 @@ def test_the_byte_zero_is_replaced_and_breaks_nothing() -> None:
     [
         (GenerationError("broke"), 500, "generation_failed"),
         (EngineClosedError("closed"), 503, "server_shutting_down"),
+        (RequestRefusedError("no such format", "stop"), 400, "unsupported_parameter"),
     ],
 )
 def test_an_engine_error_becomes_one_with_a_status(
@@ -60,6 +66,7 @@ def test_an_engine_error_becomes_one_with_a_status(
     with pytest.raises(TuneryError) as caught:
         events((0, TokenEvent("a", None, 1)), (0, error))
     assert (caught.value.status_code, caught.value.code) == (status, code)
+    assert caught.value.param == getattr(error, "param", None)
 
 
 def test_an_event_after_the_loop_is_gone_is_dropped() -> None:

@@ -37,3 +37,16 @@ class EngineClosedError(EngineError):
 
 class GenerationError(EngineError):
     """One sequence broke; the others go on."""
+
+
+class RequestRefusedError(EngineError):
+    """The engine cannot do what a request asks for, and never will.
+
+    Args:
+        detail: What and why, for a person.
+        param: The field of the request that asks for it, if known.
+    """
+
+    def __init__(self, detail: str, param: str | None = None) -> None:
+        super().__init__(detail)
+        self.param = param

@@ -54,13 +54,15 @@ class Vocabulary:
         is_error, problems = LLMatcher.validate_grammar_with_warnings(source, tokens)
         if is_error:
             raise GrammarError(_first_line(problems[0]))
-        return Grammar(tokens, source)
+        return Grammar(tokens, source, grammar)
 
 
 class Grammar:
     """A checked grammar; calling it makes the constraint of one text (`params.Constraint`)."""
 
-    def __init__(self, tokens: LLTokenizer, source: str) -> None:
+    def __init__(self, tokens: LLTokenizer, source: str, lark: str) -> None:
+        self.lark = lark
+        """As it was written, for an engine that follows it elsewhere."""
         self._first = LLMatcher(tokens, source, log_level=0)
 
     def __call__(self) -> "Matcher":

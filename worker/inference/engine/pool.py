@@ -139,7 +139,16 @@ class AdapterPool:
         resident.leases.add(lease)
         return lease
 
-    def _make_room(self, n_bytes: int) -> None:
+    def make_room(self, n_bytes: int) -> list[str]:
+        """Forget idle adapters until `n_bytes` more fit; return which, in that order.
+
+        Raises:
+            AdapterFormatError, AdapterPoolFullError: as `admit`.
+        """
+        with self._lock:
+            return self._make_room(n_bytes)
+
+    def _make_room(self, n_bytes: int) -> list[str]:
         if n_bytes > self._max_bytes:
             raise AdapterFormatError(
                 "too_large", f"it takes {n_bytes} bytes of memory, of {self._max_bytes} in all"
@@ -150,9 +159,12 @@ class AdapterPool:
             raise AdapterPoolFullError(
                 f"{in_use} of {self._max_bytes} bytes for adapters are in use; {n_bytes} are asked."
             )
+        forgotten = []
         while self._n_bytes + n_bytes > self._max_bytes:
-            self._forget(idle.pop(0))
+            forgotten.append(idle.pop(0))
+            self._forget(forgotten[-1])
             self.evictions += 1
+        return forgotten
 
     def _forget(self, digest: str) -> int:
         n_bytes = self._residents.pop(digest).weights.n_bytes

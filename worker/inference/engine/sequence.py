@@ -1,22 +1,17 @@
 """One answer being generated: the tokens to feed, the cache, the text."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache
 
 from worker.inference.engine.errors import EngineError
-from worker.inference.engine.params import (
-    Constraint,
-    FinishReason,
-    Sampling,
-    TokenEvent,
-    TokenLogprobs,
-)
+from worker.inference.engine.params import Constraint, Sampling, TokenEvent, TokenLogprobs
 from worker.inference.engine.pool import AdapterLease
 from worker.inference.engine.sampler import Sampler, token_logprobs
 from worker.inference.engine.stream import TextStream
+from worker.inference.engine.transcript import Transcript
 
 _SCORED_AT_ONCE = 64
 """Prompt tokens scored at once: a row of log-probabilities is as long as the vocabulary."""
@@ -72,9 +67,7 @@ class Sequence:
         self.ended = False
         self._prompt = request.prompt
         self._sampling = request.sampling
-        self._text = text
-        self._n_tokens = 0
-        self._logprobs: list[TokenLogprobs] = []  # of tokens whose text is not final yet
+        self._transcript = Transcript(request.sampling, text)
         self._prompt_logprobs: list[TokenLogprobs] = []
 
     @property
@@ -87,7 +80,7 @@ class Sequence:
 
     @property
     def n_left(self) -> int:
-        return self._sampling.max_tokens - self._n_tokens
+        return self._sampling.max_tokens - self._transcript.n_tokens
 
     @property
     def n_pending(self) -> int:
@@ -122,42 +115,21 @@ class Sequence:
         if self._sampling.max_tokens == 0:
             return TokenEvent("", "length", 0, self.n_cached or 0, prompt_logprobs=scored)
         drawn = self.sampler.pick(logits)
-        self._n_tokens += 1
         self.tokens.append(drawn.token)
-        text, reason = self._advance(drawn, stop_ids)
-        final = self._final_logprobs(reason)
-        return TokenEvent(
-            text, reason, self._n_tokens, self.n_cached or 0, final, prompt_logprobs=scored
-        )
-
-    def _advance(
-        self, drawn: TokenLogprobs, stop_ids: frozenset[int]
-    ) -> tuple[str, FinishReason | None]:
         is_end = drawn.token in stop_ids
-        reason: FinishReason | None = "stop" if is_end and not self._sampling.ignore_eos else None
-        text = ""
         if not is_end:
             self.sampler.advance(drawn.token)
-            if self._sampling.logprobs is not None:
-                self._logprobs.append(replace(drawn, offset=self._text.n_seen))
-            text, stopped = self._text.push(drawn.token)
-            if stopped or self.sampler.is_over:
-                reason = "stop"
-        if reason is None and self._n_tokens >= self._sampling.max_tokens:
-            reason = "length"
-        if reason is not None:
-            text += self._text.finish()
-        return text, reason
-
-    def _final_logprobs(self, reason: FinishReason | None) -> tuple[TokenLogprobs, ...]:
-        """Take out the log-probabilities of tokens whose text has become final."""
-        if not self._logprobs:
-            return ()
-        end = self._text.n_out
-        everything = reason is not None and not self._text.was_cut
-        final = tuple(each for each in self._logprobs if everything or each.offset < end)
-        self._logprobs = self._logprobs[len(final) :]
-        return final
+        text, reason, final = self._transcript.push(
+            drawn, is_end=is_end, is_over=not is_end and self.sampler.is_over
+        )
+        return TokenEvent(
+            text,
+            reason,
+            self._transcript.n_tokens,
+            self.n_cached or 0,
+            final,
+            prompt_logprobs=scored,
+        )
 
     def end(self) -> None:
         """Let go of the adapter and of the cache."""
