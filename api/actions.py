@@ -11,6 +11,7 @@ from functools import partial
 import structlog
 from sqlalchemy.orm import Session
 
+from api import bodies, merging
 from api.audit import note
 from api.deps import Caller
 from api.services import Services
@@ -25,7 +26,7 @@ from models.errors import InvalidRequestError, PayloadTooLargeError
 from models.registry import adapters, base_models, files, jobs, merges, quotas
 from models.registry.files import Freed
 from models.storage import adapter_prefix, delete_tree, upload_key
-from models.tables import BaseModel, File, Job, Merge, new_id
+from models.tables import Adapter, BaseModel, File, Job, Merge, new_id
 from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
@@ -296,8 +297,8 @@ def merge_adapter(session: Session, services: Services, caller: Caller, name: st
     """
     adapter = adapters.get_own(session, caller.project_id, name, "merged", "not_mergeable")
     base = session.get_one(BaseModel, adapter.base_model)
-    shape = None if base.shape is None else BaseShape.model_validate(base.shape)
-    if adapter.manifest.get("served") == "own" or (shape and shape.family != "decoder"):
+    is_decoder = merging.family_of(session, adapter) in (None, "decoder")
+    if not (merging.can_merge(session, adapter) and is_decoder):
         raise InvalidRequestError(
             f"{name!r} cannot be merged: only adapters of causal language models whose method adds "
             "to the weights can be. Download the adapter instead.",
@@ -310,3 +311,22 @@ def merge_adapter(session: Session, services: Services, caller: Caller, name: st
         note(session, caller, "model.merge_requested", name, merge_id=merge.id)
         services.bell.ring_after_commit(session)
     return merge
+
+
+def serve_adapter(session: Session, caller: Caller, name: str, *, merged: bool) -> Adapter:
+    """Have an adapter answered by a merged copy of its base, or unmerged; twice is no error.
+
+    Raises:
+        NotFoundError: this project has no such adapter.
+        InvalidRequestError: it is none, or is answered in the other way only (``not_mergeable``,
+            ``always_merged``).
+    """
+    adapter = adapters.get_own(session, caller.project_id, name, "merged", "not_mergeable")
+    if merged == bodies.is_merged(adapter):
+        return adapter
+    if (reason := merging.fixed(session, adapter)) is not None:
+        raise InvalidRequestError(f"{name!r} {reason.why}", param="merged", code=reason.code)
+    adapters.set_merged(session, name, merged=merged)
+    session.refresh(adapter)
+    note(session, caller, "model.serving_updated", name, merged=merged)
+    return adapter

@@ -242,8 +242,14 @@ def made_body(adapter: Adapter) -> JsonObject:
         "precision": manifest["precision"],
         "step": manifest["step"],
         "versions": manifest["versions"],
+        "merged": is_merged(adapter),
         "archived_at": _seconds(adapter.archived_at),
     }
+
+
+def is_merged(adapter: Adapter) -> bool:
+    """Tell whether a merged copy of the base answers, by its owner's wish or by its method."""
+    return adapter.merged or adapter.manifest.get("served") == "merged"
 
 
 def merge_body(merge: Merge) -> JsonObject:

@@ -33,6 +33,7 @@ EXAMPLES: dict[str, JsonObject] = {
     "/v1/fine_tuning/estimate": _JOB,
     "/v1/fine_tuning/jobs/{job_id}/samples": {"limit": 3, "max_tokens": 80},
     "/v1/fine_tuning/checkpoints/{model}/permissions": {"project_ids": ["proj_abc123"]},
+    "/v1/adapters/{model}/serve": {"merged": True},
     "/v1/sweeps": {
         "name": "ranks",
         "job": {"model": "smollm2-135m-instruct", "training_file": "file-abc123"},

@@ -207,7 +207,8 @@ class InferenceSettings(Group):
         1,
         ge=0,
         le=64,
-        description="Copies of the base held for adapters that no batch can serve.",
+        description="Copies of the base held for adapters that no batch can serve, or that are "
+        "wanted merged.",
     )
     cache_tokens: int = Field(
         131_072, ge=1024, description="Tokens of all running answers whose states are held."

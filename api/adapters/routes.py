@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Annotated
 
 from fastapi import APIRouter, File, Form, Query, UploadFile
+from pydantic import StrictBool
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
@@ -16,14 +17,21 @@ from api.audit import note
 from api.deps import After, Caller, CallerDep, ReadSession, ServicesDep, Text, WriteSession
 from api.model_card import model_card
 from api.services import Services
-from models.domain.base import JsonObject
+from api.strict_json import StrictJsonRoute
+from models.domain.base import JsonObject, Parameters
 from models.errors import InvalidRequestError
 from models.registry import adapters, merges
 from models.registry.page import Cursor
 
 SUFFIX = r"^[A-Za-z0-9_-]{0,64}$"
 
-router = APIRouter(prefix="/adapters", tags=["models"])
+router = APIRouter(prefix="/adapters", tags=["models"], route_class=StrictJsonRoute)
+
+
+class Serving(Parameters):
+    """The body of ``POST …/serve``."""
+
+    merged: StrictBool
 
 
 @router.get("")
@@ -103,6 +111,19 @@ def retrieve_merge(model: str, session: ReadSession, caller: CallerDep) -> JsonO
     """Show how the merging of an adapter stands."""
     adapters.resolve_own(session, caller.project_id, model)
     return bodies.merge_body(merges.get(session, caller.project_id, model))
+
+
+@router.post("/{model:path}/serve")
+def serve_adapter(
+    model: str, body: Serving, session: WriteSession, caller: CallerDep
+) -> JsonObject:
+    """Have an adapter answered ``merged``, by a copy of its base with the adapter in the weights.
+
+    Then no request has the adapter's latency; the inference server holds a few such copies and
+    makes one at the first request. With ``false`` it is answered in one batch with
+    all others again. Name and answers stay the same. Methods that cannot be merged are refused.
+    """
+    return bodies.made_body(actions.serve_adapter(session, caller, model, merged=body.merged))
 
 
 @router.post("/{model:path}/archive")

@@ -11,7 +11,8 @@ from rich.table import Table
 from api.cli.common import HomeOption, console, give_up, service
 
 adapters_app = typer.Typer(
-    help="List, show, download, import, merge, archive and restore adapters.", no_args_is_help=True
+    help="List, show, download, import, merge, serve, archive and restore adapters.",
+    no_args_is_help=True,
 )
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -35,7 +36,7 @@ def list_adapters(
         table = Table("adapter", "base", "method", "objective", "step", "size", "")
         for each in found["data"]:
             size = f"{each['bytes'] / _KIB:,.0f} KiB"
-            state = "archived" if each["archived_at"] else ""
+            state = "archived" if each["archived_at"] else "merged" if each["merged"] else ""
             made = (each["method"], each["objective"], str(each["step"]))
             table.add_row(each["id"], each["root"], *made, size, state)
         console.print(table)
@@ -99,6 +100,21 @@ def merge_adapter(
         if to is not None:
             client.download(f"/files/{merge['file_id']}/content", to)
         console.print(f"{merge['status']} {merge['file_id'] or ''}".strip(), highlight=False)
+
+
+@adapters_app.command("serve")
+def serve_adapter(
+    name: str,
+    merged: Annotated[
+        bool, typer.Option("--merged/--unmerged", help="By a merged copy of its base, or not.")
+    ],
+    home: HomeOption = None,
+) -> None:
+    """Have an adapter answered merged, without its latency, or unmerged as before."""
+    with service(home) as client:
+        client.post(f"/adapters/{name}/serve", {"merged": merged})
+        how = "by a merged copy of its base" if merged else "unmerged"
+        console.print(f"{name} is answered {how}.", highlight=False, soft_wrap=True)
 
 
 @adapters_app.command("archive")

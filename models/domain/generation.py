@@ -3,6 +3,7 @@
 On the wire an event is one JSON line (``application/x-ndjson``); its ``type`` says which.
 """
 
+from operator import not_
 from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, model_validator
@@ -15,12 +16,17 @@ MAX_CHOICES = 64
 
 
 class AdapterRef(Frozen):
-    """An adapter whose name was resolved; the digest is its identity, the name is for messages."""
+    """An adapter whose name was resolved; the digest is its identity, the name is for messages.
+
+    `merged` says that its owner wants it answered by a merged copy of the base. It is written only
+    where it is true: specifications of jobs hold references too, and their digests must not change.
+    """
 
     name: str
     digest: str
     base_model: str
     base_fingerprint: str
+    merged: Annotated[bool, Field(exclude_if=not_)] = False
 
 
 class PreviewRequest(Frozen):

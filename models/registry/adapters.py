@@ -42,6 +42,14 @@ class _Owned:
     project_id: str
     model: ResolvedModel
     is_archived: bool = False
+    is_merged: bool = False
+
+    def to_call(self) -> ResolvedModel:
+        """Return the model with how its owner wants it answered, which callers alone are told."""
+        if self.model.adapter is None or not self.is_merged:
+            return self.model
+        adapter = self.model.adapter.model_copy(update={"merged": True})
+        return replace(self.model, adapter=adapter)
 
 
 def resolve(session: Session, project_id: str, name: str) -> ResolvedModel:
@@ -58,14 +66,17 @@ def resolve(session: Session, project_id: str, name: str) -> ResolvedModel:
     owned = _owned(session, name)
     if owned is not None and not owned.is_archived:
         if owned.project_id == project_id:
-            return owned.model
+            return owned.to_call()
         if permissions.may_call(session, project_id, name):
-            return replace(owned.model, job_id=None)
+            return replace(owned.to_call(), job_id=None)
     raise _unknown(name)
 
 
 def resolve_own(session: Session, project_id: str, name: str) -> ResolvedModel:
-    """Like `resolve`, for what an owner alone may do; an archived model is found too."""
+    """Like `resolve`, for what an owner alone may do; an archived model is found too.
+
+    Its reference is the content alone, as jobs keep it: how it is answered is not part of it.
+    """
     if (base := _base(session, name)) is not None:
         return base
     owned = _owned(session, name)
@@ -84,7 +95,8 @@ def _base(session: Session, name: str) -> ResolvedModel | None:
 def _owned(session: Session, name: str) -> _Owned | None:
     adapter = session.get(Adapter, name)
     if adapter is not None and adapter.deleted_at is None:
-        return _Owned(adapter.project_id, _of_adapter(adapter), adapter.archived_at is not None)
+        is_archived = adapter.archived_at is not None
+        return _Owned(adapter.project_id, _of_adapter(adapter), is_archived, adapter.merged)
     row = session.execute(
         select(Checkpoint, Job)
         .join(Job, Checkpoint.job_id == Job.id)
@@ -203,6 +215,11 @@ def set_archived(session: Session, project_id: str, name: str, *, archived: bool
     )
     session.refresh(adapter)
     return adapter
+
+
+def set_merged(session: Session, name: str, *, merged: bool) -> None:
+    """Have an adapter, which was looked up, answered by a merged copy of its base, or not."""
+    session.execute(update(Adapter).where(Adapter.name == name).values(merged=merged))
 
 
 def get_own(session: Session, project_id: str, name: str, what_for: str, code: str) -> Adapter:

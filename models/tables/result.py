@@ -44,6 +44,7 @@ class Adapter(Listed, Base):
     """A published adapter: the alias `name` for the immutable content `digest`.
 
     One that came from outside has no job. One that is archived is kept and cannot be called.
+    `merged` says that its owner wants it answered by a merged copy of the base.
     """
 
     __tablename__ = "adapters"
@@ -56,5 +57,6 @@ class Adapter(Listed, Base):
     digest: Mapped[str] = mapped_column(index=True)
     bytes: Mapped[int] = mapped_column(BigInteger)
     manifest: Mapped[JsonObject]
+    merged: Mapped[bool] = mapped_column(default=False)
     archived_at: Mapped[float | None]
     deleted_at: Mapped[float | None]

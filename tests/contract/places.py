@@ -26,6 +26,7 @@ def bodies(file_id: str) -> dict[str, JsonObject]:
         "/v1/fine_tuning/estimate": job,
         "/v1/fine_tuning/jobs/{job_id}/samples": {},
         "/v1/fine_tuning/checkpoints/{model}/permissions": {"project_ids": ["proj_x"]},
+        "/v1/adapters/{model}/serve": {"merged": True},
         "/v1/chat/completions": {"model": "base", "messages": MESSAGES},
         "/v1/chat/completions/{completion_id}": {"metadata": {}},
         "/v1/completions": {"model": "base", "prompt": "a"},

@@ -27,6 +27,7 @@ REQUESTS: dict[tuple[str, str], dict[str, Any]] = {
     ("post", "/v1/projects/{project_id}"): {"json": {"limits": {}}},
     ("post", "/v1/projects/{project_id}/api_keys"): {"json": {"name": "x"}},
     ("post", "/v1/fine_tuning/checkpoints/{model}/permissions"): {"json": {"project_ids": ["x"]}},
+    ("post", "/v1/adapters/{model}/serve"): {"json": {"merged": True}},
     ("post", "/v1/chat/completions/{completion_id}"): {"json": {"metadata": None}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}"): {"json": {}},
     ("post", "/v1/webhook_endpoints/{webhook_endpoint_id}/test"): {

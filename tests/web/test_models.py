@@ -35,5 +35,9 @@ def test_a_models_page_leads_to_what_it_came_from_and_what_came_of_it(
     page.goto(f"/ui/jobs/{second}")
     page.get_by_role("link", name=ADAPTER).click()
     expect(page.get_by_role("heading", level=1)).to_have_text(ADAPTER)
+    page.get_by_role("button", name="Serve merged").click()
+    expect(page.locator("#answered")).to_have_text("by a merged copy of its base")
+    page.get_by_role("button", name="Serve in the batch").click()
+    expect(page.locator("#answered")).to_have_text("unmerged")
     # Without an inference server the data set has no preview on this site.
     assert [each for each in site.faults if "503" not in each] == []

@@ -6,7 +6,7 @@ from typing import NoReturn
 from models.domain.base import JsonObject
 from models.domain.encoding import EncodeAnswer, EncodeRequest
 from models.domain.generation import AdapterRef, GenerateRequest
-from models.errors import ConflictError, InvalidRequestError
+from models.errors import ConflictError, InvalidRequestError, UnprocessableError
 from worker.base_models import BaseModelInfo
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.answer import shutting_down
@@ -58,6 +58,13 @@ class EncoderService(InferenceService):
                 param="model",
                 code="wrong_base_model",
             )
+        if request.adapter is not None and request.adapter.merged:
+            raise UnprocessableError(
+                f"{request.adapter.name!r} is wanted merged, which encoders do not serve. Have it "
+                "answered unmerged.",
+                param="model",
+                code="not_mergeable",
+            )
         results, n_tokens = await asyncio.to_thread(self._run, request)
         return EncodeAnswer(
             results=results,
@@ -96,6 +103,7 @@ class EncoderService(InferenceService):
             "resident": [],
             "running": self._encoder.running,
             "waiting": 0,
+            "own_models": [],
         }
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """What an inference server tells Prometheus; names and digests of adapters are never labels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +11,27 @@ from worker.inference.engine.params import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnModelStats:
+    """A model beside the base that answers for one adapter.
+
+    Args:
+        digest: The adapter.
+        served: ``merged``, or ``own`` where its modules stand beside the weights.
+        n_bytes: Of its parameters and buffers.
+        drift: Relative difference of logits that the merge made; None where nothing was merged.
+        running: Sequences that run on it.
+        waiting: Sequences that wait for a turn.
+    """
+
+    digest: str
+    served: str
+    n_bytes: int
+    drift: float | None
+    running: int
+    waiting: int
 
 
 class Metrics:
@@ -47,10 +69,25 @@ class Metrics:
             ["reason"],
             registry=self.registry,
         )
+        self.own_loads = Counter(
+            "tunery_own_model_loads",
+            "Models made for one adapter beside the base, by way (merged, own) and result.",
+            ["served", "result"],
+            registry=self.registry,
+        )
+        self.own_evictions = Counter(
+            "tunery_own_model_evictions",
+            "Models beside the base that made room for others.",
+            registry=self.registry,
+        )
 
     def watch(self, stats: Callable[[], EngineStats]) -> None:
         """Report what `stats` returns, asked anew at every scrape."""
         self.registry.register(_EngineCollector(stats))
+
+    def watch_own(self, stats: Callable[[], Sequence[OwnModelStats]]) -> None:
+        """Report the models beside the base that `stats` returns, asked at every scrape."""
+        self.registry.register(_OwnModelCollector(stats))
 
     def render(self) -> bytes:
         """Return everything in Prometheus' text format."""
@@ -97,3 +134,36 @@ class _EngineCollector(Collector):
             ("preemptions", "Sequences that gave up their row.", stats.preemptions),
         ):
             yield CounterMetricFamily(f"tunery_{name}", text, value)
+
+
+class _OwnModelCollector(Collector):
+    def __init__(self, stats: Callable[[], Sequence[OwnModelStats]]) -> None:
+        self._stats = stats
+
+    def collect(self) -> Iterator[Metric]:
+        found = self._stats()
+        models = GaugeMetricFamily(
+            "tunery_own_models", "Models beside the base (merged, own).", labels=["served"]
+        )
+        n_bytes = GaugeMetricFamily(
+            "tunery_own_model_bytes", "What their weights take.", labels=["served"]
+        )
+        for way in ("merged", "own"):
+            of_it = [each for each in found if each.served == way]
+            models.add_metric([way], len(of_it))
+            n_bytes.add_metric([way], sum(each.n_bytes for each in of_it))
+        drift = max((each.drift for each in found if each.drift is not None), default=0.0)
+        yield from (
+            models,
+            n_bytes,
+            GaugeMetricFamily(
+                "tunery_own_model_drift_max",
+                "Largest relative difference of logits that a merge held now has made.",
+                drift,
+            ),
+            GaugeMetricFamily(
+                "tunery_own_model_sequences_running",
+                "Sequences that run on models beside the base.",
+                sum(each.running for each in found),
+            ),
+        )

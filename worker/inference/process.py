@@ -21,7 +21,6 @@ from models.settings import InferenceSettings, Settings
 from models.storage import open_store
 from worker.base_models import (
     BaseModelInfo,
-    compute_dtype,
     dequantise_,
     load_model,
     load_tokenizer,
@@ -34,13 +33,12 @@ from worker.inference.adapter_store import AdapterStore
 from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine, Engine
-from worker.inference.engine.half_linear import hold_in_half_
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.seq2seq import Seq2SeqEngine
 from worker.inference.engine.stream import Decode
 from worker.inference.metrics import Metrics
-from worker.inference.own_model import load_own_model
-from worker.inference.own_models import Build, OwnModels
+from worker.inference.own_model import lighten_, load_own_model
+from worker.inference.own_models import Build, Built, OwnModels
 from worker.inference.previewer import Previewer
 from worker.inference.residency import Residency
 from worker.inference.seq2seq_service import Seq2SeqService
@@ -147,7 +145,9 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
         build_own,
         mine.max_own_models,
         batches=family == "decoder",
+        metrics=metrics,
     )
+    metrics.watch_own(service.own_models.stats)
     return service, info
 
 
@@ -165,8 +165,7 @@ def _own_engines(
     model = load_model(directory, precision=mine.precision, device=device, head=head)
     if device == "cpu" and mine.precision == "nf4":
         dequantise_(model)
-    if family == "decoder" and mine.precision != "fp32" and compute_dtype(device).itemsize == 4:
-        hold_in_half_(model)  # T5 asks its layers for their weights in every pass
+    lighten_(model, mine.precision, device)
 
     def build_engine(model: "PreTrainedModel", fingerprint: str) -> Engine:
         ends = stop_ids(model.generation_config.eos_token_id) | turn_ends
@@ -186,11 +185,12 @@ def _own_engines(
             adapter_bytes=mine.adapter_memory_bytes,
         )
 
-    def build_own(adapter: Path, served: str) -> Engine:
+    def build_own(adapter: Path, served: str) -> Built:
         own = load_own_model(
             directory, adapter, served, precision=mine.precision, device=device, head=head
         )
-        return build_engine(own, f"{info.fingerprint} {adapter.name}")
+        engine = build_engine(own.model, f"{info.fingerprint} {adapter.name}")
+        return Built(engine, own.n_bytes, own.drift)
 
     return build_engine(model, info.fingerprint), build_own
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from models.domain.base import JsonObject
 from models.domain.encoding import EncodeAnswer, EncodeRequest
@@ -21,7 +21,7 @@ from worker.inference.engine.errors import EngineClosedError, EngineFullError
 from worker.inference.engine.grammar import Grammar, Vocabulary
 from worker.inference.engine.params import EngineStats, Sampling
 from worker.inference.engine.pool import AdapterLease
-from worker.inference.metrics import Metrics
+from worker.inference.metrics import Metrics, OwnModelStats
 from worker.inference.output_format import grammar_of, names_of
 from worker.inference.own_models import OwnModels
 from worker.inference.previewer import Previewer
@@ -236,13 +236,21 @@ class InferenceService:
         )
 
     def stats(self) -> EngineStats:
-        return self.engine.stats()
+        """Return what the engine does; what runs on models beside the base counts as well."""
+        own = self.own_models.stats() if self.own_models is not None else []
+        stats = self.engine.stats()
+        return replace(
+            stats,
+            running=stats.running + sum(each.running for each in own),
+            waiting=stats.waiting + sum(each.waiting for each in own),
+        )
 
     def audit(self) -> dict[str, int]:
         return self.engine.audit()
 
     def health(self) -> JsonObject:
-        stats = self.engine.stats()
+        stats = self.stats()
+        own = self.own_models.stats() if self.own_models is not None else []
         return {
             "status": "ok" if stats.alive and not self.draining else "stopping",
             "model": self._base.name,
@@ -251,6 +259,7 @@ class InferenceService:
             "resident": sorted(stats.references),
             "running": stats.running,
             "waiting": stats.waiting,
+            "own_models": [_own_body(each) for each in own],
         }
 
     def close(self) -> None:
@@ -260,3 +269,14 @@ class InferenceService:
         if self.own_models is not None:
             self.own_models.close()
         self.engine.close()
+
+
+def _own_body(own: OwnModelStats) -> JsonObject:
+    return {
+        "digest": own.digest,
+        "served": own.served,
+        "bytes": own.n_bytes,
+        "drift": own.drift,
+        "running": own.running,
+        "waiting": own.waiting,
+    }

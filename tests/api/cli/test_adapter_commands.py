@@ -57,6 +57,13 @@ def test_an_adapter_is_imported_shown_downloaded_archived_and_restored(
     assert "It does not fit." in tunery("adapters", "merge", name, "--to", str(gone), status=1)
     later.join()
 
+    assert "by a merged copy" in tunery("adapters", "serve", name, "--merged")
+    assert "merged" in tunery("adapters", "list")
+    assert json.loads(tunery("adapters", "show", name))["merged"]
+    assert "unmerged" in tunery("adapters", "serve", name, "--unmerged")
+    assert "merged" not in tunery("adapters", "list")
+    assert "does not exist" in tunery("adapters", "serve", "ft:x", "--merged", status=1)
+
     tunery("adapters", "archive", name)
     assert "archived" in tunery("adapters", "list")
     assert name not in tunery("models")

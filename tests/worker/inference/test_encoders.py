@@ -1,5 +1,6 @@
 """An encoder answers each request with the adapter that it names, as the trainer's model does."""
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ import pytest
 import torch
 
 from models.domain.encoding import EncodeRequest
+from models.domain.generation import AdapterRef
 from models.domain.reports import AdapterManifest
 from models.errors import InvalidRequestError, UnprocessableError
 from tests.worker.training.encoders import headed_trainer, save_encoder
 from worker.adapter_format import digest_of
 from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.chat import ChatRenderer
+from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine, classes
 from worker.training import checkpoint
 from worker.training.loop import Trainer
@@ -253,6 +256,21 @@ def test_what_cannot_be_answered_is_refused(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=words):
         ask(engine, task, inputs, adapters[kind] if kind else None)
+
+
+def test_an_adapter_wanted_merged_is_not_answered_in_another_way(
+    engine: EncoderEngine, minilm: tuple[Path, BaseModelInfo]
+) -> None:
+    nowhere: Any = None  # it is not opened
+    info = minilm[1]
+    ref = AdapterRef(
+        name="ft:x", digest="d", base_model=info.name, base_fingerprint="f", merged=True
+    )
+    request = EncodeRequest(
+        request_id="r", base_model=info.name, adapter=ref, task="embed", inputs=["x"]
+    )
+    with pytest.raises(UnprocessableError, match="merged"):
+        asyncio.run(EncoderService(engine, nowhere, info, {}).encode(request))
 
 
 def test_an_adapter_of_other_tensors_is_refused(

@@ -105,7 +105,12 @@ def test_base_and_adapter_write_what_the_library_generates(
     assert text_of(ask(client)) == base
     assert text_of(ask(client, place.ref)) == adapted
     assert text_of(ask(client, messages=None, prompt=SOURCE)) == base
-    assert client.get("/health").json()["status"] == "ok"
+    merged = place.ref.model_copy(update={"merged": True})
+    for ref, served in ((place.ref, "own"), (merged, "merged"), (place.ref, "own")):
+        assert text_of(ask(client, ref)) == adapted
+        health = client.get("/health").json()
+        assert health["status"] == "ok"
+        assert [each["served"] for each in health["own_models"]] == [served]
 
 
 @pytest.mark.parametrize(

@@ -328,4 +328,5 @@ def test_health_tells_what_the_server_holds_and_does(
         "resident": [adapter.digest],
         "running": 0,
         "waiting": 0,
+        "own_models": [],
     }

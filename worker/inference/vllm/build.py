@@ -6,13 +6,13 @@ import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 
 from models.errors import UnavailableError
 from models.settings import InferenceSettings, child_environment
 from worker.base_models import BaseModelInfo, pick_device
-from worker.inference.engine.engine import Engine
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.stream import Decode
 from worker.inference.vllm.adapters import Links
@@ -140,7 +140,7 @@ def read_base(directory: Path) -> tuple[Mapping[str, ModuleShape], int | list[in
     return BaseLayers(model).shapes, generation.eos_token_id
 
 
-def refuse_own_model(adapter: Path, served: str) -> Engine:
+def refuse_own_model(adapter: Path, served: str) -> NoReturn:
     """Refuse an adapter that needs a copy of the base: beside vLLM there is no room for one.
 
     Raises:
