@@ -168,7 +168,7 @@ class InferenceSettings(Group):
     model: str = Field("smollm2-135m-instruct", description="Base model this server holds.")
     precision: str = Field(
         "nf4",
-        pattern="^(nf4|bf16|fp32)$",
+        pattern="^(nf4|int8|bf16|fp32)$",
         description="How it holds the base: `nf4` is what QLoRA trains on.",
     )
     device: str = Field("auto", description="`auto`, `cpu` or `cuda:N`.")
@@ -225,7 +225,7 @@ class InferenceSettings(Group):
     def _vllm_can_start(self) -> Self:
         if self.engine == "vllm" and not self.vllm_command:
             raise ValueError("engine is 'vllm'; vllm_command must be the path of its command.")
-        if self.engine == "vllm" and self.precision == "nf4":
+        if self.engine == "vllm" and self.precision in ("nf4", "int8"):
             raise ValueError(
                 "engine is 'vllm', which cannot hold a base in nf4; set precision to bf16 or fp32."
             )

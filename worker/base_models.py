@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 RECORD = "base_model.json"
 WEIGHTS_SUFFIXES = (".safetensors",)
-PRECISIONS = ("nf4", "bf16", "fp32")
+PRECISIONS = ("nf4", "int8", "bf16", "fp32")
+QUANTISED = frozenset({"nf4", "int8"})
 
 
 class BaseModelInfo(Frozen):
@@ -286,6 +287,8 @@ def load_model(
     import torch
     from transformers import BitsAndBytesConfig
 
+    from worker.int8 import quantise_
+
     if precision not in PRECISIONS:
         raise ValueError(f"Precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
     options: dict[str, Any] = {"dtype": torch.float32 if precision == "fp32" else torch.bfloat16}
@@ -302,6 +305,8 @@ def load_model(
             module.support_avx512bf16_for_cpu = False
     if precision != "fp32" and compute_dtype(device) == torch.float32:
         _compute_in_float32(model)
+    if precision == "int8":
+        quantise_(model, compute_dtype(device))
     return model
 
 
@@ -332,15 +337,17 @@ def _compute_in_float32(model: "PreTrainedModel") -> None:
 
 
 def dequantise_(model: "PreTrainedModel") -> None:
-    """Replace every ``Linear4bit`` of `model` by an ``nn.Linear`` holding the same values.
+    """Replace every ``Linear4bit`` and `Int8Linear` of `model` by an ``nn.Linear`` of its values.
 
-    The numbers stay those of the NF4 base; only the memory grows (4.1 to 16 bits a parameter, 32
-    where it computes in float32) and the product no longer dequantises on every call. For serving
-    on a CPU.
+    The numbers stay those of the base; only the memory grows (to 16 bits a parameter, 32 where it
+    computes in float32) and products no longer dequantise on every call. For serving on a CPU.
     """
     import bitsandbytes as bnb
     import torch
 
+    from worker.int8 import dequantise_int8_
+
+    dequantise_int8_(model)
     for path, module in list(model.named_modules()):
         if not isinstance(module, bnb.nn.Linear4bit):
             continue

@@ -59,7 +59,7 @@ BaseOption = Annotated[str, typer.Option(help="Base model.")]
 EpochsOption = Annotated[int | None, typer.Option(min=1, max=50)]
 BatchOption = Annotated[int | None, typer.Option(min=1, max=256)]
 RankOption = Annotated[int | None, typer.Option(min=1, max=256, help="LoRA rank.")]
-PrecisionOption = Annotated[str | None, typer.Option(help="nf4 (QLoRA), bf16 or fp32.")]
+PrecisionOption = Annotated[str | None, typer.Option(help="nf4 (QLoRA), int8, bf16 or fp32.")]
 
 
 @app.command()

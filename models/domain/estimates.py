@@ -66,9 +66,11 @@ class BaseShape(Frozen):
         return sum(layer.n_parameters for layer in self.layers.values())
 
     def weight_bytes(self, precision: Precision) -> int:
-        """Return what the frozen weights take; in NF4 only linear layers are 4-bit."""
+        """Return what the frozen weights take; only linear layers are in 4 or 8 bits."""
         if precision.type == "nf4":
             return int(self.n_linear * NF4_BITS[precision.double_quant] / 8 + 2 * self.n_other)
+        if precision.type == "int8":
+            return self.n_linear + 2 * self.n_other
         each = 4 if precision.type == "fp32" else 2
         return each * (self.n_linear + self.n_other)
 

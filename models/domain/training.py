@@ -24,9 +24,10 @@ class Precision(Parameters):
 
     ``nf4`` is bitsandbytes' 4-bit NormalFloat in blocks of 64 (QLoRA, arXiv 2305.14314, section 3);
     ``double_quant`` also quantises the block constants (4.127 instead of 4.5 bits a parameter).
+    ``int8`` has one scale for each row of a weight (arXiv 2208.07339).
     """
 
-    type: Literal["nf4", "bf16", "fp32"] = "nf4"
+    type: Literal["nf4", "int8", "bf16", "fp32"] = "nf4"
     double_quant: StrictBool = True
 
 

@@ -264,7 +264,7 @@ def test_a_processor_without_bfloat16_computes_the_same_numbers_in_float32(
     assert 0 < float((half - whole).norm() / whole.norm()) < 3e-2
 
 
-@pytest.mark.parametrize("precision", ["nf4", "bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16", "fp32"])
 def test_a_base_is_frozen_and_evaluates(tiny: Path, precision: str) -> None:
     model = load_model(tiny, precision=precision)
     assert not any(parameter.requires_grad for parameter in model.parameters())
@@ -272,8 +272,8 @@ def test_a_base_is_frozen_and_evaluates(tiny: Path, precision: str) -> None:
 
 
 def test_an_unknown_precision_is_no_other_precision(tiny: Path) -> None:
-    with pytest.raises(ValueError, match="'int8'; it must be one of nf4, bf16, fp32"):
-        load_model(tiny, precision="int8")
+    with pytest.raises(ValueError, match="'int4'; it must be one of nf4, int8, bf16, fp32"):
+        load_model(tiny, precision="int4")
 
 
 def test_nf4_covers_all_linear_layers_but_the_head(tiny: Path) -> None:

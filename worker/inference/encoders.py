@@ -18,7 +18,7 @@ from models.domain.encoding import EncodeRequest, EncodeTask
 from models.domain.reports import AdapterManifest
 from models.errors import InvalidRequestError
 from worker.adapter_format import ADAPTER_FILES, invalid_adapter
-from worker.base_models import compute_dtype, dequantise_, load_model
+from worker.base_models import QUANTISED, compute_dtype, dequantise_, load_model
 from worker.chat import ChatRenderer
 from worker.encode.encoder import Frame, bare_text
 from worker.heads import Head, HeadKind, head_paths
@@ -282,7 +282,7 @@ class EncoderEngine:
             model = load_model(
                 self._directory, precision=self._precision, device=self._device, head=head
             )
-            if self._device == "cpu" and self._precision == "nf4":
+            if self._device == "cpu" and self._precision in QUANTISED:
                 dequantise_(model)
             self._stages[key] = _Stage(model, self._max_adapters)
         return self._stages[key]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from worker.base_models import compute_dtype, dequantise_, load_model
+from worker.base_models import QUANTISED, compute_dtype, dequantise_, load_model
 from worker.heads import Head
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def load_own_model(
     from worker.training.tuners.virtual import with_virtual_tokens
 
     model: Any = load_model(base, precision=precision, device=device, head=head)
-    if precision == "nf4":
+    if precision in QUANTISED:
         dequantise_(model)
     dtypes = {name: each.dtype for name, each in model.named_parameters()}
     if served != "own":

@@ -20,6 +20,7 @@ from models.registry import base_models, inference_servers
 from models.settings import InferenceSettings, Settings
 from models.storage import open_store
 from worker.base_models import (
+    QUANTISED,
     BaseModelInfo,
     dequantise_,
     load_model,
@@ -163,7 +164,7 @@ def _own_engines(
     device = pick_device(mine.device)
     head = Head("seq2seq_lm" if family == "encoder_decoder" else "causal_lm")
     model = load_model(directory, precision=mine.precision, device=device, head=head)
-    if device == "cpu" and mine.precision == "nf4":
+    if device == "cpu" and mine.precision in QUANTISED:
         dequantise_(model)
     lighten_(model, mine.precision, device)
 

@@ -7,6 +7,8 @@ import psutil
 import torch
 from torch import nn
 
+from worker.int8 import int8_bytes
+
 _CGROUP = Path("/sys/fs/cgroup")
 CACHE_SHARE = 0.25
 """Dequantised weights may take so much of the free memory."""
@@ -54,10 +56,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def can_cache_weights(model: nn.Module, device: str) -> bool:
-    """Tell whether the NF4 weights of `model` may be kept dequantised."""
+    """Tell whether the weights of `model` in 4 or 8 bits may be kept dequantised."""
     if torch.device(device).type != "cpu":
         return False  # a GPU dequantises faster than it reads memory, which is scarce there
-    n_bytes = sum(
+    n_bytes = int8_bytes(model) + sum(
         2 * parameter.numel() * parameter.quant_state.dtype.itemsize
         for parameter in model.parameters()
         if hasattr(parameter, "quant_state")  # two weights a byte

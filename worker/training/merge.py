@@ -30,7 +30,7 @@ from models.settings import Settings, load_settings
 from models.storage import ObjectNotFoundError, ObjectStore, open_store, upload_key
 from models.tables import Adapter, File, Merge, new_id
 from worker.adapter_format import fetch_adapter
-from worker.base_models import dequantise_, load_model, load_tokenizer, materialise
+from worker.base_models import QUANTISED, dequantise_, load_model, load_tokenizer, materialise
 from worker.inference.own_model import with_adapter
 from worker.training.model import set_threads
 
@@ -69,7 +69,7 @@ def merge_weights(base: Path, adapter: Path, target: Path, precision: JsonObject
     """
     held = Precision.model_validate({"type": "bf16"} | precision)
     model = load_model(base, precision=held.type, double_quant=held.double_quant, device="cpu")
-    if held.type == "nf4":
+    if held.type in QUANTISED:
         dequantise_(model)
     try:
         adapted = with_adapter(model.float(), adapter, "cpu").eval()

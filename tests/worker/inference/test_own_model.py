@@ -110,7 +110,7 @@ def test_merged_into_a_base_in_nf4_it_computes_what_peft_computes_with_the_dequa
     assert float((found - expected).norm() / expected.norm()) <= 1e-5
 
 
-@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
 def test_to_be_as_fast_as_the_base_it_is_held_as_the_base_and_the_rounding_is_drift(
     precision: str, base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,7 +135,7 @@ def test_to_be_as_fast_as_the_base_it_is_held_as_the_base_and_the_rounding_is_dr
     assert all(torch.equal(each, buffers[name]) for name, each in rounded.model.named_buffers())
 
 
-@pytest.mark.parametrize("precision", ["nf4", "bf16"])
+@pytest.mark.parametrize("precision", ["nf4", "int8", "bf16"])
 def test_where_the_base_is_held_in_float16_so_is_what_is_as_fast_as_it(
     precision: str, base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from tests.worker.training.tiny import SIZES, make_spec
 from worker.base_models import load_model
 from worker.heads import Head
 from worker.training import methods, objectives
+from worker.training.checkpoint import seed_everything
 from worker.training.headed import headed_forward
 from worker.training.loop import Trainer
 from worker.training.model import adapt
@@ -130,6 +131,7 @@ def headed_trainer(
     method_params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
     model = adapt(base, method, method_params, spec.seed)
+    seed_everything(spec.seed)  # as a job does: dropout draws from it
     return Trainer(
         Task(
             model=model,

@@ -134,10 +134,13 @@ def test_the_adapter_says_what_of_the_head_it_has(bases: dict[str, Path], tmp_pa
     assert not any("classifier" in name and "lora" in name for name in tensors)
 
 
-def test_a_4_bit_encoder_keeps_its_new_head_in_float32(bases: dict[str, Path]) -> None:
-    trainer = headed_trainer(bases["bert"], "classification", precision="nf4", n_epochs=2)
+@pytest.mark.parametrize(("precision", "held"), [("nf4", "Linear4bit"), ("int8", "Int8Linear")])
+def test_a_quantised_encoder_keeps_its_new_head_in_float32(
+    bases: dict[str, Path], precision: str, held: str
+) -> None:
+    trainer = headed_trainer(bases["bert"], "classification", precision=precision, n_epochs=2)
     model: Any = trainer.task.model.get_base_model()
-    assert type(model.bert.encoder.layer[0].output.dense.base_layer).__name__ == "Linear4bit"
+    assert type(model.bert.encoder.layer[0].output.dense.base_layer).__name__ == held
     assert trainer.parameters["base_model.model.classifier.weight"].dtype == torch.float32
     before = trainer.evaluate(trainer.task.train).mean_loss
     trainer.run(Silent(), lambda *_: None, lambda: None)

@@ -148,6 +148,7 @@ class Lora(Method):
         "The first choice: learns as much as full fine-tuning from small data, on any base."
     )
     Params: ClassVar[type[MethodParams]] = LoraParams
+    precisions: ClassVar[frozenset[str]] = frozenset({"nf4", "int8", "bf16", "fp32"})
     may_change: ClassVar[frozenset[str]] = frozenset({"dropout", "lora_plus_ratio"})
 
     def mixes(self, params: Any) -> bool:
@@ -200,8 +201,8 @@ class Lora(Method):
         super().require_fit(params, precision, shape)
         if params.init == "loftq" and precision != "nf4":
             raise unsupported(
-                "peft.init: 'loftq' makes up for what 4 bits lose, and a base held in "
-                f"{precision!r} loses nothing. Choose precision 'nf4', or another init.",
+                "peft.init: 'loftq' makes up for what 4 bits lose, and the base is held in "
+                f"{precision!r}. Choose precision 'nf4', or another init.",
                 "peft.init",
             )
 

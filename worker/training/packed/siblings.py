@@ -8,6 +8,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from worker.int8 import Int8Linear
 from worker.training.packed import layout
 from worker.training.packed.lora import LinearGroup, Pair
 
@@ -51,7 +52,7 @@ def _can_take(module: nn.Module) -> bool:
     if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
         return False
     layer = module.base_layer
-    plain = type(layer) is nn.Linear or type(layer).__name__ == "Linear4bit"
+    plain = type(layer) in (nn.Linear, Int8Linear) or type(layer).__name__ == "Linear4bit"
     return (
         plain
         and not module.merged

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from worker.int8 import Int8Linear
 from worker.training.packed.frozen import FrozenWeight
 
 
@@ -49,3 +50,14 @@ def test_an_nf4_weight_is_that_of_its_layer(cache: bool) -> None:
     first, second = frozen.get(), frozen.get()
     assert (first is second) is cache
     assert layer.weight.dtype == torch.uint8, "the layer stays four bits"
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_an_int8_weight_is_that_of_its_layer(cache: bool) -> None:
+    layer = Int8Linear(torch.randn(128, 64), torch.ones(128), torch.float32)
+    frozen = FrozenWeight(layer, cache=cache)
+    assert torch.equal(frozen.get(), layer.weight)
+    first, second = frozen.get(), frozen.get()
+    assert (first is second) is cache
+    assert frozen.bias is not None
+    assert (frozen.outputs, frozen.inputs) == (128, 64)
