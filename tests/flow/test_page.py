@@ -70,7 +70,8 @@ def test_from_the_sample_data_to_two_answers_side_by_side(page: Page) -> None:
     page.keyboard.press("Enter")
     base, tuned = page.locator(".pane").nth(0), page.locator(".pane").nth(1)
     expect(base.locator("[data-facts]")).to_contain_text("tokens", timeout=90_000)
-    expect(tuned.locator("[data-facts]")).to_contain_text("ft:smollm2-135m-instruct:local:page:")
+    name = "ft:smollm2-135m-instruct:local:page:"
+    expect(tuned.locator("[data-facts]")).to_contain_text(name, timeout=90_000)
     answers = [each.locator(".turn.assistant").inner_text() for each in (base, tuned)]
     assert answers[0] != answers[1]
     assert "Ticket" in answers[1]
