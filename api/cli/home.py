@@ -84,7 +84,9 @@ class Home:
     @contextmanager
     def announced(self, url: str) -> Iterator[None]:
         """Tell other commands where the service is, as long as the block lasts."""
-        self._running_file.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+        written = self._running_file.with_suffix(".new")
+        written.write_text(json.dumps({"url": url, "pid": os.getpid()}))
+        written.replace(self._running_file)  # whoever reads it meanwhile gets all of it or nothing
         try:
             yield
         finally:
@@ -92,9 +94,10 @@ class Home:
 
     def running(self) -> Running | None:
         """Return the address of the service in this directory, or None if none is up."""
-        if not self._running_file.is_file():
+        try:
+            found = Running(**json.loads(self._running_file.read_text()))
+        except FileNotFoundError:
             return None
-        found = Running(**json.loads(self._running_file.read_text()))
         return found if Path(f"/proc/{found.pid}").exists() or not Path("/proc").exists() else None
 
     def environment(self, broker_url: str, port: int) -> dict[str, str]:

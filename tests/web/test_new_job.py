@@ -180,8 +180,8 @@ def test_what_the_service_refuses_is_grey_and_says_why(site: Site, page: Page) -
     assert "mlm" in grey("objective.type")  # the base is no encoder
     assert grey("peft.type") == ["bitfit"]  # it has no biases
     page.locator('[data-field="peft.type"]').select_option("full")
-    assert grey("precision.type") == ["nf4"]
+    assert grey("precision.type") == ["nf4", "int8"]
     why = page.locator('[data-field="precision.type"] + [data-why]')
     expect(why).to_contain_text("Full fine-tuning does not train on a base held in 'nf4'")
     page.locator('[data-field="precision.type"]').select_option("bf16")
-    expect(why).to_have_text("Not with this choice: nf4.")
+    expect(why).to_have_text("Not with this choice: nf4, int8.")

@@ -51,7 +51,7 @@ def test_loftq_starts_at_the_best_approximation_of_what_4_bits_lost(base: Path) 
 
 
 def test_loftq_is_refused_where_nothing_is_lost_or_the_files_do_not_tell(base: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="loses nothing") as caught:
+    with pytest.raises(InvalidRequestError, match="what 4 bits lose") as caught:
         methods.require_fit(lora(init="loftq"), "bf16", None)
     assert (caught.value.param, caught.value.code) == ("peft.init", "unsupported_combination")
     methods.require_fit(lora(init="loftq"), "nf4", None)
