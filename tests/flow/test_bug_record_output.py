@@ -66,6 +66,8 @@ def test_17_an_abort_inside_an_output_format_gives_the_adapter_back(
     events.get(timeout=30)
     ticket.abort()
     wait_for(lambda: is_idle(engine))
+    assert engine.stats().references == {"17": 0}
+    assert engine.audit() == {}
 
 
 def test_18_sixteen_choices_each_have_a_format_and_a_release_of_their_own(

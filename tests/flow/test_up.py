@@ -77,6 +77,8 @@ def test_a_child_that_dies_is_started_again(
 
         wait_until(lambda: not api.is_running(), 5, "the death of the API")
         wait_until(answers_again, 30, "the API's return")
+        again = [child for child in service.process.children() if child.cmdline()[-1] == "api"]
+        assert [child.pid != api.pid for child in again] == [True]
 
 
 @pytest.mark.parametrize("fault", ["home", "port"])

@@ -65,9 +65,12 @@ def test_importing_both_registries_loads_no_tensor_library() -> None:
         "import sys\nfrom worker.training import methods, objectives\n"
         "methods.parse_params({'type': 'lora'}); objectives.parse_params({'type': 'sft'})\n"
         "bad = {'torch', 'peft', 'transformers', 'bitsandbytes', 'sqlalchemy'} & set(sys.modules)\n"
-        "assert not bad, bad\n"
+        "print(sorted(bad))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    )
+    assert ran.stdout.strip() == "[]"
 
 
 def test_defaults_are_those_of_the_documentation() -> None:

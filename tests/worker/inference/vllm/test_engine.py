@@ -173,6 +173,8 @@ def test_a_vllm_that_is_not_well_is_stopped(fake: FakeVllm, engine: VllmEngine) 
     fake.health = 503
     wait_for(lambda: not engine.stats().alive)
     wait_for(lambda: not fake.is_alive)
+    with pytest.raises(EngineClosedError):
+        engine.submit(Request(PROMPT, GREEDY), lambda *_: None)
 
 
 def test_a_request_that_vllm_refuses_is_at_fault_itself(fake: FakeVllm, engine: VllmEngine) -> None:
