@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 from pydantic import JsonValue
 
-from models.domain.training import Precision
+from models.registry.job_runs import LastBase
 from models.settings import child_environment
 from worker.job_log import LogPipe
 from worker.training import exit_codes
@@ -42,17 +42,17 @@ class TrainerProcess:
     """One child; it imports torch right away, loads a base model, and then waits for `assign`.
 
     Args:
-        base: A base model that its job will probably be of, and how it is held; none if omitted.
+        base: What its job will probably be of; nothing is loaded if omitted.
 
     Must be made by a thread that outlives it: the kernel kills the child when the thread that
     started it ends (PR_SET_PDEATHSIG), which is what a killed worker relies on.
     """
 
-    def __init__(self, base: tuple[str, Precision] | None = None) -> None:
+    def __init__(self, base: LastBase | None = None) -> None:
         command = [sys.executable, "-m", "worker.training.run"]
         if base is not None:
-            name, precision = base
-            command += ["--base", name, "--precision", precision.model_dump_json()]
+            command += ["--base", base.name, "--precision", base.precision.model_dump_json()]
+            command += ["--peft", json.dumps(base.peft)]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

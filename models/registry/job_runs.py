@@ -8,12 +8,13 @@ another took over changes nothing (specs: reliability, section 1.2).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, CursorResult, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
+from models.domain.base import JsonObject
 from models.domain.estimates import Estimate, Measured
 from models.domain.status import EventLevel, JobStatus
 from models.domain.training import Precision, TrainingSpec
@@ -25,6 +26,14 @@ from models.tables import Checkpoint, Job, JobAttempt, Project
 
 LOOKED_AT = 100
 """So many queued jobs of a project are looked at for one that can be trained beside another."""
+
+
+class LastBase(NamedTuple):
+    """A base model, how it is held, and the method and parameters of an adapter (`peft`)."""
+
+    name: str
+    precision: Precision
+    peft: JsonObject
 
 
 def claim(session: Session, worker: str, lease_seconds: float) -> Job | None:
@@ -121,14 +130,15 @@ def _next_of(
     return next((job for job in looked_at if suits(session, job)), None)
 
 
-def last_base(session: Session) -> tuple[str, Precision] | None:
-    """Return the base model of the job that was started last, and how that job holds it."""
+def last_base(session: Session) -> LastBase | None:
+    """Return the base model of the job that was started last, and how that job trained it."""
     job = session.scalar(
         select(Job).where(Job.started_at.is_not(None)).order_by(Job.started_at.desc()).limit(1)
     )
     if job is None:
         return None
-    return job.base_model, TrainingSpec.model_validate(job.spec).precision
+    spec = TrainingSpec.model_validate(job.spec)
+    return LastBase(job.base_model, spec.precision, spec.peft)
 
 
 def has_queued(session: Session) -> bool:

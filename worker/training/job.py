@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,7 @@ from models.settings import Settings
 from models.storage import ObjectNotFoundError, ObjectStore
 from models.tables import File, Job
 from worker.adapter_format import fetch_adapter
-from worker.base_models import BaseModelInfo, load_model, load_tokenizer, materialise, pick_device
+from worker.base_models import BaseModelInfo, load_model, materialise, pick_device
 from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
 from worker.heads import Head
@@ -178,7 +178,7 @@ class JobRun:
         around = self._around
         source = self.load_source()
         directory, base = materialise(source.spec.model, around.settings.models, around.store)
-        tokenizer = load_tokenizer(directory)
+        tokenizer = around.warm.tokenizer(directory)
         renderer, tokenizer_digest = ChatRenderer(tokenizer), tokenizer_sha256(tokenizer)
         if renderer.uses_default_template and source.training.form == ChatRow.form:
             self.reporter.warn(
@@ -309,6 +309,10 @@ class JobRun:
 def _task(rows: Rows, device: str, warm: WarmBase) -> tuple[Task, str | None]:
     """Return what is trained, and why not packed if so."""
     spec = rows.run.spec
+    if (ready := warm.take_rehearsed(rows.run.base.fingerprint, spec)) is not None:
+        # What it has counted is of a pass as this objective's are.
+        memory = ready.memory if spec.objective["type"] == "sft" else None
+        return replace(task_of(rows, ready.model, ready.forward, device), rehearsed=memory), None
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
     base = load_base(rows, device, warm)

@@ -49,8 +49,7 @@ class Trainer:
         warn: Callable[[str], None] = lambda _: None,
         ranks: Ranks | None = None,
     ) -> None:
-        spec = task.spec
-        numbers = spec.hyperparameters
+        spec, numbers = task.spec, task.spec.hyperparameters
         assert spec.is_resolved
         assert isinstance(numbers.batch_size, int)
         assert isinstance(numbers.n_epochs, int)
@@ -91,7 +90,7 @@ class Trainer:
         self._token_budget = self._first_token_budget
         self._may_recompute = recompute.is_possible(task.model)
         self._valid_interval = max(1, self.steps_per_epoch // VALIDATIONS_PER_EPOCH)
-        lengths = [len(example.input_ids) for example in task.train]
+        self._lengths = lengths = [len(example.input_ids) for example in task.train]
         self._batches = lru_cache(maxsize=1)(
             lambda epoch: epoch_batches(lengths, self.batch_size, spec.seed, epoch)
         )
@@ -165,14 +164,16 @@ class Trainer:
         return step % self.checkpoint_steps == 0 or step == self.total_steps or judged
 
     def _probe_memory(self) -> None:
-        """Run the largest micro-batch there can be, so that what does not fit shows at once.
+        """Run the largest micro-batch there can be, unless a rehearsal has shown that it fits.
 
         It leaves nothing behind but a large enough heap and perhaps a lower token budget."""
         if self.progress.step >= self.total_steps:
             return
-        lengths = [-len(example.input_ids) for example in self.task.train]
-        longest = np.argsort(lengths, kind="stable")[: self.batch_size]
+        longest = np.argsort([-n for n in self._lengths], kind="stable")[: self.batch_size]
         largest = [self.task.train[row] for row in longest.tolist()]
+        known, sizes = self.task.rehearsed, [self._lengths[row] for row in longest.tolist()]
+        if known and known.leaves_room_for(sizes, self.task.device):
+            return
         run = partial(self._fitting, largest, only_first=True)
         self.task.model.train()
         with torch.random.fork_rng():

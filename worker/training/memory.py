@@ -1,6 +1,8 @@
 """How much memory this process may still take, whoever limits it."""
 
 import resource
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -12,6 +14,27 @@ from worker.int8 import int8_bytes
 _CGROUP = Path("/sys/fs/cgroup")
 CACHE_SHARE = 0.25
 """Dequantised weights may take so much of the free memory."""
+
+PASS_MARGIN = 2.0
+"""A pass is known to fit where so many times what it should keep is free."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassMemory:
+    """What a training pass over `n_tokens`, the longest row having `longest`, kept, in bytes."""
+
+    n_tokens: int
+    longest: int
+    n_bytes: int
+
+    def leaves_room_for(self, lengths: Sequence[int], device: str) -> bool:
+        """Tell whether a pass over rows of these lengths surely fits on `device` now.
+
+        A pass keeps at most a·T + b·T·L bytes for T tokens, L in the longest row, so that it keeps
+        at most (T / T₀)·(L / L₀) times what the measured one did, each factor being 1 or more.
+        """
+        larger = max(1.0, sum(lengths) / self.n_tokens) * max(1.0, max(lengths) / self.longest)
+        return PASS_MARGIN * larger * self.n_bytes <= free_bytes(device)
 
 
 def free_bytes(device: str = "cpu") -> int:

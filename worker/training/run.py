@@ -1,9 +1,9 @@
 """The trainer process: ``python -m worker.training.run``, one job and then the end.
 
 With ``--job ID --attempt N`` it starts at once. Without, it is a warm spare: it imports the tensor
-libraries (and with ``--base`` loads a base model), prints ``ready`` and waits on standard input for
-one line ``{"job_id": …, "attempt": …}``; end of file is a good end. A list of such orders is for
-several jobs over one base model (`run_jobs`).
+libraries (with ``--base`` loads a base model, with ``--peft`` rehearses on it), prints ``ready``
+and waits on standard input for one line ``{"job_id": …, "attempt": …}``; end of file is a good end.
+A list of such orders is for several jobs over one base model (`run_jobs`).
 
 SIGTERM: finish the step, make a checkpoint, exit `DRAINED`. SIGINT: finish the step, exit
 `CANCELLED`. The process dies with its parent. How it ended is its exit code: ``exit_codes``.
@@ -104,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attempt", type=int, help="the attempt that owns it")
     parser.add_argument("--base", help="load this base model while there is no job yet")
     parser.add_argument("--precision", help="how to hold it: a job's `precision`, as JSON")
+    parser.add_argument("--peft", help="what its job will probably train: its `peft`, as JSON")
     parser.add_argument("--parent", type=int, help="process id to die with; the caller's if absent")
     given = parser.parse_args(argv)
     if (given.job is None) != (given.attempt is None):
@@ -120,7 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from worker.training.model import set_threads
 
             set_threads(settings.worker.slots)
-            warm.load(settings, given.base, Precision.model_validate_json(given.precision))
+            precision = Precision.model_validate_json(given.precision)
+            peft = None if given.peft is None else json.loads(given.peft)
+            warm.load(settings, given.base, precision, peft, has_order)
         orders = wait_for_jobs()
     if not orders:
         return exit_codes.DONE

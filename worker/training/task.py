@@ -13,6 +13,8 @@ from worker.training.objectives.base import Example, LanguageForward, Objective,
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from worker.training.memory import PassMemory
+
 
 SHARED_STEP_TOKENS = {"cpu": 256, "cuda": 4096}
 """Steps of more tokens fill the device alone, and go through it alone. Not measured yet."""
@@ -73,6 +75,8 @@ class Task:
     device: str
     adapter: str = DEFAULT_ADAPTER
     """PEFT's name of what is trained; several tasks over one model have one each."""
+    rehearsed: "PassMemory | None" = None
+    """What a pass like those of this task kept, where one was made already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,6 +75,19 @@ class Method(Plugin, ABC):
             InvalidRequestError: `params` do not fit this model.
         """
 
+    def redraw(self, model: "PeftModel", params: Any, seed: int) -> bool:
+        """Give an adapter that has not learned the first weights that `attach` draws from `seed`.
+
+        Args:
+            model: What `attach` returned with these `params`; parameters stay the same objects.
+            params: Of this method.
+            seed: Of the first weights.
+
+        Returns:
+            False where that cannot be done in place; the weights are then whatever they are.
+        """
+        return False
+
     @abstractmethod
     def adapter_config(
         self, model: "PeftModel", params: Any, base_model: str, adapter: str = DEFAULT_ADAPTER

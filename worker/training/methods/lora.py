@@ -197,6 +197,14 @@ class Lora(Method):
                 module.lora_dropout[adapter] = LaneDropout(params.dropout)
         return adapted
 
+    def redraw(self, model: "PeftModel", params: Any, seed: int) -> bool:
+        if params.use_dora or params.init not in ("default", "gaussian"):
+            return False
+        from worker.training.tuners.attach import redraw_lora
+
+        redraw_lora(model, "gaussian" if params.init == "gaussian" else True, seed)
+        return True
+
     def require_fit(self, params: Any, precision: str, shape: BaseShape | None) -> None:
         super().require_fit(params, precision, shape)
         if params.init == "loftq" and precision != "nf4":

@@ -77,6 +77,13 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
     return done
 
 
+def undo(model: nn.Module) -> None:
+    """Give every module of `model` its own forward pass back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Sibling | _Swapped):
+            del module.forward
+
+
 def _norm_forward(module: nn.Module) -> Forward | None:
     """Return the packed pass of what looks like a frozen RMS normalisation."""
     weight, epsilon = getattr(module, "weight", None), _epsilon(module)
@@ -142,9 +149,16 @@ def _swap(module: nn.Module, forward: Forward, width: int, adapter: str) -> bool
     if not error <= TOLERANCE[dtype]:
         return False
 
-    def packed(x: torch.Tensor) -> torch.Tensor:
-        result: torch.Tensor = forward(x) if layout.is_active() else own(x)
-        return result
-
-    _replace(module, packed)
+    _replace(module, _Swapped(forward, own))
     return True
+
+
+class _Swapped:
+    """One forward pass inside of a packed pass, and another outside."""
+
+    def __init__(self, packed: Forward, own: Forward) -> None:
+        self._packed = packed
+        self._own = own
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._packed(x) if layout.is_active() else self._own(x)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -53,6 +54,31 @@ def attach_adapter(
             parameter.data = parameter.data.float()
     adapted.set_requires_grad(adapter)  # PEFT freezes the adapters that are not active
     return adapted
+
+
+def redraw_lora(model: PeftModel, start: bool | str, seed: int) -> None:
+    """Draw A and B of the active adapter again, as PEFT does for a new one.
+
+    Args:
+        model: With plain LoRA on linear layers.
+        start: PEFT's ``init_lora_weights``.
+        seed: Starts torch's random numbers, as in `attach_adapter`.
+    """
+    adapter = model.active_adapter
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in model.modules():
+            if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+                continue
+            pair: Any = (module.lora_A[adapter], module.lora_B[adapter])
+            for linear in pair:
+                linear.reset_parameters()  # a new layer draws these before it is given its start
+            module.reset_lora_parameters(adapter, start)
+            base_layer: Any = module.get_base_layer()
+            held_in = base_layer.weight.dtype
+            for linear in pair:
+                if held_in.is_floating_point:  # PEFT holds them as the base is held at first
+                    linear.weight.copy_(linear.weight.to(held_in))
 
 
 @contextmanager
