@@ -61,8 +61,10 @@ class WarmBase:
             is_wanted: Tells whether a job waits already, which ends the preparations.
         """
         from worker.base_models import load_model, load_tokenizer, materialise, pick_device
+        from worker.training import objectives
         from worker.training.memory import free_bytes
 
+        objectives.resolve({"type": "sft"})  # for what it imports
         device = pick_device("auto")
         if device != "cpu":
             return
