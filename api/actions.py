@@ -3,9 +3,9 @@
 import hashlib
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import structlog
@@ -15,18 +15,20 @@ from api import bodies, merging
 from api.audit import note
 from api.deps import Caller
 from api.services import Services
-from models.db import after_commit
+from models.db import Outcome, after_commit
 from models.domain.base import JsonObject
 from models.domain.estimates import BaseShape
 from models.domain.generation import AdapterRef
 from models.domain.reports import DataOptions
 from models.domain.status import FileStatus
 from models.domain.training import TrainingSpec
-from models.errors import InvalidRequestError, PayloadTooLargeError
-from models.registry import adapters, base_models, files, jobs, merges, quotas
+from models.errors import InvalidRequestError, PayloadTooLargeError, TuneryError
+from models.prepared import reading_once
+from models.registry import adapters, audit, base_models, files, jobs, merges, quotas
 from models.registry.files import Freed
+from models.registry.jobs import NewJob
 from models.storage import adapter_prefix, delete_tree, upload_key
-from models.tables import Adapter, BaseModel, File, Job, Merge, new_id
+from models.tables import Adapter, AuditLog, BaseModel, File, Job, Merge, new_id
 from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
@@ -229,11 +231,59 @@ def submit_job(
         InvalidRequestError, NotFoundError: as `check_job`.
         QuotaError: the project's limits do not allow it.
     """
-    training_file = check_job(session, services, caller, spec)
-    held = quotas.reserve(session, caller.project_id, spec, training_file.bytes)
-    job = jobs.create(session, caller.project_id, spec, metadata or None, caller.key_id, held)
+    wanted = Submission(services, caller, spec, metadata)
+    (job,) = jobs.add(session, [_admit(session, wanted)])
     services.bell.ring_after_commit(session)
     return job
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A job that somebody asks for; it gets this id if it is admitted."""
+
+    services: Services
+    caller: Caller
+    spec: TrainingSpec
+    metadata: JsonObject | None
+    job_id: str = field(default_factory=lambda: new_id("ftjob-"))
+    entry: AuditLog | None = None
+
+
+def submit_jobs(session: Session, wanted: Sequence[Submission]) -> list[Outcome[Job]]:
+    """Add several jobs as `submit_job` does each, with their entries of the audit log.
+
+    What many of them ask, such as the base model, is read once, and their rows are written
+    together. Of a job that is refused, nothing is.
+    """
+    outcomes: dict[str, Outcome[Job]] = {}
+    admitted: list[tuple[Submission, NewJob]] = []
+
+    def write() -> None:
+        made = jobs.add(session, [new for _, new in admitted]) if admitted else []
+        audit.record(session, *(each.entry for each, _ in admitted if each.entry is not None))
+        outcomes.update((job.id, Outcome(job)) for job in made)
+        admitted.clear()
+
+    with reading_once(session):
+        for each in wanted:
+            if admitted and quotas.bind_jobs(session, each.caller.project_id):
+                write()  # those before it count
+            try:
+                admitted.append((each, _admit(session, each)))
+            except TuneryError as error:
+                outcomes[each.job_id] = Outcome(error=error)
+            else:
+                each.services.bell.ring_after_commit(session)
+        write()
+    return [outcomes[each.job_id] for each in wanted]
+
+
+def _admit(session: Session, wanted: Submission) -> NewJob:
+    caller, spec = wanted.caller, wanted.spec
+    training_file = check_job(session, wanted.services, caller, spec)
+    held = quotas.reserve(session, caller.project_id, spec, training_file.bytes)
+    metadata = wanted.metadata or None
+    return NewJob(caller.project_id, spec, metadata, caller.key_id, held, wanted.job_id)
 
 
 def check_job(session: Session, services: Services, caller: Caller, spec: TrainingSpec) -> File:

@@ -35,8 +35,13 @@ def note_in(
         what: The kind of change and what was changed.
         details: As in `note`.
     """
+    audit.record(session, entry(caller, project_id, what, **details))
+
+
+def entry(caller: Caller, project_id: str, what: tuple[str, str], /, **details: Any) -> AuditLog:
+    """Return what `note_in` records, with the id of the request that is being answered."""
     type_, object_id = what
-    entry = AuditLog(
+    return AuditLog(
         project_id=project_id,
         key_id=caller.key_id,
         request_id=get_contextvars().get("request_id"),
@@ -44,4 +49,3 @@ def note_in(
         object_id=object_id,
         details=details or None,
     )
-    audit.record(session, entry)

@@ -8,7 +8,7 @@ of other databases do by themselves.
 import asyncio
 import contextvars
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from sqlalchemy.orm import Session
 
 from models.db import Database, Outcome
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 MOST = 64
@@ -26,10 +27,45 @@ THREADS = 40
 """Of a database behind a network, as many as starlette has for routes."""
 
 
+Together = Callable[[Session, Sequence[Any]], Sequence[Outcome[Any]]]
+"""Carries out many writes of one kind; of one whose outcome is an error it has written nothing."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Write:
-    run: Callable[[Session], Any]
+    kind: Together
+    item: Any
     done: "asyncio.Future[Any]"
+
+    def alone(self, session: Session) -> list[Any]:
+        return _results(self.kind(session, [self.item]))
+
+
+def _each(session: Session, writes: Sequence[Callable[[Session], Any]]) -> list[Outcome[Any]]:
+    return [Outcome(write(session)) for write in writes]
+
+
+def _parts(group: list[_Write]) -> list[list[_Write]]:
+    """Return the writes in their order, those of a kind that follow each other together."""
+    parts: list[list[_Write]] = []
+    for write in group:
+        if parts and write.kind is not _each and write.kind == parts[-1][0].kind:
+            parts[-1].append(write)
+        else:
+            parts.append([write])
+    return parts
+
+
+def _call(part: list[_Write]) -> Callable[[Session], Sequence[Outcome[Any]]]:
+    return lambda session: part[0].kind(session, [write.item for write in part])
+
+
+def _results(outcomes: Sequence[Outcome[Any]]) -> list[Any]:
+    """Return the results; raises the first error, so that nothing of its transaction is kept."""
+    for outcome in outcomes:
+        if outcome.error is not None:
+            raise outcome.error
+    return [outcome.result for outcome in outcomes]
 
 
 class GroupCommit:
@@ -56,20 +92,41 @@ class GroupCommit:
         Raises:
             DBAPIError: the commit failed, of all of them.
         """
-        loop = asyncio.get_running_loop()
         context = contextvars.copy_context()
 
         def within(session: Session) -> _Result:
             return context.run(write, session)
 
+        result: _Result = await self._put(_each, within)
+        return result
+
+    async def join(
+        self,
+        together: Callable[[Session, Sequence[_Item]], Sequence[Outcome[_Result]]],
+        item: _Item,
+    ) -> _Result:
+        """Return what `together` makes of an item, once it is committed.
+
+        All items that wait for the same function are carried out by one call of it, which refuses
+        one of them before it has written anything of it. Where the call itself fails, each is
+        tried once more alone. It does not see the context of the request.
+
+        Raises:
+            DBAPIError: as `run`.
+        """
+        result: _Result = await self._put(together, item)
+        return result
+
+    async def _put(self, kind: Together, item: Any) -> Any:
+        loop = asyncio.get_running_loop()
+        write = _Write(kind, item, loop.create_future())
         if not self._database.is_embedded:
-            return await loop.run_in_executor(self._threads, self._alone, within)
-        done: asyncio.Future[_Result] = loop.create_future()
-        self._waiting.append(_Write(within, done))
+            return (await loop.run_in_executor(self._threads, self._alone, write))[0]
+        self._waiting.append(write)
         if not self._is_busy:
             self._is_busy = True
-            self._start(loop)
-        return await done
+            loop.call_soon(self._start, loop)  # what else this turn of the loop writes comes along
+        return await write.done
 
     def close(self) -> None:
         """End the threads once what they do is done."""
@@ -79,18 +136,37 @@ class GroupCommit:
         group = [self._waiting.popleft() for _ in range(min(MOST, len(self._waiting)))]
         self._threads.submit(self._together, group, loop)
 
-    def _alone(self, write: Callable[[Session], _Result]) -> _Result:
+    def _alone(self, write: _Write) -> list[Any]:
         with self._database.write() as session:
-            return write(session)
+            return write.alone(session)
 
     def _together(self, group: list[_Write], loop: asyncio.AbstractEventLoop) -> None:
+        parts = _parts(group)
         together = Outcome.of(
-            partial(self._database.write_together, [write.run for write in group])
+            partial(self._database.write_together, [_call(part) for part in parts])
         )
-        outcomes = together.result
-        if outcomes is None:  # of none of them is anything kept
-            outcomes = [Outcome(error=together.error)] * len(group)
+        outcomes: list[Outcome[Any]] = [Outcome(error=together.error)] * len(group)
+        if together.result is not None:  # else nothing is kept of any of them
+            outcomes = self._outcomes(parts, together.result)
         loop.call_soon_threadsafe(self._settle, group, outcomes, loop)
+
+    def _outcomes(self, parts: list[list[_Write]], found: list[Outcome[Any]]) -> list[Outcome[Any]]:
+        """Return the outcome of each write; if a part failed, its writes are tried alone."""
+        outcomes: list[Outcome[Any]] = []
+        for part, done in zip(parts, found, strict=True):
+            if done.error is None:
+                outcomes += done.result or []
+            elif len(part) == 1:
+                outcomes.append(Outcome(error=done.error))
+            else:  # what one of them met may not concern the others
+                again = self._alone_again(part)
+                outcomes += [Outcome(each.result and each.result[0], each.error) for each in again]
+        return outcomes
+
+    def _alone_again(self, part: list[_Write]) -> list[Outcome[Any]]:
+        calls = [write.alone for write in part]
+        again = Outcome.of(partial(self._database.write_together, calls))
+        return [Outcome(error=again.error)] * len(part) if again.result is None else again.result
 
     def _settle(
         self, group: list[_Write], outcomes: list[Outcome[Any]], loop: asyncio.AbstractEventLoop

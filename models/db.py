@@ -97,12 +97,14 @@ class Database:
     def write_together(self, writes: Sequence[Callable[[Session], Any]]) -> list[Outcome[Any]]:
         """Carry out several writes in one transaction; return the outcome of each.
 
-        Each has a session and a savepoint of its own: of one that raises nothing is kept, and the
-        others do not notice.
+        Each has a session of its own, and a savepoint where there are others: of one that raises
+        nothing is kept, and the others do not notice.
 
         Raises:
             DBAPIError: the commit of all of them failed.
         """
+        if len(writes) == 1:  # it is the transaction
+            return [self._write_alone(writes[0])]
         with self.engine.begin() as connection:
             sessions = [
                 Session(
@@ -119,6 +121,18 @@ class Database:
                 told = Outcome.of(partial(_run_actions, session))
                 outcomes[index] = outcomes[index] if told.error is None else told
         return outcomes
+
+    def _write_alone(self, write: Callable[[Session], _Result]) -> Outcome[_Result]:
+        outcome: Outcome[_Result] = Outcome()
+        try:
+            with self.write() as session:
+                outcome = Outcome.of(partial(write, session))
+                if outcome.error is not None:
+                    raise outcome.error
+        except Exception as error:
+            if error is not outcome.error:  # it is of the commit
+                raise
+        return outcome
 
     @contextmanager
     def read(self) -> Iterator[Session]:

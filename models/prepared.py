@@ -4,9 +4,9 @@ SQLAlchemy's unit of work costs ten times what SQLite takes to find one row by i
 it: a statement is compiled by SQLAlchemy and run by the driver.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from sqlalchemy import Dialect, Select, Table, bindparam, insert
 from sqlalchemy.engine.interfaces import DBAPICursor
@@ -22,6 +22,34 @@ Row = TypeVar("Row", bound=Base)
 Source = Database | Session
 """Where a statement runs: by itself, or within the transaction of a session."""
 Process = Callable[[Any], Any]
+_KNOWN = "prepared_rows"
+
+
+@contextmanager
+def reading_once(session: Session) -> Iterator[None]:
+    """Within the block a prepared ``select`` is carried out once for the same values.
+
+    For what many parts of a transaction ask again and none of them changes.
+    """
+    session.info[_KNOWN] = {}
+    try:
+        yield
+    finally:
+        del session.info[_KNOWN]
+
+
+def _known(source: "Source") -> dict[object, Any] | None:
+    known: dict[object, Any] | None = (
+        source.info.get(_KNOWN) if isinstance(source, Session) else None
+    )
+    return known
+
+
+def row_of(table: type[Row], columns: Mapping[str, object]) -> Row:
+    """Return an object of no session, of which only the columns can be read."""
+    row = table.__new__(table)
+    row.__dict__.update(columns)
+    return row
 
 
 class PreparedRows(Generic[Row]):
@@ -37,7 +65,7 @@ class PreparedRows(Generic[Row]):
         self._table = table
         self._query = PreparedQuery(statement)
         columns = list(statement.selected_columns)
-        self._names = [str(column.key) for column in columns]
+        self.names = [str(column.key) for column in columns]
         self._types = [column.type for column in columns]
         self._processors: dict[str, list[tuple[str, Process]]] = {}
 
@@ -47,21 +75,46 @@ class PreparedRows(Generic[Row]):
         Raises:
             DBAPIError: the same subclasses as from a session.
         """
+        known = _known(source)
+        if known is None:
+            return self._all(source, values)
+        key = (self, *values.items())
+        if key not in known:
+            known[key] = self._all(source, values)
+        rows: Sequence[Row] = known[key]
+        return rows
+
+    def raw(self, source: Source, **values: object) -> Sequence[tuple[Any, ...]]:
+        """Return the rows as the driver gives them, in the order of `names`."""
+        return cast("Sequence[tuple[Any, ...]]", self._query.fetch(source, **values))
+
+    def row(self, database: Database, columns: tuple[Any, ...]) -> Row:
+        """Return the object of a row of `raw` of SQLite, whose driver has no codes of types."""
+        dialect = _dialect(database)
+        processors = self._processors.get(dialect.name)
+        if processors is None:
+            processors = self._prepare(dialect, [None] * len(self.names))
+        return self._row(columns, processors)
+
+    def _prepare(self, dialect: Dialect, codes: Sequence[Any]) -> list[tuple[str, Process]]:
+        processors = self._processors[dialect.name] = [
+            (name, process)
+            for name, type_, code in zip(self.names, self._types, codes, strict=True)
+            if (process := type_.dialect_impl(dialect).result_processor(dialect, code))
+        ]
+        return processors
+
+    def _all(self, source: Source, values: dict[str, object]) -> Sequence[Row]:
         rows, codes = self._query.fetch_typed(source, values)
         dialect = _dialect(source)
         processors = self._processors.get(dialect.name)
         if processors is None:
-            processors = self._processors[dialect.name] = [
-                (name, process)
-                for name, type_, code in zip(self._names, self._types, codes, strict=True)
-                if (process := type_.dialect_impl(dialect).result_processor(dialect, code))
-            ]
+            processors = self._prepare(dialect, codes)
         return [self._row(found, processors) for found in rows]
 
     def _row(self, found: Sequence[Any], processors: list[tuple[str, Process]]) -> Row:
-        row = self._table.__new__(self._table)
+        row = row_of(self._table, dict(zip(self.names, found, strict=True)))
         columns = row.__dict__
-        columns.update(zip(self._names, found, strict=True))
         for name, process in processors:
             columns[name] = process(columns[name])
         return row
@@ -76,7 +129,14 @@ class PreparedQuery:
 
     def fetch(self, source: Source, **values: object) -> Sequence[Sequence[Any]]:
         """Return the rows; raises as `PreparedRows.all`."""
-        return self.fetch_typed(source, values)[0]
+        known = _known(source)
+        if known is None:
+            return self.fetch_typed(source, values)[0]
+        key = (self, *values.items())
+        if key not in known:
+            known[key] = self.fetch_typed(source, values)[0]
+        rows: Sequence[Sequence[Any]] = known[key]
+        return rows
 
     def fetch_typed(
         self, source: Source, values: dict[str, object]
@@ -86,7 +146,7 @@ class PreparedQuery:
         if dialect.name not in self._compiled:
             self._compiled[dialect.name] = _Compiled(self._statement, dialect)
         compiled = self._compiled[dialect.name]
-        with compiled.run(source, [values]) as cursor:
+        with compiled.run(source, values) as cursor:
             return cursor.fetchall(), [column[1] for column in cursor.description]
 
 
@@ -94,15 +154,18 @@ class PreparedInsert:
     """Whole rows into a table whose objects nobody needs afterwards.
 
     A column that is not given gets its default; one whose default is an expression, such as the
-    database's clock, cannot be given. `names` are the others.
+    database's clock, cannot be given unless it is in `given`, and then it must be. `names` are
+    those that can.
     """
 
-    def __init__(self, table: type[Base]) -> None:
+    def __init__(self, table: type[Base], given: Collection[str] = ()) -> None:
         assert isinstance(table.__table__, Table)
         computed = {
             column.name: column.default.arg
             for column in table.__table__.columns
-            if column.default is not None and column.default.is_clause_element
+            if column.default is not None
+            and column.default.is_clause_element
+            and column.name not in given
         }
         plain = [column for column in table.__table__.columns if column.name not in computed]
         named = {column.name: bindparam(f"p_{column.name}", type_=column.type) for column in plain}
@@ -128,16 +191,26 @@ class PreparedInsert:
             }
             self._compiled[dialect.name] = _Compiled(self._statement, dialect), processors
         compiled, processors = self._compiled[dialect.name]
+        if not rows:
+            return
         made = []
         for row in rows:
-            if not row.keys() <= self._empty.keys():
-                raise KeyError(f"No columns that can be given: {row.keys() - self._empty.keys()}.")
-            full = {**self._empty, **row}
+            full = self.whole(row)
             for name, process in processors.items():
                 full[name] = process(full[name])
             made.append({f"p_{name}": value for name, value in full.items()})
-        with compiled.run(session, made):
+        with compiled.run(session, *made):
             pass
+
+    def whole(self, row: Mapping[str, object]) -> dict[str, object]:
+        """Return a row with the defaults of the columns that it does not give.
+
+        Raises:
+            KeyError: it gives a column that cannot be given.
+        """
+        if not row.keys() <= self._empty.keys():
+            raise KeyError(f"No columns that can be given: {row.keys() - self._empty.keys()}.")
+        return {**self._empty, **row}
 
 
 class _Compiled:
@@ -151,13 +224,15 @@ class _Compiled:
         self._order = compiled.positiontup
 
     @contextmanager
-    def run(self, source: Source, values: Sequence[dict[str, object]]) -> Iterator[DBAPICursor]:
-        """Run it once for each set of values; yields the cursor of the last."""
+    def run(self, source: Source, *values: dict[str, object]) -> Iterator[DBAPICursor]:
+        """Run it once for each set of values; yields the cursor."""
         error_class = _dialect(source).loaded_dbapi.Error
         with _cursor(source) as cursor:
             try:
-                for each in values:
-                    cursor.execute(self._text, self._parameters(each))
+                if len(values) == 1:
+                    cursor.execute(self._text, self._parameters(values[0]))
+                else:
+                    cursor.executemany(self._text, [self._parameters(each) for each in values])
                 yield cursor
             except error_class as error:
                 raise DBAPIError.instance(self._text, None, error, error_class) from error

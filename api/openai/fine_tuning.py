@@ -8,10 +8,11 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
 
 from api import actions, bodies
-from api.audit import note
+from api.audit import entry, note
 from api.deps import (
     MAX_TEXT,
     After,
+    Caller,
     CallerDep,
     ReadSession,
     ServicesDep,
@@ -30,7 +31,7 @@ from models.domain.training import TrainingSpec
 from models.registry import checkpoints, events, job_reads, jobs, turns
 from models.registry.jobs import JobFilter, SortJobs
 from models.registry.page import Cursor, Page
-from models.tables import Job
+from models.tables import Job, new_id
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
 
@@ -42,6 +43,12 @@ async def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) 
     ``model`` is a base model, or a fine-tuned model or checkpoint to go on from.
     """
 
+    if not body.model.startswith("ft:"):  # nothing has to be read before the job is submitted
+        spec = translate.training_spec(body, actions.Start(body.model))
+        wanted = _submission(services, caller, body, spec)
+        job = await services.writer.join(actions.submit_jobs, wanted)
+        return bodies.job_body(job, services.settings.api.organization)
+
     def create(session: Session) -> Job:
         start = actions.find_start(session, caller, body.model)
         spec = translate.training_spec(body, start)
@@ -51,6 +58,15 @@ async def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) 
 
     job = await services.writer.run(create)
     return bodies.job_body(job, services.settings.api.organization)
+
+
+def _submission(
+    services: Services, caller: Caller, body: JobCreate, spec: TrainingSpec
+) -> actions.Submission:
+    job_id = new_id("ftjob-")
+    what = ("fine_tuning.job.created", job_id)
+    noted = entry(caller, caller.project_id, what, model=body.model)
+    return actions.Submission(services, caller, spec, body.metadata, job_id, noted)
 
 
 def _placed(session: Session, services: Services, job: Job) -> JsonObject:

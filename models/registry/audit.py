@@ -12,10 +12,13 @@ from models.tables import AuditLog, new_id
 _insert = PreparedInsert(AuditLog)
 
 
-def record(session: Session, entry: AuditLog) -> None:
-    """Add an entry; its `id` is set here, its time by the database."""
-    entry.id = new_id("audit_log-")
-    _insert.add(session, {name: getattr(entry, name) for name in _insert.names})
+def record(session: Session, *entries: AuditLog) -> None:
+    """Add entries; the `id` of each is set here, its time by the database."""
+    for entry in entries:
+        entry.id = new_id("audit_log-")
+    _insert.add(
+        session, *({name: getattr(entry, name) for name in _insert.names} for entry in entries)
+    )
 
 
 def list_page(

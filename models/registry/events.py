@@ -1,6 +1,6 @@
 """Events of a job: append-only, numbered without gaps."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
@@ -40,8 +40,13 @@ def append(
     session.flush()
 
 
-def begin(session: Session, job_id: str, *messages: str) -> None:
-    """Add the first events of a job that was just added and that nobody else can see yet."""
+def begin(session: Session, messages: Mapping[str, Sequence[str]]) -> None:
+    """Add the first events of jobs that were just added and that nobody else can see yet.
+
+    Args:
+        session: That which added the jobs.
+        messages: Of each job, by its id.
+    """
     rows = [
         {
             "id": new_id("ftevent-"),
@@ -51,7 +56,8 @@ def begin(session: Session, job_id: str, *messages: str) -> None:
             "type": "message",
             "message": message,
         }
-        for sequence, message in enumerate(messages, start=1)
+        for job_id, told in messages.items()
+        for sequence, message in enumerate(told, start=1)
     ]
     _insert.add(session, *rows)
 

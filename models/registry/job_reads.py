@@ -1,5 +1,8 @@
 """What is asked of jobs most: one by its id, and the newest of a project. Both are prepared."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from sqlalchemy import bindparam, select
 
 from models.db import Database
@@ -26,6 +29,27 @@ def get(database: Database, project_id: str, job_id: str) -> Job:
     if not found:
         raise not_found(job_id)
     return found[0]
+
+
+JobRow = tuple[Any, ...]
+"""All columns of a job as SQLite's driver gives them, which can be compared and hashed."""
+ID, STATUS = (_by_id.names.index(name) for name in ("id", "status"))
+
+
+def row(database: Database, project_id: str, job_id: str) -> JobRow | None:
+    """Return a job's columns, or None if the project has no such job."""
+    found = _by_id.raw(database, id=job_id, project_id=project_id)
+    return found[0] if found else None
+
+
+def newest_rows(database: Database, project_id: str, limit: int) -> Sequence[JobRow]:
+    """Return the columns of the newest jobs of a project."""
+    return _newest.raw(database, project_id=project_id, limit=limit)
+
+
+def job_of(database: Database, columns: JobRow) -> Job:
+    """Return the job that has these columns, only to be read."""
+    return _by_id.row(database, columns)
 
 
 def newest(database: Database, project_id: str, limit: int) -> Page[Job]:

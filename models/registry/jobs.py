@@ -1,10 +1,10 @@
 """Jobs as their owner sees them: create, find, cancel. The worker's side is ``job_runs``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, CursorResult, bindparam, or_, select, update
+from sqlalchemy import ColumnElement, CursorResult, or_, select, update
 from sqlalchemy.orm import Session
 
 from models.db import db_now
@@ -13,7 +13,7 @@ from models.domain.status import EventLevel, JobStatus, sources_of
 from models.domain.training import TrainingSpec
 from models.domain.webhooks import job_event
 from models.errors import InvalidRequestError, NotFoundError
-from models.prepared import PreparedInsert, PreparedRows
+from models.prepared import PreparedInsert, PreparedQuery, row_of
 from models.registry import events, job_files, usage, webhooks
 from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
@@ -21,8 +21,42 @@ from models.registry.quotas import NOTHING, Reservation
 from models.registry.usage import Used, User
 from models.tables import Job, new_id
 
-_insert = PreparedInsert(Job)
-_by_id = PreparedRows(Job, select(Job).where(Job.id == bindparam("id")))
+_insert = PreparedInsert(Job, given=["created_at"])
+_now = PreparedQuery(select(db_now()))
+
+
+@dataclass(frozen=True, slots=True)
+class NewJob:
+    """A job to be added, with the key that it was asked for with and what it reserves."""
+
+    project_id: str
+    spec: TrainingSpec
+    metadata: JsonObject | None = None
+    key_id: str | None = None
+    reserved: Reservation = NOTHING
+    id: str = field(default_factory=lambda: new_id("ftjob-"))
+
+    def row(self, created_at: object) -> JsonObject:
+        return {
+            "id": self.id,
+            "created_at": created_at,
+            "project_id": self.project_id,
+            "key_id": self.key_id,
+            "base_model": self.spec.model,
+            "training_file": self.spec.training_file,
+            "validation_file": self.spec.validation_file,
+            "spec": self.spec.model_dump(mode="json"),
+            "request_metadata": self.metadata,
+            "priority": self.spec.priority,
+            "reserved_tokens": self.reserved.tokens,
+            "reserved_device_seconds": self.reserved.device_seconds,
+        }
+
+    def first_events(self) -> tuple[str, ...]:
+        names = f"training file: {self.spec.training_file}"
+        if self.spec.validation_file:
+            names += f" and validation file: {self.spec.validation_file}"
+        return f"Created fine-tuning job: {self.id}", f"Validating {names}"
 
 
 def create(
@@ -33,30 +67,20 @@ def create(
     key_id: str | None = None,
     reserved: Reservation = NOTHING,
 ) -> Job:
-    """Add a job in state ``validating_files``; a worker moves it on once its files are linted.
+    """Add one job; see `add`."""
+    return add(session, [NewJob(project_id, spec, metadata, key_id, reserved)])[0]
+
+
+def add(session: Session, new: Sequence[NewJob]) -> list[Job]:
+    """Add jobs in state ``validating_files``; a worker moves each on once its files are linted.
 
     What is returned is only to be read.
     """
-    job_id = new_id("ftjob-")
-    row = {
-        "id": job_id,
-        "project_id": project_id,
-        "key_id": key_id,
-        "base_model": spec.model,
-        "training_file": spec.training_file,
-        "validation_file": spec.validation_file,
-        "spec": spec.model_dump(mode="json"),
-        "request_metadata": metadata,
-        "priority": spec.priority,
-        "reserved_tokens": reserved.tokens,
-        "reserved_device_seconds": reserved.device_seconds,
-    }
-    _insert.add(session, row)
-    names = f"training file: {spec.training_file}"
-    if spec.validation_file:
-        names += f" and validation file: {spec.validation_file}"
-    events.begin(session, job_id, f"Created fine-tuning job: {job_id}", f"Validating {names}")
-    return _by_id.all(session, id=job_id)[0]
+    ((now,),) = _now.fetch(session)
+    rows = [_insert.whole(each.row(now)) for each in new]
+    _insert.add(session, *rows)
+    events.begin(session, {each.id: each.first_events() for each in new})
+    return [row_of(Job, row) for row in rows]
 
 
 def get(session: Session, project_id: str, job_id: str) -> Job:

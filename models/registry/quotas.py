@@ -127,6 +127,13 @@ def reserve(session: Session, project_id: str, spec: TrainingSpec, n_bytes: int)
     return wanted
 
 
+def bind_jobs(session: Session, project_id: str) -> bool:
+    """Whether a project has limits that its other jobs count towards."""
+    project = _limits.all(session, id=project_id)[0]
+    limits = (project.max_waiting_jobs, project.tokens_per_day, project.device_hours_per_month)
+    return any(limit is not None for limit in limits)
+
+
 def check_serving(session: Session, project_id: str, n_unwritten: int) -> None:
     """Make sure that a project may be served more tokens today.
 

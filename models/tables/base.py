@@ -1,6 +1,7 @@
 """The declarative base: names of constraints, identifiers, times."""
 
-import secrets
+import os
+import threading
 from typing import Any
 
 from sqlalchemy import JSON, Double, MetaData
@@ -14,9 +15,38 @@ _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no 0/o, 1/l: ids are read alou
 _JSON = JSON(none_as_null=True)  # else None is stored as JSON's null, which IS NULL never finds
 
 
+_CHARACTERS = bytes(ord(_ALPHABET[byte % 32]) for byte in range(256))
+_RANDOM_BYTES = 4096
+
+
+class _Randomness:
+    """Bytes of the system's generator, fetched many at a time and each given out once.
+
+    Asking for each identifier would hand Python's lock to another thread each time. A child
+    process has its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._bytes = b""
+        self._next = 0
+
+    def take(self, n: int) -> bytes:
+        with self._lock:
+            start = self._next
+            if start + n > len(self._bytes):
+                self._bytes, start = os.urandom(max(n, _RANDOM_BYTES)), 0
+            self._next = start + n
+            return self._bytes[start : start + n]
+
+
+_randomness = _Randomness()
+os.register_at_fork(after_in_child=_randomness.__init__)  # type: ignore[misc]
+
+
 def new_id(prefix: str, length: int = 24) -> str:
     """Return an unguessable identifier such as ``ftjob-…`` (5 bits a character)."""
-    return prefix + "".join(_ALPHABET[byte % 32] for byte in secrets.token_bytes(length))
+    return prefix + _randomness.take(length).translate(_CHARACTERS).decode("ascii")
 
 
 class Base(DeclarativeBase):

@@ -1,15 +1,18 @@
 """What routes do across database, store and queue."""
 
+import asyncio
 import unicodedata
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy import update
 
 from api.actions import display_name
 from models.db import Database
+from models.domain.limits import ProjectLimits
 from models.domain.status import JobStatus
-from models.registry import jobs
+from models.registry import jobs, tenancy
 from models.settings import Settings
 from models.storage import open_store, token_key
 from models.tables import File
@@ -90,3 +93,38 @@ def test_tokenised_rows_go_with_the_last_file_of_their_content(
     assert len(store.list("tokens")) == 2
     drop(twins[1])
     assert [info.key for info in store.list("tokens")] == [token_key("e" * 64, "k")]
+
+
+def test_jobs_that_are_submitted_at_once_count_towards_a_limit_and_one_refused_harms_no_other(
+    client: TestClient, database: Database
+) -> None:
+    file_id = upload(client).json()["id"]
+    with database.write() as session:
+        project = tenancy.default_project(session)
+        tenancy.set_limits(session, project, ProjectLimits(max_waiting_jobs=2))
+    files = [file_id, "file-none", file_id, file_id]
+
+    async def submit() -> list[int]:
+        app = client.app
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app=app),
+            base_url="http://test",
+            headers=dict(client.headers),
+        ) as wire:
+            bodies = [{"model": "base", "training_file": each} for each in files]
+            url = "/v1/fine_tuning/jobs"
+            answers = await asyncio.gather(*(wire.post(url, json=body) for body in bodies))
+        return [answer.status_code for answer in answers]
+
+    assert client.portal is not None
+    assert sorted(client.portal.call(submit)) == [200, 200, 404, 429]
+    listed = client.get("/v1/fine_tuning/jobs").json()["data"]
+    entries = client.get("/v1/audit_logs").json()["data"]
+    created = "fine_tuning.job.created"
+    named = {each[created]["id"] for each in entries if each["type"] == created}
+    assert all(each["request_id"].startswith("req_") for each in entries)
+    assert {job["id"] for job in listed} == named
+    for job in listed:
+        events = client.get(f"/v1/fine_tuning/jobs/{job['id']}/events").json()["data"]
+        assert [event["sequence"] for event in events] == [2, 1]
+        assert client.get(f"/v1/fine_tuning/jobs/{job['id']}").json() == job

@@ -3,7 +3,7 @@
 import asyncio
 import contextvars
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -79,7 +79,9 @@ def test_what_waits_while_one_is_written_is_written_in_one_transaction(
         database.sizes = []
         database.gate.clear()
         writer = GroupCommit(database)
-        tasks = [asyncio.create_task(writer.run(create(f"team {n}"))) for n in range(5)]
+        tasks = [asyncio.create_task(writer.run(create("team 0")))]
+        await asyncio.sleep(0.01)
+        tasks += [asyncio.create_task(writer.run(create(f"team {n}"))) for n in range(1, 5)]
         await asyncio.sleep(0)
         database.gate.set()
         await asyncio.gather(*tasks)
@@ -139,3 +141,30 @@ def test_a_write_has_the_context_of_its_request(database: Database) -> None:
         writer.close()
 
     asyncio.run(main())
+
+
+def test_writes_of_a_kind_are_one_call_and_each_has_its_outcome(database: Database) -> None:
+    calls: list[int] = []
+
+    def make(session: Session, wanted: Sequence[str]) -> list[Outcome[str]]:
+        calls.append(len(wanted))
+        good = [name for name in wanted if not name.startswith("bad")]
+        for name in good:
+            tenancy.create_project(session, name)
+        if "poison" in wanted:
+            raise OSError("poison")
+        return [Outcome(n) if n in good else Outcome(error=ValueError(n)) for n in wanted]
+
+    async def main() -> None:
+        writer = GroupCommit(database)
+        for wanted in (["a", "bad", "b"], ["c", "poison", "d"]):
+            found = await asyncio.gather(
+                *(writer.join(make, name) for name in wanted), return_exceptions=True
+            )
+            assert [str(each) for each in found] == wanted
+            assert isinstance(found[1], ValueError | OSError)
+        writer.close()
+
+    asyncio.run(main())
+    assert set("abcd") == names(database) & {*"abcd", "bad", "poison"}
+    assert sorted(calls) == ([1, 1, 1, 3, 3] if database.is_embedded else [1] * 6)

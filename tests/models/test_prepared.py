@@ -7,7 +7,7 @@ from sqlalchemy import bindparam, select
 from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from models.db import Database
-from models.prepared import PreparedInsert, PreparedQuery, PreparedRows
+from models.prepared import PreparedInsert, PreparedQuery, PreparedRows, reading_once
 from models.registry import audit, tenancy
 from models.settings import DatabaseSettings
 from models.tables import AuditLog, Project
@@ -73,3 +73,14 @@ def test_errors_are_those_of_a_session(database: Database, project: str) -> None
 def test_a_missing_table_is_an_error_of_sqlalchemy(tmp_path: Path) -> None:
     with pytest.raises(SQLAlchemyError, match="no such table"):
         by_name.all(Database(DatabaseSettings(url=f"sqlite:///{tmp_path / 'x'}")), name="team")
+
+
+def test_within_a_block_a_query_of_the_same_values_is_asked_once(
+    database: Database, project: str
+) -> None:
+    with database.read() as session:
+        with reading_once(session):
+            first = by_name.all(session, name="team")
+            assert by_name.all(session, name="team") is first
+            assert by_name.all(session, name="other") == []
+        assert by_name.all(session, name="team") is not first

@@ -1,5 +1,7 @@
 """Ownership of jobs, on both databases: claimed once, fenced by the attempt, never lost."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +15,7 @@ from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
 from models.registry import adapters, events, job_runs, jobs, tenancy
 from models.registry.job_files import DataDemand
-from models.tables import Event, File, Job
+from models.tables import Event, File, Job, new_id
 
 LOST = job_runs.LostRun("trainer_crashed", "The trainer crashed.")
 
@@ -243,3 +245,20 @@ def test_an_unknown_name_is_not_found_and_never_the_base(database: Database) -> 
         assert adapters.resolve(session, "p", "base").adapter is None
         with pytest.raises(NotFoundError):
             adapters.resolve(session, "p", "ft:base:local::nothing1")
+
+
+def test_identifiers_are_never_given_twice_by_parent_and_child() -> None:
+    made = [new_id("x-") for _ in range(500)]
+    child = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os\nfrom models.tables import new_id\nnew_id('')\n"
+            "os.fork()\nos.write(1, (new_id('') + ' ').encode())",
+        ],
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert len(set(made)) == 500
+    assert len(set(child.stdout.split())) == 2
