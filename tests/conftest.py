@@ -8,7 +8,7 @@ from models.settings import ModelSettings
 from worker.base_models import BaseModelInfo, materialise
 
 # The fixtures that run real servers: valkey_url, postgres_url, seaweedfs.
-pytest_plugins = ("tests.services", "tests.browser")
+pytest_plugins = ("tests.services", "tests.browser", "tests.scheduling")
 
 SMOLLM2 = "smollm2-135m-instruct"
 
