@@ -2,8 +2,8 @@
 
 Files stay whole, as with ``--dist loadfile``, with two differences that save minutes:
 
-- all files that use the service of ``up`` are one piece of work, so that it is started once and not
-  once by every worker;
+- all files that use the service of ``up`` are one piece of work, and so are those of the page, so
+  that each service (and the browser) is started once and not once by every worker;
 - the longest pieces come first, so that no worker is left alone with one of them at the end.
 """
 
@@ -16,11 +16,11 @@ from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parents[1]
 UP = "tests/flow: up"
+WEB = "tests/web/"
 LONGEST = [
     UP,
     "tests/flow/test_recovery.py",
-    "tests/web/test_replicas.py",
-    "tests/flow/test_up.py",
+    WEB,
     "tests/worker/training/test_run.py",
     "tests/worker/inference/test_process.py",
     "tests/worker/training/test_cost.py",
@@ -32,6 +32,8 @@ LONGEST = [
 @cache
 def piece_of(file: str) -> str:
     """Return the piece of work that a file of tests, named from the root, belongs to."""
+    if file.startswith(WEB):
+        return WEB
     return UP if "up: Up" in (ROOT / file).read_text() else file
 
 

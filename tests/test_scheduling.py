@@ -5,17 +5,18 @@ from typing import Any
 
 import pytest
 
-from tests.scheduling import LONGEST, ROOT, UP, piece_of, pytest_collection_modifyitems
+from tests.scheduling import LONGEST, ROOT, UP, WEB, piece_of, pytest_collection_modifyitems
 
 
 def test_files_that_use_one_service_are_one_piece() -> None:
     using = ["test_openai_sdk", "test_hot_swap", "test_estimate", "test_readme", "test_page"]
     assert {piece_of(f"tests/flow/{name}.py") for name in using} == {UP}
+    assert {piece_of(f"tests/web/{name}.py") for name in ("test_jobs", "test_pages")} == {WEB}
     assert piece_of("tests/flow/test_recovery.py") == "tests/flow/test_recovery.py"
 
 
 def test_the_longest_pieces_are_there() -> None:
-    assert [each for each in LONGEST if each != UP and not (ROOT / each).is_file()] == []
+    assert [each for each in LONGEST if each != UP and not (ROOT / each).exists()] == []
 
 
 @pytest.mark.parametrize("in_worker", [True, False])
