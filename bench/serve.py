@@ -41,6 +41,7 @@ from worker.inference.engine.half_linear import hold_in_half_
 from worker.inference.engine.params import Sampling, TokenEvent
 from worker.inference.engine.pool import AdapterLease
 from worker.inference.engine.scheduler import Limits
+from worker.threads import in_passing_thread
 
 BASE = "smollm2-135m-instruct"
 RANK = 16
@@ -252,7 +253,7 @@ def run(folder: Path, peer_url: str | None, peer_models: Sequence[str], *, quick
     size = QUICK if quick else Size()
     loads = [(n, s) for n in (0, 1, 8, 16) for s in ((8,) if quick else (8, 16))]
     results: Results = {}
-    ours = Ours(folder, size)
+    ours = in_passing_thread(lambda: Ours(folder, size))
     sides: dict[str, Callable[[int], Ask]] = {"ours": ours.asking}
     if peer_url:
         sides["peer"] = peer(peer_url, peer_models, size)

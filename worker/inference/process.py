@@ -46,6 +46,7 @@ from worker.inference.seq2seq_service import Seq2SeqService
 from worker.inference.server import create_app
 from worker.inference.service import InferenceService
 from worker.inference.vllm.build import build_vllm_engine, read_base, refuse_own_model
+from worker.threads import in_passing_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -252,7 +253,7 @@ class InferenceProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         listener, url = listen(self._settings.inference)
-        service, info = build_service(self._settings)
+        service, info = in_passing_thread(lambda: build_service(self._settings))
         http = HttpThread(service, token, listener)
         http.start_and_wait()
         self.serving = True

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from worker.inference.engine.bottlenecks import beside
+from worker.inference.engine.columns import Lanes
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.slots import LayerBuffers, Slots
 from worker.inference.engine.weights import BaseLinear
@@ -53,11 +54,28 @@ class AdaptedLinear(Adapted):
         assert buffers.a is not None
         assert buffers.b is not None
         columns = slots.low_rank
-        own = functional.linear(x.to(buffers.a.dtype), buffers.a[columns.span])
+        a, b = buffers.a[columns.span], buffers.b[columns.span]
+        x = x.to(a.dtype)
+        n_tokens = x[0].numel() // x.shape[-1]
+        if (lanes := columns.lanes) is not None and (n_tokens == 1 or lanes.is_even):
+            return (y + _through_lanes(x, a, b, lanes)).to(y.dtype)
+        own = functional.linear(x, a)
         if (mask := columns.mask) is not None:
             # Chosen, not multiplied by 0: what overflows in one row's adapter stays in that row.
             own = torch.where(beside(mask, x.dim()), own, 0.0)
-        return (y + own @ buffers.b[columns.span]).to(y.dtype)
+        return (y + own @ b).to(y.dtype)
+
+
+def _through_lanes(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lanes: Lanes) -> torch.Tensor:
+    """Return x Aᵀ B [rows, …, out] by each row's own range of `a` [C, in] and `b` [C, out]."""
+    rows = x.reshape(len(x), -1, x.shape[-1]).index_select(0, lanes.rows)
+    by_lane = rows.view(lanes.n, -1, x.shape[-1])
+    own = torch.bmm(by_lane, a.view(lanes.n, -1, a.shape[1]).transpose(1, 2))
+    added = torch.bmm(own, b.view(lanes.n, -1, b.shape[1]))
+    added = added.view(len(lanes.rows), *x.shape[1:-1], -1).index_select(0, lanes.places)
+    if lanes.has_place is None:
+        return added
+    return torch.where(beside(lanes.has_place[:, None], x.dim()), added, 0.0)
 
 
 def _of_rows(slots: Slots, gains: torch.Tensor, n_dims: int) -> torch.Tensor:

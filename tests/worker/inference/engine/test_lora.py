@@ -12,6 +12,7 @@ from tests.worker.inference.tiny import tiny_llama
 from worker.inference.engine.adapters import read_adapter
 from worker.inference.engine.lora import BaseLayers
 from worker.inference.engine.slots import Slots
+from worker.inference.engine.weights import AdapterWeights, ModuleChange
 
 # peft 0.21.2 reads an attribute that transformers 5.24 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -82,6 +83,39 @@ def use(model: PreTrainedModel, directory: Path) -> None:
     slots = Slots(layers.shapes, 1, torch.empty(0, dtype=model.dtype))
     layers.attach(slots)
     slots.use([read_adapter(directory, "d" * 40, layers.shapes).weights(layers.read)])
+
+
+ROWS = ["base", "2", "0", "2", "1", "2", "base"]
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 8)], ids=["of one rank", "of other ranks"])
+@pytest.mark.parametrize("n_tokens", [1, 5])
+def test_rows_of_one_pass_are_what_they_are_alone(ranks: tuple[int, ...], n_tokens: int) -> None:
+    model = tiny_llama()
+    layers = BaseLayers(model)
+    slots = Slots(layers.shapes, 3, torch.empty(0))
+    layers.attach(slots)
+    draw = torch.Generator().manual_seed(5)
+    adapters: dict[str, AdapterWeights | None] = {"base": None}
+    for name, rank in enumerate(ranks):
+        changes = {
+            path: ModuleChange(
+                torch.randn(rank, shape.in_features, generator=draw) * 0.2,
+                torch.randn(shape.out_features, rank, generator=draw) * 0.2,
+            )
+            for path, shape in layers.shapes.items()
+            if shape.kind == "linear" and not shape.is_output
+        }
+        adapters[str(name)] = AdapterWeights(str(name), changes)
+    ids = torch.randint(256, (len(ROWS), n_tokens), generator=draw)
+    with torch.inference_mode():
+        slots.use([adapters[name] for name in ("0", "1", "2")])
+        slots.use([adapters[name] for name in ROWS])
+        together = model(input_ids=ids).logits
+        for row, asked in enumerate(ROWS):
+            slots.use([adapters[asked]])
+            alone = model(input_ids=ids[row : row + 1]).logits[0]
+            torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_conv1d_layers_of_gpt2_are_served_like_peft(tmp_path: Path) -> None:
