@@ -33,7 +33,7 @@ up: $(READY) ## Run the whole service on 127.0.0.1
 	$(BIN)/tunery up
 
 # Two files at a time, on one core each: models of tests are too small for more. Threads that wait
-# sleep, so that they take no core from the other.
+# sleep, so that they take no core from the other. tests/scheduling.py says in what order.
 test: $(READY) ## Run all tests; they start the servers that they need
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 

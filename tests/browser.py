@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from playwright.sync_api import Browser, sync_playwright
@@ -12,10 +13,9 @@ def chromium() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser")
 
 
-# Not for the whole session: as long as it lives, no test can run an event loop of its own.
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Debian's Chromium, without a window."""
+@contextmanager
+def running_browser() -> Iterator[Browser]:
+    """Debian's Chromium, without a window; while it runs, no test can run an event loop."""
     program = chromium()
     if program is None:
         pytest.skip("the tests of the page need a browser: apt-get install chromium")
@@ -23,3 +23,9 @@ def browser() -> Iterator[Browser]:
         made = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
         yield made
         made.close()
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with running_browser() as made:
+        yield made

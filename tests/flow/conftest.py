@@ -116,11 +116,11 @@ def run_up(directory: Path, cache: Path, *arguments: str) -> Iterator[Up]:
         yield Up(home, running, closing)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def up(
     tmp_path_factory: pytest.TempPathFactory, smollm2: object, base_model_cache: Path
 ) -> Iterator[Up]:
-    """One embedded service with the real SmolLM2 for the whole session."""
+    """One embedded service with the real SmolLM2 for all tests of this folder, gone after them."""
     with run_up(tmp_path_factory.mktemp("up") / "home", base_model_cache) as service:
         client = service.client()
 

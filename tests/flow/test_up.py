@@ -47,22 +47,7 @@ def test_two_homes_run_side_by_side_and_leave_nothing_behind(
     )
 
 
-def test_a_killed_supervisor_takes_its_children_along(
-    tmp_path: Path, smollm2: object, base_model_cache: Path
-) -> None:
-    with run_up(tmp_path / "home", base_model_cache) as service:
-        children = service.process.children(recursive=True)
-        assert len(children) >= 4
-        service.process.kill()
-        service.process.wait(10)
-        wait_until(
-            lambda: not [child for child in children if child.is_running()],
-            10,
-            "the end of every child",
-        )
-
-
-def test_a_child_that_dies_is_started_again(
+def test_a_child_that_dies_is_started_again_and_a_killed_supervisor_takes_all_along(
     tmp_path: Path, smollm2: object, base_model_cache: Path
 ) -> None:
     with run_up(tmp_path / "home", base_model_cache) as service:
@@ -79,6 +64,15 @@ def test_a_child_that_dies_is_started_again(
         wait_until(answers_again, 30, "the API's return")
         again = [child for child in service.process.children() if child.cmdline()[-1] == "api"]
         assert [child.pid != api.pid for child in again] == [True]
+        children = service.process.children(recursive=True)
+        assert len(children) >= 4
+        service.process.kill()
+        service.process.wait(10)
+        wait_until(
+            lambda: not [child for child in children if child.is_running()],
+            10,
+            "the end of every child",
+        )
 
 
 @pytest.mark.parametrize("fault", ["home", "port"])

@@ -7,24 +7,22 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from api.cli.migrate import upgrade
+from tests.browser import running_browser
 from tests.web.site import VIOLATION, Site, open_context, running_site
 
 expect.set_options(timeout=20_000)  # slow processors are no failure
 
 
-@pytest.fixture(scope="session")
-def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database with the schema; each service copies it, which is much faster."""
-    path = tmp_path_factory.mktemp("migrated") / "tunery.db"
-    upgrade(f"sqlite:///{path}")
-    return path
+@pytest.fixture(scope="package")
+def browser() -> Iterator[Browser]:
+    with running_browser() as made:
+        yield made
 
 
-@pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Site]:
+@pytest.fixture(scope="package")
+def service(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("site")
-    shutil.copy(migrated_database, folder / "tunery.db")
+    shutil.copy(migrated_sqlite, folder / "tunery.db")
     with running_site(folder) as made:
         yield made
 

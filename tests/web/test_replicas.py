@@ -126,10 +126,10 @@ class Fleet:
 
 
 @pytest.fixture(scope="module")
-def fleet(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> Iterator[Fleet]:
+def fleet(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Iterator[Fleet]:
     """A fleet for both tests: starting a process of the API takes seconds."""
     tmp_path = tmp_path_factory.mktemp("fleet")
-    shutil.copy(migrated_database, tmp_path / "tunery.db")
+    shutil.copy(migrated_sqlite, tmp_path / "tunery.db")
     settings = settings_in(tmp_path)
     *ports, port = free_ports(3)
     environment = {

@@ -245,14 +245,11 @@ class InferenceProcess:
         self._server_id = f"inference-{secrets.token_hex(8)}"
 
     def run(self) -> int:
-        """Serve until SIGTERM or SIGINT; return the exit status, 0 after an orderly stop."""
+        """Serve until SIGTERM or SIGINT; return the exit status, 0 after an orderly stop.
+
+        The settings hold a token: ``python -m worker.inference`` has looked before all was loaded.
+        """
         token = self._settings.inference.token.get_secret_value()
-        if not token:
-            logger.error(
-                "inference_token_missing",
-                remedy="Set TUNERY_INFERENCE__TOKEN to the same secret as for the API.",
-            )
-            return 2
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         listener, url = listen(self._settings.inference)

@@ -71,7 +71,7 @@ def running(service: InferenceService) -> Iterator[httpx.Client]:
 
 
 class TinyServer:
-    """A server of a tiny random model that speaks through SmolLM2's tokenizer."""
+    """A server of a tiny random model that speaks through the first of SmolLM2's tokens."""
 
     def __init__(self, tokenizers: "Tokenizers", base: BaseModelInfo, root: Path) -> None:
         tokenizer, self.renderer = tokenizers
@@ -96,10 +96,9 @@ Tokenizers = tuple[PreTrainedTokenizerBase, ChatRenderer]
 
 
 @pytest.fixture(scope="session")
-def tokenizers(smollm2: tuple[Path, BaseModelInfo]) -> Tokenizers:
-    """SmolLM2's tokenizer for decoding, and a renderer with a tokenizer of its own."""
-    directory = smollm2[0]
-    return load_tokenizer(directory), ChatRenderer(load_tokenizer(directory))
+def tokenizers(small_tokenizer: Path) -> Tokenizers:
+    """The first of SmolLM2's tokens for decoding, and a renderer with a tokenizer of its own."""
+    return load_tokenizer(small_tokenizer), ChatRenderer(load_tokenizer(small_tokenizer))
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import httpx
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from models.domain.generation import AdapterRef
 from models.settings import (
@@ -20,10 +20,11 @@ from models.settings import (
     StorageSettings,
 )
 from models.storage import open_store
-from tests.worker.inference.conftest import TOKEN, Tokenizers, running
+from tests.worker.inference.conftest import TOKEN, running
 from tests.worker.inference.test_own_model import write_adapter
 from tests.worker.inference.tiny import publish
 from tests.worker.training.encoders import save_encoder
+from worker.base_models import BaseModelInfo, load_tokenizer
 from worker.inference.process import build_service
 
 SOURCE = "The harbour office opens at seven."
@@ -35,8 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:Futu
 class Place:
     """A tiny T5 that speaks through SmolLM2's tokenizer, a LoRA on it, and a server of both."""
 
-    def __init__(self, tokenizers: Tokenizers, root: Path) -> None:
-        self.tokenizer = tokenizers[0]
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, root: Path) -> None:
+        self.tokenizer = tokenizer
         changes = {"vocab_size": len(self.tokenizer), "eos_token_id": self.tokenizer.eos_token_id}
         self.directory = save_encoder(root / "base", "t5", **changes)
         self.tokenizer.save_pretrained(self.directory)
@@ -68,8 +69,8 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tokenizers: Tokenizers, tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tokenizers, tmp_path_factory.mktemp("t5"))
+def place(smollm2: tuple[Path, BaseModelInfo], tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(load_tokenizer(smollm2[0]), tmp_path_factory.mktemp("t5"))
 
 
 @pytest.fixture(scope="module")

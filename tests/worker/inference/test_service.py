@@ -169,11 +169,11 @@ def test_a_bias_decides_what_is_drawn(client: httpx.Client, tokenizers: Tokenize
 @pytest.mark.parametrize(
     ("request_", "param"),
     [
-        (body(logit_bias={"49152": 1}), "logit_bias"),
+        (body(logit_bias={"2048": 1}), "logit_bias"),
         (body(logit_bias={"5": 101}), "sampling.logit_bias.5"),
         (body(top_k=-1), "sampling.top_k"),
         (body(logprobs=21), "sampling.logprobs"),
-        (text_body([5, 49152]), "prompt"),
+        (text_body([5, 2048]), "prompt"),
         (text_body([-1]), "prompt"),
         (text_body([]), "prompt"),
         (text_body(""), "prompt"),

@@ -25,11 +25,11 @@ def ids_of(tokenizers: Tokenizers, text: str) -> list[int]:
 def test_a_token_has_text_bytes_and_alternatives(
     vocabulary: Vocabulary, tokenizers: Tokenizers
 ) -> None:
-    [tide], [wind] = (ids_of(tokenizers, text) for text in (" time", " wind"))
-    scored = TokenLogprobs(tide, -0.5, ((tide, -0.5), (wind, -math.inf)), offset=3)
+    [time], [people] = (ids_of(tokenizers, text) for text in (" time", " people"))
+    scored = TokenLogprobs(time, -0.5, ((time, -0.5), (people, -math.inf)), offset=3)
     chunk = ChunkWriter(vocabulary).chunk(1, TokenEvent(" time", None, 1, logprobs=(scored,)))
     own = TopLogprob(text=" time", bytes=tuple(b" time"), logprob=-0.5)
-    other = TopLogprob(text=" wind", bytes=tuple(b" wind"), logprob=LEAST_LOGPROB)
+    other = TopLogprob(text=" people", bytes=tuple(b" people"), logprob=LEAST_LOGPROB)
     assert (chunk.index, chunk.text) == (1, " time")
     assert chunk.logprobs == (
         TokenLogprob(text=" time", bytes=tuple(b" time"), logprob=-0.5, offset=3, top=(own, other)),

@@ -53,7 +53,8 @@ class Service:
     store: LocalStore
 
     @classmethod
-    def create(cls, root: Path, base_directory: Path) -> "Service":
+    def open(cls, root: Path, base_directory: Path) -> "Service":
+        """The service whose data lie below `root`, or will."""
         settings = Settings(
             database=DatabaseSettings(url=f"sqlite:///{root / 'tunery.db'}"),
             storage=StorageSettings(url=f"file:{root / 'objects'}"),
@@ -62,12 +63,17 @@ class Service:
             ),
             worker=WorkerSettings(scratch_dir=root / "scratch"),
         )
-        database = Database(settings.database)
-        Base.metadata.create_all(database.engine)
-        with database.write() as session:
+        return cls(settings, Database(settings.database), LocalStore(root / "objects"))
+
+    @classmethod
+    def create(cls, root: Path, base_directory: Path) -> "Service":
+        """A new service below `root`, without a file."""
+        service = cls.open(root, base_directory)
+        Base.metadata.create_all(service.database.engine)
+        with service.database.write() as session:
             session.add(Project(id=PROJECT, name="test"))
-            base_models.sync_catalog(session, settings.models.catalog)
-        return cls(settings, database, LocalStore(root / "objects"))
+            base_models.sync_catalog(session, service.settings.models.catalog)
+        return service
 
     def upload(self, file_id: str, rows: Sequence[Any]) -> None:
         """Store a file and lint it, as the worker's parent does."""

@@ -47,7 +47,7 @@ def test_two_processes_train_what_one_does(service: Service, tmp_path: Path) -> 
     service.upload("file-valid", chat_rows(15)[12:])
     changes = {"peft": NO_DROPOUT, "validation_file": "file-valid"}
     alone = service.submit(**changes)
-    train(service, alone)
+    assert service.run(alone) == exit_codes.DONE
     together = service.submit(**changes, **TWO)
     train(service, together)
     for one, two in zip(service.trace(alone.id), service.trace(together.id), strict=True):
@@ -64,14 +64,15 @@ def test_two_processes_train_what_one_does(service: Service, tmp_path: Path) -> 
 
 
 def test_a_killed_job_goes_on_exactly(service: Service) -> None:
-    expected = service.submit(**TWO)
+    longer = {**TWO, "hyperparameters": {"n_epochs": 8, "batch_size": 4}}
+    expected = service.submit(**longer)
     train(service, expected)
-    job = service.submit(**TWO, checkpoint_steps=1)
+    job = service.submit(**longer, checkpoint_steps=1)
     with in_training(service, job, 2) as (process, follower):
         process.kill()
         process.wait()
         wait_until(lambda: not follower.is_running())
-    assert service.job(job.id).step < 6
+    assert service.job(job.id).step < 24
     again = service.requeue(job)
     train(service, again)
     digests = {row.job_id: row.digest for row in service.adapters()}

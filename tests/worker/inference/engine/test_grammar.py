@@ -54,7 +54,7 @@ def test_random_logits_write_json_that_fulfils_the_schema(
         sampler = Sampler(Sampling(max_tokens=200, seed=seed), (), constraint)
         tokens: list[int] = []
         while not sampler.is_over:
-            drawn = sampler.pick(torch.randn(49152, generator=logits))
+            drawn = sampler.pick(torch.randn(len(tokenizer), generator=logits))
             sampler.advance(drawn.token)
             tokens.append(drawn.token)
             assert len(tokens) < 200
