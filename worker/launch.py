@@ -26,7 +26,8 @@ WITHHELD = ("TUNERY_BROKER__URL", "TUNERY_INFERENCE__TOKEN", "TUNERY_CLIENT__API
 # Training allocates the same large tensors in every step. By default glibc gives their pages back
 # to the kernel each time and takes them anew; kept, and in huge pages, a step is a tenth faster.
 ALLOCATOR = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    # One arena: what a waiting trainer's preparations gave back is there for its job.
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
 }

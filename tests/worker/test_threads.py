@@ -1,10 +1,11 @@
 """What is done once leaves no thread behind."""
 
+import os
 import threading
 
 import pytest
 
-from worker.threads import in_passing_thread
+from worker.threads import LEAST_URGENT, in_passing_thread
 
 
 def test_the_result_comes_back_and_the_thread_is_gone() -> None:
@@ -20,3 +21,13 @@ def test_what_the_work_raises_is_raised_here() -> None:
 
     with pytest.raises(SystemExit, match="3"):
         in_passing_thread(stop)
+
+
+def test_only_the_thread_gives_way_to_others() -> None:
+    mine = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def own() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    assert in_passing_thread(own, niceness=LEAST_URGENT) == LEAST_URGENT
+    assert os.getpriority(os.PRIO_PROCESS, 0) == mine

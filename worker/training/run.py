@@ -31,6 +31,7 @@ from models.logs import configure_logging
 from models.processes import die_with_parent
 from models.settings import Settings, load_settings
 from models.storage import open_store
+from worker.threads import LEAST_URGENT, in_passing_thread
 from worker.training import exit_codes
 from worker.training.warm import WarmBase
 
@@ -116,14 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.job is not None:
         orders = [Order(given.job, given.attempt)]
     else:
-        import_what_takes_seconds()
-        if given.base is not None and not has_order():
-            from worker.training.model import set_threads
-
-            set_threads(settings.worker.slots)
-            precision = Precision.model_validate_json(given.precision)
-            peft = None if given.peft is None else json.loads(given.peft)
-            warm.load(settings, given.base, precision, peft, has_order)
+        in_passing_thread(lambda: prepare(settings, given, warm), niceness=LEAST_URGENT)
         orders = wait_for_jobs()
     if not orders:
         return exit_codes.DONE
@@ -134,9 +128,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_job(settings, *orders[0], stop, warm)
 
 
-def import_what_takes_seconds() -> None:
+def prepare(settings: Settings, given: argparse.Namespace, warm: WarmBase) -> None:
+    """Do what can be done before a job is known; whoever asks a model meanwhile comes first."""
     for name in _SLOW_IMPORTS:
         import_module(name)
+    if given.base is None or has_order():
+        return
+    from worker.training.model import set_threads
+
+    set_threads(settings.worker.slots)
+    precision = Precision.model_validate_json(given.precision)
+    peft = None if given.peft is None else json.loads(given.peft)
+    warm.load(settings, given.base, precision, peft, has_order)
 
 
 def input_lines() -> FileIO:
