@@ -77,9 +77,10 @@ class AdapterPool:
         with self._lock:
             resident = self._residents.get(weights.digest)
             if resident is None:
-                self._make_room(weights.n_bytes)
+                n_bytes = weights.n_bytes
+                self._make_room(n_bytes)
                 resident = self._residents[weights.digest] = _Resident(weights)
-                self._n_bytes += weights.n_bytes
+                self._n_bytes += n_bytes
             return self._lease(resident)
 
     def remove(self, digest: str) -> int:

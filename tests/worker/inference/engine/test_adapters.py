@@ -150,6 +150,14 @@ def test_what_is_not_finite_is_refused(files: Files, tmp_path: Path, value: floa
     assert Q0 in error.detail
 
 
+def test_large_numbers_are_not_taken_for_infinite_ones(files: Files, tmp_path: Path) -> None:
+    tensor = files.tensors[f"{Q0}.lora_A.weight"]
+    tensor[0] = torch.finfo(torch.float32).max  # the sum of a row is beyond it
+    assert not torch.isfinite(tensor.sum())
+    kept = read(files, tmp_path).modules["model.layers.0.self_attn.q_proj"]["lora_A.weight"]
+    assert torch.equal(kept, tensor)
+
+
 def test_an_adapter_without_tensors_is_refused(files: Files, tmp_path: Path) -> None:
     files.tensors.clear()
     assert refusal(files, tmp_path).reason == "no_effect"
