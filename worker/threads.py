@@ -21,7 +21,8 @@ def in_passing_thread(work: Callable[[], T], *, niceness: int = 0) -> T:
     here, and the thread that makes products all day has the only pool.
 
     Args:
-        work: What to do.
+        work: What to do; not starting a process that is to end with its parent, which would end
+            with this thread (PR_SET_PDEATHSIG).
         niceness: How much the thread, and those that it starts, give way to others (Linux keeps
             this by thread; a process could not become urgent again).
     """

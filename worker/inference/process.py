@@ -164,10 +164,13 @@ def _own_engines(
     family = info.shape.family if info.shape is not None else "decoder"
     device = pick_device(mine.device)
     head = Head("seq2seq_lm" if family == "encoder_decoder" else "causal_lm")
-    model = load_model(directory, precision=mine.precision, device=device, head=head)
-    if device == "cpu" and mine.precision in QUANTISED:
-        dequantise_(model)
-    lighten_(model, mine.precision, device)
+
+    def load() -> "PreTrainedModel":
+        model = load_model(directory, precision=mine.precision, device=device, head=head)
+        if device == "cpu" and mine.precision in QUANTISED:
+            dequantise_(model)
+        lighten_(model, mine.precision, device)
+        return model
 
     def build_engine(model: "PreTrainedModel", fingerprint: str) -> Engine:
         ends = stop_ids(model.generation_config.eos_token_id) | turn_ends
@@ -194,7 +197,7 @@ def _own_engines(
         engine = build_engine(own.model, f"{info.fingerprint} {adapter.name}")
         return Built(engine, own.n_bytes, own.drift)
 
-    return build_engine(model, info.fingerprint), build_own
+    return build_engine(in_passing_thread(load), info.fingerprint), build_own
 
 
 def stop_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:
@@ -253,7 +256,7 @@ class InferenceProcess:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.on_signal)
         listener, url = listen(self._settings.inference)
-        service, info = in_passing_thread(lambda: build_service(self._settings))
+        service, info = build_service(self._settings)
         http = HttpThread(service, token, listener)
         http.start_and_wait()
         self.serving = True
