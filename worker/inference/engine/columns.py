@@ -4,6 +4,7 @@ The ranges are the same in all layers, so that one mask tells every layer which 
 row's own, and one plan which rows meet in a range (`Lanes`).
 """
 
+import math
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
@@ -11,27 +12,30 @@ import torch
 
 GRAIN = 32
 """The number of columns is a multiple of this: growing copies every buffer."""
+NARROWEST, MOST_PLACES = 4, 8
+"""Lanes below this width, and more of them for one row, are slower than one product of all."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lanes:
-    """Ranges of one width, one after the other, and the rows of a pass that go through each.
+    """Stretches of one width, one after the other, and the rows of a pass that go through each.
 
-    A product of a batch then reads every range once, and no row meets the columns of others.
+    A product of a batch then reads every lane once, and no row meets the columns of others. A wide
+    range is several lanes, whose results are added.
     """
 
     n: int
     rows: torch.Tensor
-    """The row at each place [n × the most rows of one range]; row 0 at places that stay empty."""
+    """The row at each place [n × the most rows of one lane]; row 0 at places that stay empty."""
     places: torch.Tensor
-    """Where each row's result is [rows]; anywhere for a row without a range."""
-    has_place: torch.Tensor | None
-    """Whether a row has a range [rows]; None: they all have."""
+    """Where the results of each row are [rows, the most lanes of one row]."""
+    is_taken: torch.Tensor | None
+    """Which of `places` are a row's own [rows, …]; None: all are."""
 
     @property
     def is_even(self) -> bool:
         """Whether empty places cost less than what rows would lose to others' columns."""
-        return len(self.rows) <= 2 * len(self.places)
+        return len(self.rows) <= 2 * self.places.numel()
 
 
 class Columns:
@@ -48,7 +52,7 @@ class Columns:
         self.span = slice(0, 0)
         """From the first to the last column of any adapter in the next pass."""
         self.lanes: Lanes | None = None
-        """How the rows go through the span; None where it is one range, or not of equal ones."""
+        """How the rows go through the span; None where it is one range, or lanes do not pay."""
         self._ranges = [range(0)] * (n_slots + 1)
         self._device = device
         self._rows: list[int] = []
@@ -58,13 +62,17 @@ class Columns:
         return self._ranges[slot]
 
     def place(self, slot: int, width: int) -> None:
-        """Give a slot the first gap of `width` columns; `size` grows where there is none."""
+        """Give a slot the first gap of `width` columns; `size` grows where there is none.
+
+        It starts at a multiple of the largest power of two in `width`, so that ranges of usual
+        ranks keep in step.
+        """
         self._ranges[slot] = range(0)
-        start = 0
+        start, step = 0, max(1, width & -width)
         for taken in sorted((each for each in self._ranges if each), key=lambda each: each.start):
             if taken.start - start >= width:
                 break
-            start = max(start, taken.stop)
+            start = max(start, -(-taken.stop // step) * step)
         if start + width > self.size:
             self.size = -(-(start + width) // GRAIN) * GRAIN
         self._ranges[slot] = range(start, start + width)
@@ -80,29 +88,34 @@ class Columns:
         self.lanes = self._divide(ranges)
 
     def _divide(self, ranges: Sequence[range]) -> Lanes | None:
-        widths, first = {len(each) for each in ranges}, self.span.start
-        if len(ranges) < 2 or len(widths) > 1:
+        first = self.span.start
+        width = math.gcd(*map(len, ranges), *(each.start - first for each in ranges))
+        if len(ranges) < 2 or width < NARROWEST:
             return None
-        [width] = widths
-        if any((each.start - first) % width for each in ranges):
+        members: list[list[int]] = [[] for _ in range((self.span.stop - first) // width)]
+        lanes_of = [
+            range((each.start - first) // width, (each.stop - first) // width)
+            for each in (self._ranges[slot] for slot in self._rows)
+        ]
+        most_lanes = max(map(len, lanes_of))
+        if most_lanes > MOST_PLACES:
             return None
-        n = (self.span.stop - first) // width
-        members: list[list[int]] = [[] for _ in range(n)]
-        for row, slot in enumerate(self._rows):
-            if self._ranges[slot]:
-                members[(self._ranges[slot].start - first) // width].append(row)
-        most = max(len(rows) for rows in members)
-        places = [0] * len(self._rows)
-        for lane, rows in enumerate(members):
-            for place, row in enumerate(rows, start=lane * most):
-                places[row] = place
+        for row, lanes in enumerate(lanes_of):
+            for lane in lanes:
+                members[lane].append(row)
+        most = max(map(len, members))
+        places = [
+            [lane * most + members[lane].index(row) for lane in lanes]
+            + [0] * (most_lanes - len(lanes))
+            for row, lanes in enumerate(lanes_of)
+        ]
+        is_taken = [[number < len(lanes) for number in range(most_lanes)] for lanes in lanes_of]
         at_places = [row for rows in members for row in rows + [0] * (most - len(rows))]
-        has_place = [bool(self._ranges[slot]) for slot in self._rows]
         return Lanes(
-            n,
+            len(members),
             torch.tensor(at_places, device=self._device),
             torch.tensor(places, device=self._device),
-            None if all(has_place) else torch.tensor(has_place, device=self._device),
+            None if all(map(all, is_taken)) else torch.tensor(is_taken, device=self._device),
         )
 
     @property

@@ -71,11 +71,13 @@ def _through_lanes(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lanes: Lan
     rows = x.reshape(len(x), -1, x.shape[-1]).index_select(0, lanes.rows)
     by_lane = rows.view(lanes.n, -1, x.shape[-1])
     own = torch.bmm(by_lane, a.view(lanes.n, -1, a.shape[1]).transpose(1, 2))
-    added = torch.bmm(own, b.view(lanes.n, -1, b.shape[1]))
-    added = added.view(len(lanes.rows), *x.shape[1:-1], -1).index_select(0, lanes.places)
-    if lanes.has_place is None:
-        return added
-    return torch.where(beside(lanes.has_place[:, None], x.dim()), added, 0.0)
+    results = torch.bmm(own, b.view(lanes.n, -1, b.shape[1]))
+    results = results.view(len(lanes.rows), -1, b.shape[1]).index_select(0, lanes.places.flatten())
+    if lanes.is_taken is not None:
+        results = torch.where(lanes.is_taken.view(-1, 1, 1), results, 0.0)
+    if lanes.places.shape[1] > 1:
+        results = results.view(*lanes.places.shape, *results.shape[1:]).sum(1)
+    return results.view(*x.shape[:-1], b.shape[1])
 
 
 def _of_rows(slots: Slots, gains: torch.Tensor, n_dims: int) -> torch.Tensor:

@@ -88,7 +88,9 @@ def use(model: PreTrainedModel, directory: Path) -> None:
 ROWS = ["base", "2", "0", "2", "1", "2", "base"]
 
 
-@pytest.mark.parametrize("ranks", [(4, 4, 4), (2, 4, 8)], ids=["of one rank", "of other ranks"])
+@pytest.mark.parametrize(
+    "ranks", [(4, 4, 4), (4, 8, 16), (2, 3, 8)], ids=["one rank", "other ranks", "odd ranks"]
+)
 @pytest.mark.parametrize("n_tokens", [1, 5])
 def test_rows_of_one_pass_are_what_they_are_alone(ranks: tuple[int, ...], n_tokens: int) -> None:
     model = tiny_llama()
