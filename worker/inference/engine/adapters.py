@@ -197,4 +197,4 @@ def _read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def _is_finite(tensor: torch.Tensor) -> bool:
     # One number that is not finite leaves no finite sum; a sum that is not may only be too large.
-    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
