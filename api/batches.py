@@ -194,9 +194,12 @@ class _Run:
 
     async def _keep(self) -> None:
         """Write answers, renew the lease, and see whether the batch is to stop."""
-        while not self._ended.is_set():
+        is_last = False
+        while not is_last:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), FLUSH_SECONDS)
+            # Asked before answers are taken: some may have come while the last ones were written.
+            is_last = self._ended.is_set()
             taken, self._answers = self._answers, []
             standing = await _in_thread(self._flush, taken)
             if standing.status == BatchStatus.CANCELLING or standing.is_expired:

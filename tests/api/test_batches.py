@@ -79,6 +79,23 @@ def test_every_line_is_answered_once_in_order(
         assert session.query(BatchResult).count() == 0  # they stand in the files
 
 
+def test_answers_that_come_while_others_are_written_are_kept(
+    client: TestClient, inference: FakeInference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = batches._Run._flush
+
+    def slow(run: batches._Run, taken: list[registry.Answer]) -> registry.Standing:
+        deadline = time.monotonic() + 20
+        while not run._ended.is_set() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return real(run, taken)
+
+    monkeypatch.setattr(batches._Run, "_flush", slow)
+    made = new_batch(client, LINES)
+    batch = ended(client, made.json()["id"], "completed", "expired")
+    assert batch["request_counts"] == {"total": 12, "completed": 12, "failed": 0}
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [
