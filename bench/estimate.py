@@ -104,6 +104,7 @@ def main() -> None:
         title=describe_machine(),
     )
     figures: dict[str, dict[str, float]] = {}
+    progress = Console(stderr=True)
     with (
         tempfile.TemporaryDirectory() as folder,
         running_service(Home(Path(folder) / "service")) as client,
@@ -121,6 +122,7 @@ def main() -> None:
                     f"{off:+.0%}" + ("" if abs(off) <= GOALS[what] else " !"),
                 ]
             table.add_row(case.name, *cells)
+            progress.print(case.name, *cells, sep=" | ")  # the ten take long
     Console().print(table)
     if options.json:
         print_figures(figures)

@@ -1,12 +1,18 @@
-"""Threads and the pools of OpenMP workers that come with them."""
+"""Threads and the pools of OpenMP workers that come with them, and who gives way to whom."""
 
+import errno
 import os
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from threading import Thread, get_native_id
 from typing import TypeVar
 
+import structlog
+
 T = TypeVar("T")
+log = structlog.get_logger(__name__)
 
 LEAST_URGENT = 19
 """The niceness of work that takes what processor time others leave."""
@@ -41,3 +47,29 @@ def in_passing_thread(work: Callable[[], T], *, niceness: int = 0) -> T:
     found = result.result()
     thread.join()
     return found
+
+
+_AUTOGROUP = Path("/proc/self/autogroup")
+_TRIES = 20
+
+
+def set_session_niceness(niceness: int) -> None:
+    """Let all of this process's session give way to other sessions, or no longer (0).
+
+    Where Linux groups processes by session (``sched_autogroup_enabled``) the niceness of a thread
+    counts only within its session, and this one between them. Unlike that of a process it can be
+    taken back. A process that does not lead its session leaves it as it is.
+    """
+    if os.getsid(0) != os.getpid() or not _AUTOGROUP.exists():
+        return
+    for _ in range(_TRIES):
+        try:
+            _AUTOGROUP.write_text(str(niceness))
+        except OSError as error:
+            if error.errno != errno.EAGAIN:  # Linux takes ten changes a second, of all processes
+                log.warning("session_niceness_not_set", niceness=niceness, error=str(error))
+                return
+            time.sleep(0.1)
+        else:
+            return
+    log.warning("session_niceness_not_set", niceness=niceness, error="the kernel is busy")

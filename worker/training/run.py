@@ -31,7 +31,7 @@ from models.logs import configure_logging
 from models.processes import die_with_parent
 from models.settings import Settings, load_settings
 from models.storage import open_store
-from worker.threads import LEAST_URGENT, in_passing_thread
+from worker.threads import LEAST_URGENT, in_passing_thread, set_session_niceness
 from worker.training import exit_codes
 from worker.training.warm import WarmBase
 
@@ -117,8 +117,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.job is not None:
         orders = [Order(given.job, given.attempt)]
     else:
+        set_session_niceness(LEAST_URGENT)
         in_passing_thread(lambda: prepare(settings, given, warm), niceness=LEAST_URGENT)
         orders = wait_for_jobs()
+        set_session_niceness(0)
     if not orders:
         return exit_codes.DONE
     stop = StopSignal()
