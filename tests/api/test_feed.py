@@ -101,20 +101,15 @@ def test_events_come_once_and_in_order(
     assert texts == [f"number {number}" for number in range(10)]
 
 
-def test_a_reader_who_leaves_is_forgotten(
-    database: Database, job_id: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "POLL_SECONDS", 0.02)
-
+def test_a_reader_who_leaves_is_forgotten(database: Database, job_id: str) -> None:
     async def main() -> dict[str, Any]:
         feed = JobFeed(database, "local")
         stream = feed.read(job_id, Position())
         await anext(stream)
         assert feed._watched
         await stream.aclose()
-        await asyncio.sleep(0.1)
         assert feed._task is not None
-        assert feed._task.done()
+        await asyncio.wait_for(feed._task, 20)
         return feed._watched
 
     assert asyncio.run(main()) == {}
