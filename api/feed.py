@@ -2,22 +2,24 @@
 
 A reader holds no thread and no database connection. One task of the process asks many times a
 second, with one query, which of the jobs that somebody reads have changed; only of those it reads
-what is new, renders it once, and hands the same bytes to all their readers.
+what is new, renders it once, and sends the same bytes to all their readers itself. The task of a
+reader wakes up only when sending has to wait.
 """
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import orjson
 import structlog
 from fastapi.concurrency import run_in_threadpool
 
 from api import bodies
+from api.eager import begin
 from models.db import Database
 from models.domain.base import JsonObject
 from models.registry import checkpoints, events, jobs, metrics, turns
@@ -35,6 +37,8 @@ KEEP_ALIVE_SECONDS = 15.0
 """Proxies close a stream that is silent for longer (nginx after 60 s)."""
 MAX_WAITING = 100
 """A reader who is so many news behind is cut off; it comes back and asks for what it has missed."""
+AT_ONCE = 100
+"""Readers that are sent something before the event loop does anything else."""
 HISTORY = 10_000
 
 
@@ -117,25 +121,71 @@ class _Watched:
     readers: set["_Reader"] = field(default_factory=set)
 
 
-class _Reader:
-    """The news that wait for one stream: a queue without locks, since it has one thread."""
+Send = Callable[[News], Coroutine[Any, Any, None]]
+"""Sends news to one reader; returns when that reader may be sent more."""
 
-    def __init__(self) -> None:
+
+class _Reader:
+    """One stream. What it is told is sent at once, or waits while sending does.
+
+    Args:
+        send: How it is sent news.
+        after: What it has seen already, if that is more than it would be told next.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._seen: Position | None = None
         self._news: deque[News | None] = deque()
-        self._wanted: asyncio.Future[None] | None = None
+        self._idle: asyncio.Future[Awaitable[None] | None] | None = None
+
+    def pass_over(self, seen: Position) -> None:
+        """From now on leave out what was seen at a position."""
+        self._seen = seen
 
     def tell(self, news: News) -> None:
-        """Add news; who has too many already is told that it ends."""
-        if len(self._news) < MAX_WAITING:
-            self._news.append(news if len(self._news) < MAX_WAITING - 1 else None)
-        if self._wanted is not None and not self._wanted.done():
-            self._wanted.set_result(None)
+        """Send news, or keep them; who has too many already is told that it ends."""
+        if self._seen is not None:
+            seen = self._seen
+            self._seen = None if seen.is_within(news.position) else seen
+            news = news.after(seen)
+        idle = self._idle
+        if idle is None or idle.done():
+            if len(self._news) < MAX_WAITING:
+                self._news.append(news if len(self._news) < MAX_WAITING - 1 else None)
+        elif news.has_ended:
+            self._news.append(news)
+            idle.set_result(None)
+        else:
+            try:
+                rest = begin(self._send(news))
+            except Exception as error:  # noqa: BLE001 (the reader's task raises it)
+                idle.set_exception(error)
+            else:
+                if rest is not None:
+                    idle.set_result(rest)
 
-    async def next(self) -> News | None:
-        while not self._news:
-            self._wanted = asyncio.get_running_loop().create_future()
-            await self._wanted
-        return self._news.popleft()
+    async def follow(self) -> None:
+        """Send what waits, and let `tell` send what comes, until the end; or stop: too slow.
+
+        Raises:
+            Exception: what sending raises.
+        """
+        while True:
+            while self._news:
+                news = self._news.popleft()
+                if news is None:
+                    return
+                await self._send(news)
+                if news.has_ended:
+                    return
+            self._idle = asyncio.get_running_loop().create_future()
+            try:
+                rest = await self._idle
+            finally:
+                self._idle = None
+            if rest is not None:
+                await rest
 
 
 class JobFeed:
@@ -153,12 +203,12 @@ class JobFeed:
         self._task: asyncio.Task[None] | None = None
         self._version: int | None = None
 
-    async def read(self, job_id: str, after: Position) -> AsyncGenerator[News | None, None]:
-        """Yield what has come after a position, then what comes, until the job has ended.
+    async def follow(self, job_id: str, after: Position, send: Send) -> None:
+        """Send what has come after a position, then what comes, until the job has ended.
 
-        Nothing is left out or told twice. None is yielded when the reader was too slow.
+        Nothing is left out or told twice. Returns earlier when the reader is too slow.
         """
-        reader = _Reader()
+        reader = _Reader(send)
         watched = self._watched.get(job_id)
         if watched is None:
             # The position is taken first: what comes later reaches the reader.
@@ -170,21 +220,15 @@ class JobFeed:
         try:
             # Everything up to the common position, which the reader goes on from.
             until = watched.position
-            is_ahead = not after.is_within(until)
+            if not after.is_within(until):
+                reader.pass_over(after)
             history = await run_in_threadpool(self._look, job_id, after, "", until)
-            yield history
+            await send(history)
             if history.has_ended:
                 # What it wrote after the common position; nothing follows the end.
-                yield await run_in_threadpool(self._look, job_id, history.position, "")
+                await send(await run_in_threadpool(self._look, job_id, history.position, ""))
                 return
-            while True:
-                news = await reader.next()
-                if is_ahead and news is not None:
-                    is_ahead = not after.is_within(news.position)
-                    news = news.after(after)
-                yield news
-                if news is None or news.has_ended:
-                    return
+            await reader.follow()
         finally:
             watched.readers.discard(reader)
             if not watched.readers:
@@ -214,8 +258,8 @@ class JobFeed:
             pause = max(usual, asked / MAX_SHARE)
             if now - told_at > KEEP_ALIVE_SECONDS:
                 told_at = now
-                for watched in self._watched.values():
-                    _hand_over(watched, News(watched.position))
+                for watched in list(self._watched.values()):
+                    await _hand_over(watched, News(watched.position))
 
     async def _tell_news(self) -> float:
         """Hand over what is new; return how many seconds it took to ask which jobs have changed."""
@@ -238,7 +282,7 @@ class JobFeed:
             if not news.is_empty:
                 watched.position = news.position
                 watched.job = news.job or watched.job
-                _hand_over(watched, news)
+                await _hand_over(watched, news)
         self._version = version
         return seconds
 
@@ -282,6 +326,10 @@ class JobFeed:
             )
 
 
-def _hand_over(watched: _Watched, news: News) -> None:
-    for reader in watched.readers:
-        reader.tell(news)
+async def _hand_over(watched: _Watched, news: News) -> None:
+    """Tell all readers; those who come meanwhile begin after this news."""
+    readers = list(watched.readers)
+    for start in range(0, len(readers), AT_ONCE):
+        for reader in readers[start : start + AT_ONCE]:
+            reader.tell(news)
+        await asyncio.sleep(0)

@@ -2,7 +2,6 @@
 
 import asyncio
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
@@ -59,29 +58,3 @@ async def load(url: str, sent: bytes, seconds: float, n_streams: int) -> Load:
     await asyncio.gather(*(stream() for _ in range(n_streams)))
     elapsed = time.perf_counter() - started
     return Load(len(times), len(times) / elapsed, percentile(times, 50), percentile(times, 99))
-
-
-class Listener(asyncio.Protocol):
-    """One reader of server-sent events: notes when each event came that has the wanted text."""
-
-    def __init__(self, head: bytes, wanted: bytes, arrived: Callable[[bytes, float], None]) -> None:
-        self._head = head
-        self._wanted = wanted
-        self._arrived = arrived
-        self._rest = b""
-        self.is_ready = False
-        self.transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
-        transport.write(self._head)
-
-    def data_received(self, data: bytes) -> None:
-        now = time.time()
-        self.is_ready = True
-        *events, self._rest = (self._rest + data).split(b"\n\n")
-        for event in events:
-            at = event.find(self._wanted)
-            if at >= 0:
-                self._arrived(event[at + len(self._wanted) :], now)

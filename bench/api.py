@@ -10,12 +10,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -24,7 +22,8 @@ from rich.table import Table
 from sqlalchemy import insert
 
 from api.cli.migrate import upgrade
-from bench._api_load import Listener, Load, load, percentile, request
+from bench._api_load import Load, load, percentile, request
+from bench._api_stream import Crowd, Lag, Written, lags
 from bench._report import describe_machine, parse_options, print_figures
 from models.db import Database
 from models.domain.status import JobStatus
@@ -37,7 +36,9 @@ from tests.services import run_valkey
 STREAMS = 8
 FEW, MANY = 100, 100_000
 READERS = 1000
-MARK = b"bench at "
+EVENTS = 40
+EVENT_SECONDS = 0.4
+MARK = b"bench event "
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,45 +192,33 @@ def _cpu_s(process: psutil.Process) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """Of a stream with many readers: seconds from the write to each arrival, and who stays."""
+    """Of a stream with many readers: how long each event took to them, and who stays."""
 
-    n_events: int
-    lag_p50_s: float
-    lag_p99_s: float
+    lags: list[Lag]
+    cpu_s: float
     left_after_2_s: int
 
+    def percentile_ms(self, percent: float) -> float:
+        """Return a percentile over all events and all readers."""
+        return 1000 * percentile([each for lag in self.lags for each in lag.readers_s], percent)
 
-async def _listen(url: str, head: bytes, write: Callable[[], Any], n_events: int) -> list[float]:
-    place = urlsplit(url)
-    host, port = place.hostname or "", place.port or 80
-    lags: list[float] = []
-    loop = asyncio.get_running_loop()
-
-    def arrived(rest: bytes, now: float) -> None:
-        lags.append(now - float(rest.split(b'"', 1)[0].split()[0]))
-
-    listeners: list[Listener] = []
-    for start in range(0, READERS, 50):
-        made = await asyncio.gather(
-            *(
-                loop.create_connection(lambda: Listener(head, MARK, arrived), host, port)
-                for _ in range(min(50, READERS - start))
-            )
+    def __str__(self) -> str:
+        parts = {
+            "commit": [lag.commit_s for lag in self.lags],
+            "first reader": [lag.readers_s[0] for lag in self.lags],
+            "last reader": [lag.readers_s[-1] for lag in self.lags],
+        }
+        told = (
+            f"{name} {1000 * percentile(values, 50):.0f} (at most {1000 * max(values):.0f})"
+            for name, values in parts.items()
         )
-        listeners += [listener for _, listener in made]
-    while not all(listener.is_ready for listener in listeners):
-        await asyncio.sleep(0.05)
-    await asyncio.sleep(1)
-    for _ in range(n_events):
-        await asyncio.to_thread(write)
-        await asyncio.sleep(0.4)
-    await asyncio.sleep(1)
-    for listener in listeners:
-        if listener.transport is not None:
-            listener.transport.abort()
-    if len(lags) != READERS * n_events:
-        raise RuntimeError(f"{len(lags)} events came; {READERS * n_events} were sent.")
-    return lags
+        return (
+            f"{READERS} readers of one stream, {len(self.lags)} events: "
+            f"lag p50 {self.percentile_ms(50):.0f} ms, p99 {self.percentile_ms(99):.0f} ms; "
+            f"median of events in ms: {', '.join(told)}; "
+            f"server's processor time for an event {1000 * self.cpu_s:.0f} ms; "
+            f"{self.left_after_2_s} connections left 2 s after they went away"
+        )
 
 
 def stream(made: World, folder: Path, n_events: int) -> Streamed:
@@ -238,23 +227,29 @@ def stream(made: World, folder: Path, n_events: int) -> Streamed:
         job = jobs.create(session, made.project_id, _spec(), None)
         jobs.move(session, job.id, JobStatus.QUEUED)
         job_runs.claim(session, "bench", 600)
-
-    def write() -> None:
-        with made.database.write() as session:
-            events.append(session, job.id, f"{MARK.decode()}{time.time()} ")
-
+    written = []
     with ours(made, folder) as (url, process):
         head = request("GET", f"/v1/fine_tuning/jobs/{job.id}/stream", made.key)
         before = len(process.net_connections())
-        lags = asyncio.run(_listen(url, head, write, n_events))
+        crowd = Crowd(url, head, READERS)
+        crowd.listen(1)
+        used = _cpu_s(process)
+        for number in range(n_events):
+            with made.database.write() as session:
+                events.append(session, job.id, f"{MARK.decode()}{number} ")
+                about_to = time.time()
+            written.append(Written(about_to, time.time()))
+            crowd.listen(EVENT_SECONDS)
+        used = _cpu_s(process) - used
+        readers = crowd.leave()
         time.sleep(2)
         left = len(process.net_connections()) - before
         httpx.get(f"{url}/healthz").raise_for_status()
-    return Streamed(n_events, percentile(lags, 50), percentile(lags, 99), max(0, left))
+    return Streamed(lags(readers, written, MARK), used / n_events, max(0, left))
 
 
 def main() -> None:
-    options = parse_options(__doc__)
+    options = parse_options(__doc__, stream="measure only the readers of a stream")
     seconds = 2.0 if options.quick else 5.0
     table = Table("load", "jobs", "requests/s", "bare", "ratio", title=describe_machine())
     for heading in ("p50, ms", "p99, ms", "bare p99, ms", "CPU, ms", "bare CPU, ms"):
@@ -262,9 +257,10 @@ def main() -> None:
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name, run_valkey(Path(name)) as broker:
         folder = Path(name)
-        for n_jobs in (FEW, MANY):
+        for n_jobs in (FEW,) if options.stream else (FEW, MANY):
             with world(folder, n_jobs, broker.url) as made:
-                for load_name, (us, them) in measure(made, folder, seconds).items():
+                sides = {} if options.stream else measure(made, folder, seconds)
+                for load_name, (us, them) in sides.items():
                     ratio = us.load.requests_per_s / them.load.requests_per_s
                     figures[f"{load_name}, {n_jobs}: ratio"] = ratio
                     figures[f"{load_name}, {n_jobs}: p99 ms"] = 1000 * us.load.p99_s
@@ -278,14 +274,10 @@ def main() -> None:
                         *(f"{1000 * value:.1f}" for value in times),
                     )
                 if n_jobs == FEW:
-                    streamed = stream(made, folder, 5 if options.quick else 20)
+                    streamed = stream(made, folder, EVENTS)
     Console().print(table)
-    Console().print(
-        f"{READERS} readers of one stream, {streamed.n_events} events: "
-        f"lag p50 {1000 * streamed.lag_p50_s:.0f} ms, p99 {1000 * streamed.lag_p99_s:.0f} ms; "
-        f"{streamed.left_after_2_s} connections left 2 s after they went away"
-    )
-    figures["lag p99 ms"] = 1000 * streamed.lag_p99_s
+    Console().print(str(streamed), soft_wrap=True)
+    figures["lag p99 ms"] = streamed.percentile_ms(99)
     if options.json:
         print_figures(figures)
 

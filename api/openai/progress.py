@@ -1,14 +1,14 @@
 """How a job goes: its metrics, and everything that happens to it as server-sent events."""
 
-from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
+from starlette.types import Send
 
 from api.deps import Caller, CallerDep, ReadSession, ServicesDep
-from api.feed import Position
+from api.feed import JobFeed, News, Position
 from api.services import Services
 from models.domain.base import JsonObject
 from models.errors import InvalidRequestError
@@ -79,6 +79,7 @@ def read_log(
 @router.get("/{job_id}/stream")
 async def stream_job(
     job_id: str,
+    request: Request,
     services: ServicesDep,
     caller: CallerDep,
     after: Annotated[str, Query(description="Position: the id of the last event seen.")] = "",
@@ -96,11 +97,7 @@ async def stream_job(
         raise InvalidRequestError(
             "'after' must be the id of an event of this stream.", param="after"
         ) from None
-    return StreamingResponse(
-        _events(services, job_id, position),
-        media_type="text/event-stream",
-        headers={"cache-control": "no-store", "x-accel-buffering": "no"},
-    )
+    return _JobStream(services.feed, job_id, position, request.state.send)
 
 
 def _require(services: Services, caller: Caller, job_id: str) -> None:
@@ -108,9 +105,35 @@ def _require(services: Services, caller: Caller, job_id: str) -> None:
         jobs.get(session, caller.project_id, job_id)
 
 
-async def _events(services: Services, job_id: str, position: Position) -> AsyncIterator[bytes]:
-    yield b": a stream of what happens\n\nretry: 2000\n\n"
-    async for news in services.feed.read(job_id, position):
-        if news is None:
-            return  # too slow: the browser comes back with the last id that it has seen
-        yield news.sse
+class _JobStream(StreamingResponse):
+    """The news of a job as server-sent events; how a client goes away is noticed as usual.
+
+    Args:
+        feed: Where the news come from.
+        job_id: The job.
+        position: What the client has seen.
+        send: The server's own: around the route only the start of an answer is looked at, and each
+            layer that passes news on takes a microsecond for each reader.
+    """
+
+    def __init__(self, feed: JobFeed, job_id: str, position: Position, send: Send) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__((), media_type="text/event-stream", headers=headers)
+        self._feed = feed
+        self._job_id = job_id
+        self._position = position
+        self._send = send
+
+    async def stream_response(self, send: Send) -> None:
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        send_news = self._send
+
+        async def tell(news: News) -> None:
+            await send_news({"type": "http.response.body", "body": news.sse, "more_body": True})
+
+        hello = b": a stream of what happens\n\nretry: 2000\n\n"
+        await send({"type": "http.response.body", "body": hello, "more_body": True})
+        await self._feed.follow(self._job_id, self._position, tell)
+        # One that is too slow ends too: the browser comes back with the last id that it has seen.
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -2,13 +2,21 @@
 
 from collections.abc import Sequence
 
+from sqlalchemy import bindparam, select
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from models.prepared import PreparedRows
 from models.registry import events
 from models.registry.page import Cursor, Page, page
 from models.tables import Checkpoint
+
+_after = PreparedRows(
+    Checkpoint,
+    select(Checkpoint)
+    .where(Checkpoint.job_id == bindparam("job_id"), Checkpoint.step > bindparam("after"))
+    .order_by(Checkpoint.step),
+)
 
 
 def record(session: Session, checkpoint: Checkpoint) -> None:
@@ -34,12 +42,8 @@ def newest_first(session: Session, job_id: str) -> Sequence[Checkpoint]:
 
 
 def after(session: Session, job_id: str, step: int) -> Sequence[Checkpoint]:
-    """Return the checkpoints after a step, in order."""
-    return session.scalars(
-        select(Checkpoint)
-        .where(Checkpoint.job_id == job_id, Checkpoint.step > step)
-        .order_by(Checkpoint.step)
-    ).all()
+    """Return the checkpoints after a step, in order, only to be read."""
+    return _after.all(session, job_id=job_id, after=step)
 
 
 def best(rows: Sequence[Checkpoint]) -> Checkpoint | None:

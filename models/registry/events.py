@@ -2,16 +2,35 @@
 
 from collections.abc import Mapping, Sequence
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.orm import Session
 
 from models.domain.base import JsonObject
 from models.domain.status import EventLevel
-from models.prepared import PreparedInsert
+from models.prepared import PreparedInsert, PreparedQuery, PreparedRows
 from models.registry.page import Cursor, Page, page
 from models.tables import Event, Job, new_id
 
 _insert = PreparedInsert(Event)
+_after = PreparedRows(
+    Event,
+    select(Event)
+    .where(Event.job_id == bindparam("job_id"), Event.sequence > bindparam("after"))
+    .order_by(Event.sequence)
+    .limit(bindparam("limit")),
+)
+MARKED = 50
+"""Jobs whose marks one statement finds."""
+_marks = PreparedQuery(
+    select(
+        Job.id,
+        Job.status,
+        select(func.max(Event.sequence))
+        .where(Event.job_id == Job.id)
+        .correlate(Job)
+        .scalar_subquery(),
+    ).where(Job.id.in_([bindparam(f"id_{number}") for number in range(MARKED)]))
+)
 
 
 def append(
@@ -64,11 +83,14 @@ def begin(session: Session, messages: Mapping[str, Sequence[str]]) -> None:
 
 def marks(session: Session, job_ids: Sequence[str]) -> dict[str, tuple[str, int]]:
     """Return status and newest event number of jobs: whatever is news of a job changes them."""
-    newest = (
-        select(func.max(Event.sequence)).where(Event.job_id == Job.id).correlate(Job)
-    ).scalar_subquery()
-    rows = session.execute(select(Job.id, Job.status, newest).where(Job.id.in_(job_ids)))
-    return {job_id: (status, sequence or 0) for job_id, status, sequence in rows}
+    found: dict[str, tuple[str, int]] = {}
+    for start in range(0, len(job_ids), MARKED):
+        asked = job_ids[start : start + MARKED]
+        # Always the same statement: the last places are filled with a job that is asked for anyway.
+        ids = {f"id_{at}": asked[min(at, len(asked) - 1)] for at in range(MARKED)}
+        for job_id, status, sequence in _marks.fetch(session, **ids):
+            found[job_id] = (status, sequence or 0)
+    return found
 
 
 def list_page(session: Session, job_id: str, cursor: Cursor) -> Page[Event]:
@@ -92,10 +114,5 @@ def last_sequence(session: Session, job_id: str) -> int:
 
 
 def after(session: Session, job_id: str, sequence: int, limit: int) -> Sequence[Event]:
-    """Return the events after a number, in order."""
-    return session.scalars(
-        select(Event)
-        .where(Event.job_id == job_id, Event.sequence > sequence)
-        .order_by(Event.sequence)
-        .limit(limit)
-    ).all()
+    """Return the events after a number, in order, only to be read."""
+    return _after.all(session, job_id=job_id, after=sequence, limit=limit)

@@ -2,12 +2,21 @@
 
 from collections.abc import Sequence
 
-from sqlalchemy import func, select, union
+from sqlalchemy import bindparam, func, select, union
 from sqlalchemy.orm import Session, aliased
 
 from models.domain.reports import StepMetrics
+from models.prepared import PreparedRows
 from models.registry import events
 from models.tables import Job, Metric
+
+_after = PreparedRows(
+    Metric,
+    select(Metric)
+    .where(Metric.job_id == bindparam("job_id"), Metric.step > bindparam("after"))
+    .order_by(Metric.step)
+    .limit(bindparam("limit")),
+)
 
 
 def record(
@@ -41,12 +50,7 @@ def all_points(session: Session, job_id: str) -> list[StepMetrics]:
 
 def after(session: Session, job_id: str, step: int, limit: int) -> list[StepMetrics]:
     """Return the metrics of the steps after `step`, in order."""
-    rows = session.scalars(
-        select(Metric)
-        .where(Metric.job_id == job_id, Metric.step > step)
-        .order_by(Metric.step)
-        .limit(limit)
-    )
+    rows = _after.all(session, job_id=job_id, after=step, limit=limit)
     return [StepMetrics.model_validate(row.values) for row in rows]
 
 

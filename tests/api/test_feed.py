@@ -1,7 +1,6 @@
 """News of jobs: nothing is left out or told twice, however many read and whenever they come."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import pytest
@@ -38,8 +37,14 @@ def end(database: Database, job_id: str) -> None:
         job_runs.succeed(session, job_id, 1, fine_tuned_model="ft:x")
 
 
-async def collect(stream: AsyncGenerator[News | None, None]) -> list[News]:
-    return [news async for news in stream if news is not None]
+async def collect(feed: JobFeed, job_id: str, position: Position) -> list[News]:
+    found: list[News] = []
+
+    async def send(news: News) -> None:
+        found.append(news)
+
+    await feed.follow(job_id, position, send)
+    return found
 
 
 def steps_of(news: list[News]) -> list[int]:
@@ -54,12 +59,12 @@ def test_readers_that_come_at_any_time_see_every_step_once(
     async def main() -> list[list[News]]:
         feed = JobFeed(database, "local")
         write(database, job_id, 1, 2)
-        readers = [asyncio.create_task(collect(feed.read(job_id, Position())))]
+        readers = [asyncio.create_task(collect(feed, job_id, Position()))]
         for step in range(3, 30):
             await asyncio.to_thread(write, database, job_id, step)
             if step % 5 == 0:
                 position = Position(step=step - 3)
-                readers.append(asyncio.create_task(collect(feed.read(job_id, position))))
+                readers.append(asyncio.create_task(collect(feed, job_id, position)))
             await asyncio.sleep(0.01)
         await asyncio.to_thread(end, database, job_id)
         found = await asyncio.wait_for(asyncio.gather(*readers), 20)
@@ -87,7 +92,7 @@ def test_events_come_once_and_in_order(
 
     async def main() -> list[News]:
         feed = JobFeed(database, "local")
-        reader = asyncio.create_task(collect(feed.read(job_id, Position())))
+        reader = asyncio.create_task(collect(feed, job_id, Position()))
         for number in range(10):
             await asyncio.to_thread(say, f"number {number}")
             await asyncio.sleep(0.01)
@@ -104,15 +109,87 @@ def test_events_come_once_and_in_order(
 def test_a_reader_who_leaves_is_forgotten(database: Database, job_id: str) -> None:
     async def main() -> dict[str, Any]:
         feed = JobFeed(database, "local")
-        stream = feed.read(job_id, Position())
-        await anext(stream)
+        came = asyncio.Event()
+
+        async def send(news: News) -> None:
+            came.set()
+
+        reader = asyncio.create_task(feed.follow(job_id, Position(), send))
+        await asyncio.wait_for(came.wait(), 20)
         assert feed._watched
-        await stream.aclose()
+        reader.cancel()
+        await asyncio.wait([reader])
         assert feed._task is not None
         await asyncio.wait_for(feed._task, 20)
         return feed._watched
 
     assert asyncio.run(main()) == {}
+
+
+def test_a_slow_reader_waits_alone_and_ends_when_too_much_waits(
+    database: Database, job_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first send after the history waits, as for a client that does not read."""
+    monkeypatch.setattr(module, "MAX_WAITING", 3)
+
+    async def main() -> tuple[list[int], list[int]]:
+        feed = JobFeed(database, "local")
+        told: list[News] = []
+        may_go_on = asyncio.Event()
+
+        async def send(news: News) -> None:
+            if told:
+                await may_go_on.wait()
+            told.append(news)
+
+        slow = asyncio.create_task(feed.follow(job_id, Position(), send))
+        quick: list[News] = []
+
+        async def note(news: News) -> None:
+            quick.append(news)
+
+        other = asyncio.create_task(feed.follow(job_id, Position(), note))
+        for step in range(1, 9):
+            await asyncio.to_thread(write, database, job_id, step)
+            async with asyncio.timeout(20):
+                while steps_of(quick) != list(range(1, step + 1)):
+                    await asyncio.sleep(0.002)
+        assert steps_of(told) == []
+        may_go_on.set()
+        await asyncio.wait_for(slow, 20)
+        other.cancel()
+        await asyncio.wait([other])
+        await feed.aclose()
+        return steps_of(told), steps_of(quick)
+
+    slow, quick = asyncio.run(main())
+    # One was being sent, two waited, and in place of the third it was told that it ends.
+    assert slow == [1, 2, 3]
+    assert quick == list(range(1, 9))
+
+
+def test_what_sending_raises_ends_the_stream(database: Database, job_id: str) -> None:
+    async def main() -> None:
+        feed = JobFeed(database, "local")
+        n_sent = 0
+
+        async def send(news: News) -> None:
+            nonlocal n_sent
+            n_sent += 1
+            if n_sent > 1:
+                raise OSError("gone")
+
+        reader = asyncio.create_task(feed.follow(job_id, Position(), send))
+        async with asyncio.timeout(20):
+            while not n_sent:
+                await asyncio.sleep(0.002)
+        await asyncio.to_thread(write, database, job_id, 1)
+        with pytest.raises(OSError, match="gone"):
+            await asyncio.wait_for(reader, 20)
+        assert feed.n_readers == 0
+        await feed.aclose()
+
+    asyncio.run(main())
 
 
 def test_a_position_is_written_and_read() -> None:
