@@ -51,13 +51,13 @@ def test_rows_of_one_adapter_of_low_rank_need_no_copy_until_others_come() -> Non
     assert slots.layers["x"].a is None
     assert slots.active == frozenset()  # norms and layers are the base's
     slots.use([one, None])
-    assert slots.alone is None
+    assert bool(slots.alone is None)
     assert own_columns(slots, 0) == [1.0]
     slots.use([two, one])
-    assert slots.alone is None
+    assert bool(slots.alone is None)
     assert own_columns(slots, 0) == [2.0] * 4
     slots.use([None])
-    assert slots.alone is None
+    assert bool(slots.alone is None)
 
 
 def test_a_slot_given_to_another_is_filled_with_it_when_others_come() -> None:
@@ -74,7 +74,7 @@ def test_what_is_more_than_low_rank_is_copied_at_once() -> None:
     slots = make(1)
     low, gain = torch.ones(1, 3), torch.ones(2)
     slots.use([AdapterWeights("1", {"x": ModuleChange(low, torch.ones(2, 1), gain=gain)})])
-    assert slots.alone is None
+    assert bool(slots.alone is None)
     assert own_columns(slots, 0) == [1.0]
 
 
