@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 _Result = TypeVar("_Result")
 
 POLL_SECONDS = 0.02
-GLANCE_SECONDS = 0.005
+GLANCE_SECONDS = 0.003
 """Between two looks at the version of a file of this machine, which take some microseconds."""
 MAX_SHARE = 0.1
 """Share of the time that asking may take; above it, it is done less often."""
@@ -95,6 +95,11 @@ class News:
         return not (self.job or self.metrics or self.events or self.checkpoints)
 
     @cached_property
+    def message(self) -> JsonObject:
+        """The piece of an answer's body that `sse` is, in ASGI's form; shared by all readers."""
+        return {"type": "http.response.body", "body": self.sse, "more_body": True}
+
+    @cached_property
     def sse(self) -> bytes:
         """The server-sent events of this news; the last one carries the position."""
         found: list[tuple[str, object]] = []
@@ -153,17 +158,18 @@ class _Reader:
         if idle is None or idle.done():
             if len(self._news) < MAX_WAITING:
                 self._news.append(news if len(self._news) < MAX_WAITING - 1 else None)
-        elif news.has_ended:
+            return
+        if news.has_ended:
             self._news.append(news)
             idle.set_result(None)
-        else:
-            try:
-                rest = begin(self._send(news))
-            except Exception as error:  # noqa: BLE001 (the reader's task raises it)
-                idle.set_exception(error)
-            else:
-                if rest is not None:
-                    idle.set_result(rest)
+            return
+        try:
+            rest = begin(self._send(news))
+        except Exception as error:  # noqa: BLE001 (the reader's task raises it)
+            idle.set_exception(error)
+            return
+        if rest is not None:
+            idle.set_result(rest)
 
     async def follow(self) -> None:
         """Send what waits, and let `tell` send what comes, until the end; or stop: too slow.

@@ -15,6 +15,10 @@ EVENT_END = b"\n\n"
 AT_ONCE = 50
 """Connections that are opened before the first of them is looked at."""
 
+PAUSE_SECONDS = 0.001
+"""Between two looks, so that the server does not spend its time on waking this process for each
+piece; a piece is noted that much too late at most."""
+
 
 @dataclass(slots=True)
 class Reader:
@@ -68,11 +72,12 @@ class Crowd:
         while (left := end - time.monotonic()) > 0 and not is_enough(n_pieces):
             for number, _ in poll(left):
                 reader = readers[number]
-                piece = reader.socket.recv(65536)
+                piece = reader.socket.recv(4096)
                 if not piece:
                     raise RuntimeError("The server closed a stream.")
                 reader.pieces.append((now(), piece))
                 n_pieces += 1
+            time.sleep(PAUSE_SECONDS)
         return n_pieces
 
     def leave(self) -> list[Reader]:

@@ -1,5 +1,6 @@
 """The database: one engine a process, one transaction a request or task, committed at the edge."""
 
+import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -149,7 +150,10 @@ class Database:
             return None
         if self._watcher is None:
             self._watcher = self.engine.raw_connection()
-        number: int = self._watcher.cursor().execute("PRAGMA data_version").fetchone()[0]
+        # Asked of the driver: the pool's proxy would take longer than the answer.
+        connection = self._watcher.driver_connection
+        assert isinstance(connection, sqlite3.Connection)
+        number: int = connection.execute("PRAGMA data_version").fetchone()[0]
         return number
 
     def is_reachable(self) -> bool:

@@ -130,7 +130,7 @@ class _JobStream(StreamingResponse):
         send_news = self._send
 
         async def tell(news: News) -> None:
-            await send_news({"type": "http.response.body", "body": news.sse, "more_body": True})
+            await send_news(news.message)
 
         hello = b": a stream of what happens\n\nretry: 2000\n\n"
         await send({"type": "http.response.body", "body": hello, "more_body": True})
