@@ -25,10 +25,11 @@ from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, PayloadTooLargeError, TuneryError
 from models.prepared import reading_once
 from models.registry import adapters, audit, base_models, files, jobs, merges, quotas
+from models.registry.audit import Change
 from models.registry.files import Freed
 from models.registry.jobs import NewJob
 from models.storage import adapter_prefix, delete_tree, upload_key
-from models.tables import Adapter, AuditLog, BaseModel, File, Job, Merge, new_id
+from models.tables import Adapter, BaseModel, File, Job, Merge, new_id
 from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
@@ -246,7 +247,7 @@ class Submission:
     spec: TrainingSpec
     metadata: JsonObject | None
     job_id: str = field(default_factory=lambda: new_id("ftjob-"))
-    entry: AuditLog | None = None
+    change: Change | None = None
 
 
 def submit_jobs(session: Session, wanted: Sequence[Submission]) -> list[Outcome[Job]]:
@@ -260,7 +261,7 @@ def submit_jobs(session: Session, wanted: Sequence[Submission]) -> list[Outcome[
 
     def write() -> None:
         made = jobs.add(session, [new for _, new in admitted]) if admitted else []
-        audit.record(session, *(each.entry for each, _ in admitted if each.entry is not None))
+        audit.record(session, *(each.change for each, _ in admitted if each.change is not None))
         outcomes.update((job.id, Outcome(job)) for job in made)
         admitted.clear()
 

@@ -14,7 +14,7 @@ from api.adapters import routes as adapters
 from api.batches import BatchRunner
 from api.deps import ServicesDep, require_tokens
 from api.errors import install_error_handlers
-from api.hot import HotReads
+from api.hot import HotPaths
 from api.idempotency import Idempotency
 from api.keys import audit_logs, projects
 from api.keys import routes as keys
@@ -69,7 +69,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.settings = settings
-    app.add_middleware(HotReads)
+    app.add_middleware(HotPaths)
     app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)

@@ -7,7 +7,7 @@ from structlog.contextvars import get_contextvars
 
 from api.deps import Caller
 from models.registry import audit
-from models.tables import AuditLog
+from models.registry.audit import Change
 
 
 def note(session: Session, caller: Caller, type_: str, object_id: str, /, **details: Any) -> None:
@@ -35,13 +35,13 @@ def note_in(
         what: The kind of change and what was changed.
         details: As in `note`.
     """
-    audit.record(session, entry(caller, project_id, what, **details))
+    audit.record(session, change(caller, project_id, what, **details))
 
 
-def entry(caller: Caller, project_id: str, what: tuple[str, str], /, **details: Any) -> AuditLog:
+def change(caller: Caller, project_id: str, what: tuple[str, str], /, **details: Any) -> Change:
     """Return what `note_in` records, with the id of the request that is being answered."""
     type_, object_id = what
-    return AuditLog(
+    return Change(
         project_id=project_id,
         key_id=caller.key_id,
         request_id=get_contextvars().get("request_id"),

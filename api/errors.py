@@ -7,7 +7,7 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from sqlalchemy.exc import DataError, OperationalError
+from sqlalchemy.exc import DataError, DBAPIError, OperationalError
 from starlette.exceptions import HTTPException
 
 from models.errors import (
@@ -48,12 +48,33 @@ def error_response(error: TuneryError) -> JSONResponse:
     return JSONResponse(error_body(error), error.status_code, headers)
 
 
+def tunery_error_response(error: TuneryError) -> JSONResponse:
+    """Answer with an error that ended a request; the service's own are logged too."""
+    if error.status_code >= 500:
+        log.warning("request_failed", code=error.code, error=error.message)
+    return error_response(error)
+
+
+def database_error_response(error: DBAPIError) -> JSONResponse | None:
+    """Answer for the database where it is down or refuses a value; None for any other error."""
+    if isinstance(error, OperationalError):
+        log.error("database_unavailable", error=str(error.orig))
+        return error_response(
+            UnavailableError("The database does not answer right now.", retry_after=5)
+        )
+    if isinstance(error, DataError):
+        # Bodies are checked before; this is a NUL in a path or a query, which PostgreSQL refuses.
+        log.warning("value_refused_by_database", error=str(error.orig))
+        return error_response(
+            InvalidRequestError("A value in the URL holds a character that cannot be stored.")
+        )
+    return None
+
+
 def install_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(TuneryError)
     async def on_tunery_error(_: Request, error: TuneryError) -> JSONResponse:
-        if error.status_code >= 500:
-            log.warning("request_failed", code=error.code, error=error.message)
-        return error_response(error)
+        return tunery_error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def on_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -67,20 +88,12 @@ def install_error_handlers(app: FastAPI) -> None:
     async def on_recursion(_: Request, __: RecursionError) -> JSONResponse:
         return error_response(InvalidRequestError("The body is nested too deep.", code="too_deep"))
 
-    @app.exception_handler(OperationalError)
-    async def on_database_error(_: Request, error: OperationalError) -> JSONResponse:
-        log.error("database_unavailable", error=str(error.orig))
-        return error_response(
-            UnavailableError("The database does not answer right now.", retry_after=5)
-        )
-
-    @app.exception_handler(DataError)
-    async def on_data_error(_: Request, error: DataError) -> JSONResponse:
-        # Bodies are checked before; this is a NUL in a path or a query, which PostgreSQL refuses.
-        log.warning("value_refused_by_database", error=str(error.orig))
-        return error_response(
-            InvalidRequestError("A value in the URL holds a character that cannot be stored.")
-        )
+    @app.exception_handler(DBAPIError)
+    async def on_database_error(_: Request, error: DBAPIError) -> JSONResponse:
+        response = database_error_response(error)
+        if response is None:
+            raise error
+        return response
 
 
 def _without_place(findings: Sequence[Any]) -> list[Any]:

@@ -23,6 +23,8 @@ _Result = TypeVar("_Result")
 
 MOST = 64
 """Writes of one transaction, so that no other process waits long for SQLite's lock."""
+PAUSE_SECONDS, MAX_PAUSE_SECONDS = 0.003, 0.02
+"""After the last write and after the first, for those of clients that were just answered."""
 THREADS = 40
 """Of a database behind a network, as many as starlette has for routes."""
 
@@ -80,6 +82,9 @@ class GroupCommit:
         self._database = database
         self._waiting: deque[_Write] = deque()
         self._is_busy = False
+        self._pause: asyncio.TimerHandle | None = None
+        self._until = 0.0
+        self._expected = 0
         threads = 1 if database.is_embedded else THREADS
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="writer")
 
@@ -123,16 +128,35 @@ class GroupCommit:
         if not self._database.is_embedded:
             return (await loop.run_in_executor(self._threads, self._alone, write))[0]
         self._waiting.append(write)
-        if not self._is_busy:
-            self._is_busy = True
-            loop.call_soon(self._start, loop)  # what else this turn of the loop writes comes along
+        self._arrange(loop)
         return await write.done
 
     def close(self) -> None:
         """End the threads once what they do is done."""
         self._threads.shutdown()
 
+    def _arrange(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin soon, and at once when as many wait as clients were just answered or wait since.
+
+        Clients that write one job after the other so stay together, as with PostgreSQL's
+        ``commit_delay``: each transaction costs as much as several of its writes.
+        """
+        if self._is_busy or not self._waiting:
+            return
+        now = loop.time()
+        if self._pause is None:
+            self._until = now + MAX_PAUSE_SECONDS
+        else:
+            self._pause.cancel()
+        if len(self._waiting) < self._expected:
+            self._pause = loop.call_at(min(now + PAUSE_SECONDS, self._until), self._start, loop)
+        else:
+            self._is_busy = True
+            loop.call_soon(self._start, loop)  # what else this turn of the loop writes comes along
+
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._pause = None
+        self._is_busy = True
         group = [self._waiting.popleft() for _ in range(min(MOST, len(self._waiting)))]
         self._threads.submit(self._together, group, loop)
 
@@ -178,7 +202,6 @@ class GroupCommit:
                 write.done.set_result(outcome.result)
             else:
                 write.done.set_exception(outcome.error)
-        if self._waiting:
-            self._start(loop)
-        else:
-            self._is_busy = False
+        self._is_busy = False
+        self._expected = min(MOST, len(self._waiting) + len(group))
+        self._arrange(loop)

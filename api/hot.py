@@ -1,24 +1,31 @@
-"""The two questions that are asked thousands of times a second, answered before the router.
+"""What is asked thousands of times a second, answered before the router.
 
-``GET`` of a job and of the first page of jobs go through the routes of ``api.openai.fine_tuning``
-like all others, whose dependencies take FastAPI longer than the database takes. This answers them
-from the same rows with the same functions where nothing is left to decide: a key that was checked a
-moment ago, has the scope and no rate limit, a file as the database, no parameters, and no job that
-waits in the queue. Whatever else is asked, and whatever is refused, is the router's.
+``GET`` of a job, of the first page of jobs, and ``POST`` of a job go through the routes of
+``api.openai.fine_tuning`` like all others, whose dependencies take FastAPI longer than the database
+takes. This answers them from the same rows with the same functions where nothing is left to decide:
+a key that was checked a moment ago, has the scope and no rate limit, a file as the database, no
+parameters in the URL, no job that waits in the queue, and a body that is whole and valid. Whatever
+else is asked is the router's, and so is whatever is refused before anything is written.
 """
 
+from collections.abc import Container
 from functools import lru_cache
 
 import orjson
 from sqlalchemy.exc import DBAPIError
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api import bodies
+from api import bodies, errors
 from api.deps import INTERNAL_CALLER, Caller
+from api.openai import fine_tuning
+from api.openai.schemas import JobCreate
 from api.services import Services
+from api.strict_json import loads
 from models.db import Database
 from models.domain import access
 from models.domain.status import JobStatus
+from models.errors import TuneryError
 from models.registry import job_reads
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -27,10 +34,14 @@ PAGE = 20
 """The default ``limit`` of the list."""
 KEPT = 4096
 """Objects of jobs whose rows have not changed."""
-_NOT_HOT = (b"authorization", b"content-length", b"transfer-encoding")
+MAX_BODY = 16 * 1024
+"""Larger bodies of jobs are the router's, which counts what comes."""
+_NO_POST = (b"authorization", b"transfer-encoding")
+_NO_READ = (*_NO_POST, b"content-length")
+_OF_BODIES = (b"content-length", b"content-type")
 
 
-class HotReads:
+class HotPaths:
     """Answers what it can, and passes the rest on."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -38,21 +49,44 @@ class HotReads:
         self._rendered = lru_cache(KEPT)(_render)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if _may_create(scope):
+            await self._create(scope, receive, send)
+            return
         body = self._answer(scope) if _may_be_hot(scope) else None
         if body is None:
             await self.app(scope, receive, send)
+        else:
+            await _send(send, body)
+
+    async def _create(self, scope: Scope, receive: Receive, send: Send) -> None:
+        services = _services(scope)
+        caller = _known_caller(scope, services, access.Scope.TRAIN, _NO_POST)
+        if caller is None:
+            await self.app(scope, receive, send)
             return
-        headers = [
-            (b"content-length", str(len(body)).encode()),
-            (b"content-type", b"application/json"),
-        ]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
+        first = await receive()
+        wanted = None if first.get("more_body") else _job_of(first.get("body", b""))
+        if wanted is None:
+            await self.app(scope, _replay(first, receive), send)
+            return
+        scope[INTERNAL_CALLER] = caller
+        response: Response | None
+        try:
+            job = await fine_tuning.start_from_base(wanted, services, caller)
+        except TuneryError as error:
+            response = errors.tunery_error_response(error)
+        except DBAPIError as error:
+            response = errors.database_error_response(error)
+            if response is None:
+                raise
+        else:
+            await _send(send, orjson.dumps(job))
+            return
+        await response(scope, receive, send)
 
     def _answer(self, scope: Scope) -> bytes | None:
-        services = scope["app"].state.services
-        assert isinstance(services, Services)
-        caller = _known_caller(scope, services) if services.database.is_embedded else None
+        services = _services(scope)
+        caller = _known_caller(scope, services, access.Scope.READ, _NO_READ)
         if caller is None:
             return None
         try:
@@ -87,29 +121,84 @@ class HotReads:
         return b"".join(parts)
 
 
+def _services(scope: Scope) -> Services:
+    services = scope["app"].state.services
+    assert isinstance(services, Services)
+    return services
+
+
+async def _send(send: Send, body: bytes) -> None:
+    headers = [
+        (b"content-length", str(len(body)).encode()),
+        (b"content-type", b"application/json"),
+    ]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _replay(first: Message, receive: Receive) -> Receive:
+    """Return a `receive` that gives a message again which was taken already."""
+    taken = [first]
+
+    async def again() -> Message:
+        return taken.pop() if taken else await receive()
+
+    return again
+
+
 def _may_be_hot(scope: Scope) -> bool:
-    if scope["type"] != "http" or scope["method"] != "GET" or scope["query_string"]:
+    if not _is_plain(scope, "GET"):
         return False
     path: str = scope["path"]
-    if scope.get("root_path") or INTERNAL_CALLER in scope:
-        return False
     return path == JOBS or (path.startswith(ONE) and "/" not in path[len(ONE) :])
 
 
-def _known_caller(scope: Scope, services: Services) -> Caller | None:
-    """Return who calls, if that is known already and nothing has to be counted or read."""
+def _may_create(scope: Scope) -> bool:
+    """Whether somebody posts a job in one piece of JSON, whose size says that it is small."""
+    if not _is_plain(scope, "POST") or scope["path"] != JOBS:
+        return False
+    told = {name: value for name, value in scope["headers"] if name in _OF_BODIES}
+    size = told.get(b"content-length", b"")
+    is_small = size.isdigit() and int(size) <= MAX_BODY
+    return is_small and told.get(b"content-type") == b"application/json"
+
+
+def _is_plain(scope: Scope, method: str) -> bool:
+    if scope["type"] != "http" or scope["method"] != method or scope["query_string"]:
+        return False
+    return not scope.get("root_path") and INTERNAL_CALLER not in scope
+
+
+def _job_of(body: bytes) -> JobCreate | None:
+    """Return a valid body of a job on a base model, or None."""
+    try:
+        wanted = JobCreate.model_validate(loads(body))
+    except (ValueError, RecursionError, TuneryError):  # the route says what is wrong with it
+        return None
+    return None if wanted.model.startswith("ft:") else wanted
+
+
+def _known_caller(
+    scope: Scope, services: Services, needed: access.Scope, not_hot: Container[bytes]
+) -> Caller | None:
+    """Return who calls, if that is known already and nothing has to be counted or read.
+
+    `not_hot` are names of headers that leave something to decide, the key's where it comes twice.
+    """
+    if not services.database.is_embedded:
+        return None
     secret = None
     for name, value in scope["headers"]:
         if name == b"authorization" and secret is None:
             scheme, _, secret = value.decode("latin-1").partition(" ")
             if scheme.lower() != "bearer":
                 return None
-        elif name in _NOT_HOT:
+        elif name in not_hot:
             return None
     known = services.callers.get(secret.strip()) if secret else None
     if not isinstance(known, Caller) or known.requests_per_minute is not None:
         return None
-    return known if access.allows(known.scopes, access.Scope.READ) else None
+    return known if access.allows(known.scopes, needed) else None
 
 
 def _waits(row: job_reads.JobRow) -> bool:

@@ -36,25 +36,26 @@ class RequestId:
         state["headers"] = {}  # what the routes want every answer to carry, refusals included
         state["send"] = send  # for the pieces of a body that nobody further in has to see
         reply = _Reply(send, request_id, state["headers"])
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            try:
-                await self.app(scope, receive, reply.send)
-                if reply.withheld:
-                    error = PayloadTooLargeError(_TOO_LARGE)
-                    await error_response(error)(scope, receive, reply.pass_on)
-            except Exception:
-                log.exception("unexpected_error")
-                if reply.status is not None:
-                    raise
-                await error_response(TuneryError(_SORRY))(scope, receive, reply.pass_on)
-            finally:
-                log.info(
-                    "request",
-                    method=scope["method"],
-                    path=scope["path"],
-                    status=reply.status,
-                    seconds=round(reply.seconds, 4),
-                )
+        before = structlog.contextvars.bind_contextvars(request_id=request_id)
+        try:
+            await self.app(scope, receive, reply.send)
+            if reply.withheld:
+                error = PayloadTooLargeError(_TOO_LARGE)
+                await error_response(error)(scope, receive, reply.pass_on)
+        except Exception:
+            log.exception("unexpected_error")
+            if reply.status is not None:
+                raise
+            await error_response(TuneryError(_SORRY))(scope, receive, reply.pass_on)
+        finally:
+            log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=reply.status,
+                seconds=round(reply.seconds, 4),
+            )
+            structlog.contextvars.reset_contextvars(**before)
 
 
 class _Reply:
@@ -88,9 +89,14 @@ class _Reply:
         """Pass a message on; the headers go with its start."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = MutableHeaders(scope=message)
-            headers.update(self._added)
-            headers["x-request-id"] = self._request_id
-            headers["x-content-type-options"] = "nosniff"
-            headers["openai-processing-ms"] = str(round(1000 * self.seconds))
+            added = {
+                **self._added,
+                "x-request-id": self._request_id,
+                "x-content-type-options": "nosniff",
+                "openai-processing-ms": str(round(1000 * self.seconds)),
+            }
+            pairs = [
+                (name.encode("latin-1"), value.encode("latin-1")) for name, value in added.items()
+            ]
+            message["headers"] = [*message.get("headers", ()), *pairs]
         await self._send(message)

@@ -21,21 +21,26 @@ _ESCAPED_NUL = b"\\u0000"
 
 class _StrictRequest(Request):
     async def json(self) -> Any:
-        """Return the parsed body; raises `json.JSONDecodeError`, which FastAPI reports.
-
-        Raises:
-            InvalidRequestError: a text holds the NUL character; `param` says which.
-        """
+        """Return the parsed body; raises as `loads`, which FastAPI reports."""
         if not hasattr(self, "_json"):
-            body = await self.body()
-            value = orjson.loads(body)
-            if _ESCAPED_NUL in body and (place := _place_of_nul(value, "")) is not None:
-                raise InvalidRequestError(
-                    f"{place or 'The body'}: must not contain the NUL character (U+0000).",
-                    param=place or None,
-                )
-            self._json = value
+            self._json = loads(await self.body())
         return self._json
+
+
+def loads(body: bytes) -> Any:
+    """Return the parsed body.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+        InvalidRequestError: a text holds the NUL character; `param` says which.
+    """
+    value = orjson.loads(body)
+    if _ESCAPED_NUL in body and (place := _place_of_nul(value, "")) is not None:
+        raise InvalidRequestError(
+            f"{place or 'The body'}: must not contain the NUL character (U+0000).",
+            param=place or None,
+        )
+    return value
 
 
 def _place_of_nul(value: Any, place: str) -> str | None:

@@ -1,14 +1,19 @@
 """How soon a new adapter answers after its job has succeeded, beside the base model.
 
 Runs a whole service (``tunery up`` in a temporary home), trains small adapters on SmolLM2 one after
-the other, and asks each by name as soon as its job says ``succeeded``. Then one resident adapter
-and the base answer other questions by turns. Times are from the request to the first streamed
-token, over HTTP. ``python -m bench.first_answer [--quick] [--json]``
+the other, and asks each by name as soon as its job says ``succeeded``. Then, at rest, by turns and
+with other questions each time: the base and one adapter in memory; and after a new start of the
+service, with nothing of them on the inference server's disk, the base and adapters of rank 16 on
+all linear layers that only the object store has. Times are from the request to the first streamed
+token, over HTTP. ``python -m bench.first_answer [--quick | --rest] [--json]``
 """
 
+import argparse
+import shutil
 import statistics
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 from rich.console import Console
@@ -18,14 +23,21 @@ from api.cli.background import running_service, wait_for_model
 from api.cli.client import Client
 from api.cli.demo import BASE, TRAINING
 from api.cli.home import Home
-from bench._report import describe_machine, parse_options, print_figures
+from bench._report import describe_machine, print_figures
+from bench.serve import write_adapters
+from models.domain.adapter_files import ADAPTER_FILES
+from models.settings import Settings
+from worker.base_models import materialise
 
 QUESTION = "The gate will not open with my code. It cannot wait!"
 POLL_SECONDS = 0.05
 REST_SECONDS = 20.0
 """By then the worker has its next trainer ready, and nothing else runs."""
 N_TURNS = 15
-RESIDENT, RESIDENT_BASE = "resident adapter, at rest", "base, at rest"
+NEW, AGAIN, BESIDE = "new adapter", "same adapter again", "base"
+RESIDENT, RESIDENT_BASE = "resident adapter, at rest", "base beside it"
+COLD, COLD_BASE = "adapter from the store, at rest", "base beside it (store)"
+Times = dict[str, list[float]]
 
 
 def first_token_seconds(client: Client, model: str, question: str = QUESTION) -> float:
@@ -64,43 +76,91 @@ def train(client: Client, data: Path, seed: int) -> str:
     return str(job["fine_tuned_model"])
 
 
-def measure(home: Path, n_adapters: int) -> dict[str, list[float]]:
+def measure_new(home: Path, n_adapters: int) -> Times:
     """Return seconds to the first token: base, new adapters, the same adapters asked again."""
     rows = home / "rows.jsonl"
     rows.write_bytes(b"".join(TRAINING.read_bytes().splitlines(keepends=True)[:8]))
-    times: dict[str, list[float]] = {"base": [], "new adapter": [], "same adapter again": []}
-    times |= {RESIDENT: [], RESIDENT_BASE: []}
-    with running_service(Home(home / "service")) as client:
+    times: Times = {BESIDE: [], NEW: [], AGAIN: []}
+    with running_service(Home(home / "new")) as client:
         wait_for_model(client, BASE)
         for seed in range(n_adapters):
             name = train(client, rows, seed)
-            times["new adapter"].append(first_token_seconds(client, name))
-            times["same adapter again"].append(first_token_seconds(client, name))
-            times["base"].append(first_token_seconds(client, BASE))
-        time.sleep(REST_SECONDS)
-        for number in range(N_TURNS):
-            question = f"Berth {number} is taken. {QUESTION}"
-            times[RESIDENT].append(first_token_seconds(client, name, question))
-            times[RESIDENT_BASE].append(first_token_seconds(client, BASE, question))
+            times[NEW].append(first_token_seconds(client, name))
+            times[AGAIN].append(first_token_seconds(client, name))
+            times[BESIDE].append(first_token_seconds(client, BASE))
     return times
 
 
+def measure_at_rest(home: Path, n_adapters: int, rest_seconds: float = REST_SECONDS) -> Times:
+    """Return seconds to the first token: adapters in memory and in the store, the base beside."""
+    times: Times = {RESIDENT: [], RESIDENT_BASE: [], COLD: [], COLD_BASE: []}
+    service = Home(home / "rest")
+    with running_service(service) as client:
+        wait_for_model(client, BASE)
+        names = [_publish(client, archive) for archive in _archives(home, n_adapters)]
+        time.sleep(rest_seconds)
+        for number in range(N_TURNS + 1):
+            _take_turns(client, names[0], number, (times[RESIDENT], times[RESIDENT_BASE]))
+    # To publish an adapter is to load it once.
+    shutil.rmtree(service.path / "adapter-cache")
+    with running_service(service) as client:
+        wait_for_model(client, BASE)
+        time.sleep(rest_seconds)
+        for number, name in enumerate(names):
+            _take_turns(client, name, number, (times[COLD], times[COLD_BASE]))
+    # The first turn pays for what a server does once, such as importing what opens archives.
+    return {what: seconds[1:] for what, seconds in times.items()}
+
+
+def _take_turns(
+    client: Client, adapter: str, number: int, times: tuple[list[float], list[float]]
+) -> None:
+    question = f"Berth {number} is taken. {QUESTION}"
+    for model, seconds in zip((adapter, BASE), times, strict=True):
+        seconds.append(first_token_seconds(client, model, question))
+
+
+def _archives(home: Path, n_adapters: int) -> list[Path]:
+    directory, _ = materialise(BASE, Settings().models)
+    write_adapters(directory, home / "adapters", n_adapters)
+    archives = []
+    for folder in sorted((home / "adapters").iterdir()):
+        archives.append(folder.with_suffix(".zip"))
+        with zipfile.ZipFile(archives[-1], "w") as archive:
+            for name in ADAPTER_FILES:
+                archive.write(folder / name, name)
+    return archives
+
+
+def _publish(client: Client, archive: Path) -> str:
+    return str(client.send_file("/adapters", archive, {"model": BASE, "suffix": ""})["id"])
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="two adapters, and six at rest")
+    parser.add_argument("--rest", action="store_true", help="only what is measured at rest")
+    parser.add_argument("--json", action="store_true", help="print the figures as a last line")
+    return parser.parse_args()
+
+
 def main() -> None:
-    options = parse_options(__doc__)
+    options = _options()
     with tempfile.TemporaryDirectory() as folder:
-        times = measure(Path(folder), 2 if options.quick else 8)
-    base = statistics.median(times["base"])
-    table = Table("first token of", "median", "slowest", "× base", title=describe_machine())
+        home = Path(folder)
+        times = {} if options.rest else measure_new(home, 2 if options.quick else 8)
+        times |= measure_at_rest(home, 6 if options.quick else 16)
+    table = Table("first token of", "median", "slowest", title=describe_machine())
     figures: dict[str, dict[str, float]] = {}
     for what, seconds in times.items():
-        middle, slowest = statistics.median(seconds), max(seconds)
-        figures[what] = {"median_s": middle, "max_s": slowest, "ratio": middle / base}
-        table.add_row(what, f"{middle:.3f} s", f"{slowest:.3f} s", f"{middle / base:.2f}")
-    pairs = zip(times[RESIDENT], times[RESIDENT_BASE], strict=True)
-    more = statistics.median(adapter - own for adapter, own in pairs)
-    figures["resident over base"] = {"median_s": more}
+        figures[what] = {"median_s": statistics.median(seconds), "max_s": max(seconds)}
+        table.add_row(what, *(f"{figure:.3f} s" for figure in figures[what].values()))
     Console().print(table)
-    Console().print(f"A resident adapter's first token over the base's: {1000 * more:.1f} ms")
+    for what, base in ((RESIDENT, RESIDENT_BASE), (COLD, COLD_BASE)):
+        more = [1000 * (a - b) for a, b in zip(times[what], times[base], strict=True)]
+        figures[f"{what}, over base"] = {"median_s": statistics.median(more) / 1000}
+        middle, least, most = statistics.median(more), min(more), max(more)
+        Console().print(f"{what}: {middle:.0f} ms after the base ({least:.0f} to {most:.0f})")
     if options.json:
         print_figures(figures)
 

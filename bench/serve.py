@@ -126,7 +126,7 @@ class Ours:
         self.tokenizer = load_tokenizer(directory)
         self._size = size
         self._folder = folder
-        _write_adapters(directory, folder, N_SLOTS)
+        write_adapters(directory, folder, N_SLOTS)
         for index in range(N_SLOTS, N_REGISTERED):
             (folder / str(index)).symlink_to(folder / str(index % N_SLOTS))
         # Every token is one character, so that each makes an event at once.
@@ -179,7 +179,7 @@ class Ours:
                 return times
 
 
-def _write_adapters(base: Path, folder: Path, n_adapters: int) -> None:
+def write_adapters(base: Path, folder: Path, n_adapters: int) -> None:
     """Write adapters of random weights, so small that the answers stay text."""
     config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear")
     model = get_peft_model(load_model(base, precision="bf16"), config)

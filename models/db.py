@@ -200,12 +200,17 @@ def _create_engine(settings: DatabaseSettings) -> Engine:
     return engine
 
 
+def _json(value: object) -> str:
+    return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+
+
 def _create_sqlite(settings: DatabaseSettings) -> Engine:
     engine = create_engine(
         settings.url,
         pool_size=settings.pool_size,
         max_overflow=40,
         connect_args={"timeout": SQLITE_BUSY_SECONDS, "check_same_thread": False},
+        json_serializer=_json,
         json_deserializer=orjson.loads,
         pool_reset_on_return=None,  # sessions have rolled back when they give a connection back
     )

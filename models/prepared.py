@@ -22,20 +22,22 @@ Row = TypeVar("Row", bound=Base)
 Source = Database | Session
 """Where a statement runs: by itself, or within the transaction of a session."""
 Process = Callable[[Any], Any]
-_KNOWN = "prepared_rows"
+_KNOWN, _CONNECTION = "prepared_rows", "prepared_connection"
 
 
 @contextmanager
 def reading_once(session: Session) -> Iterator[None]:
     """Within the block a prepared ``select`` is carried out once for the same values.
 
-    For what many parts of a transaction ask again and none of them changes.
+    For what many parts of a transaction ask again and none of them changes. The session stays in
+    its transaction.
     """
     session.info[_KNOWN] = {}
+    session.info[_CONNECTION] = session.connection().connection  # which takes as long as a query
     try:
         yield
     finally:
-        del session.info[_KNOWN]
+        del session.info[_KNOWN], session.info[_CONNECTION]
 
 
 def _known(source: "Source") -> dict[object, Any] | None:
@@ -171,6 +173,7 @@ class PreparedInsert:
         named = {column.name: bindparam(f"p_{column.name}", type_=column.type) for column in plain}
         self._statement = insert(table.__table__).values({**named, **computed})
         self.names = tuple(named)
+        self._parameters = [f"p_{name}" for name in self.names]
         self._empty: dict[str, object] = dict.fromkeys(named)
         self._empty |= {
             column.name: column.default.arg
@@ -198,7 +201,7 @@ class PreparedInsert:
             full = self.whole(row)
             for name, process in processors.items():
                 full[name] = process(full[name])
-            made.append({f"p_{name}": value for name, value in full.items()})
+            made.append(dict(zip(self._parameters, full.values(), strict=True)))
         with compiled.run(session, *made):
             pass
 
@@ -250,7 +253,8 @@ def _dialect(source: Source) -> Dialect:
 def _cursor(source: Source) -> Iterator[DBAPICursor]:
     if isinstance(source, Session):
         source.flush()  # as before a query of its own
-        with closing(source.connection().connection.cursor()) as cursor:
+        connection = source.info.get(_CONNECTION) or source.connection().connection
+        with closing(connection.cursor()) as cursor:
             yield cursor
     else:
         with (

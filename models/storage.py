@@ -12,6 +12,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -326,11 +327,17 @@ def put_file(store: ObjectStore, key: str, path: Path) -> None:
 
 
 def fetch_file(store: ObjectStore, key: str, path: Path, *, sha256: str | None = None) -> None:
-    """Write an object to a local file; ``ValueError`` if its sha256 is not the expected one."""
+    """Write an object to a local file; ``ValueError`` if its sha256 is not the expected one.
+
+    A chunk is hashed while it is written and the next one comes.
+    """
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    hashed: Future[None] | None = None
+    with path.open("wb") as file, ThreadPoolExecutor(1, "sha256") as beside:
         for chunk in store.stream(key):
-            digest.update(chunk)
+            if hashed is not None:
+                hashed.result()
+            hashed = beside.submit(digest.update, chunk)
             file.write(chunk)
     if sha256 is not None and digest.hexdigest() != sha256:
         path.unlink()

@@ -223,10 +223,11 @@ def preview_data(
 def api() -> None:
     """Run one API process (settings come from the environment)."""
     from api.app import create_app
+    from api.cli.server import serve
 
     with reported() as settings:
         configure_logging(settings.log_level, "api")
-        uvicorn.run(
+        config = uvicorn.Config(
             create_app(settings),
             host=settings.api.host,
             port=settings.api.port,
@@ -236,6 +237,7 @@ def api() -> None:
             server_header=False,
             timeout_graceful_shutdown=10,
         )
+        serve(config)
 
 
 @app.command()

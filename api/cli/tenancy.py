@@ -19,8 +19,8 @@ from models.domain.access import Scope
 from models.domain.limits import KeyRates, ProjectLimits
 from models.explain import explain
 from models.registry import audit, tenancy
+from models.registry.audit import Change
 from models.settings import DatabaseSettings
-from models.tables import AuditLog
 
 key_app = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 project_app = typer.Typer(help="Make, list and limit projects.", no_args_is_help=True)
@@ -31,10 +31,7 @@ RateOption = Annotated[int | None, typer.Option(min=1)]
 
 def _note(session: Session, project_id: str, type_: str, object_id: str, **details: Any) -> None:
     """Write what the operator does to the audit log of the project."""
-    entry = AuditLog(
-        project_id=project_id, type=type_, object_id=object_id, details=details or None
-    )
-    audit.record(session, entry)
+    audit.record(session, Change(project_id, type_, object_id, details=details or None))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from fastapi.concurrency import run_in_threadpool
 from sqlalchemy.orm import Session
 
 from api import actions, bodies
-from api.audit import entry, note
+from api.audit import change, note
 from api.deps import (
     MAX_TEXT,
     After,
@@ -43,11 +43,8 @@ async def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) 
     ``model`` is a base model, or a fine-tuned model or checkpoint to go on from.
     """
 
-    if not body.model.startswith("ft:"):  # nothing has to be read before the job is submitted
-        spec = translate.training_spec(body, actions.Start(body.model))
-        wanted = _submission(services, caller, body, spec)
-        job = await services.writer.join(actions.submit_jobs, wanted)
-        return bodies.job_body(job, services.settings.api.organization)
+    if not body.model.startswith("ft:"):
+        return await start_from_base(body, services, caller)
 
     def create(session: Session) -> Job:
         start = actions.find_start(session, caller, body.model)
@@ -60,13 +57,15 @@ async def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) 
     return bodies.job_body(job, services.settings.api.organization)
 
 
-def _submission(
-    services: Services, caller: Caller, body: JobCreate, spec: TrainingSpec
-) -> actions.Submission:
+async def start_from_base(body: JobCreate, services: Services, caller: Caller) -> JsonObject:
+    """Submit a job whose `model` is a base model: nothing has to be read before."""
+    spec = translate.training_spec(body, actions.Start(body.model))
     job_id = new_id("ftjob-")
     what = ("fine_tuning.job.created", job_id)
-    noted = entry(caller, caller.project_id, what, model=body.model)
-    return actions.Submission(services, caller, spec, body.metadata, job_id, noted)
+    noted = change(caller, caller.project_id, what, model=body.model)
+    wanted = actions.Submission(services, caller, spec, body.metadata, job_id, noted)
+    job = await services.writer.join(actions.submit_jobs, wanted)
+    return bodies.job_body(job, services.settings.api.organization)
 
 
 def _placed(session: Session, services: Services, job: Job) -> JsonObject:

@@ -1,10 +1,12 @@
 """The audit log: who changed what, in the same transaction as the change."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from models.domain.base import JsonObject
 from models.prepared import PreparedInsert
 from models.registry.page import Cursor, Page, page
 from models.tables import AuditLog, new_id
@@ -12,13 +14,35 @@ from models.tables import AuditLog, new_id
 _insert = PreparedInsert(AuditLog)
 
 
-def record(session: Session, *entries: AuditLog) -> None:
-    """Add entries; the `id` of each is set here, its time by the database."""
-    for entry in entries:
-        entry.id = new_id("audit_log-")
-    _insert.add(
-        session, *({name: getattr(entry, name) for name in _insert.names} for entry in entries)
-    )
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A change to be noted.
+
+    `key_id` is None for what the operator did from the command line; `details` never has a secret.
+    """
+
+    project_id: str
+    type: str
+    object_id: str
+    key_id: str | None = None
+    request_id: str | None = None
+    details: JsonObject | None = None
+
+    def row(self) -> JsonObject:
+        return {
+            "id": new_id("audit_log-"),
+            "project_id": self.project_id,
+            "key_id": self.key_id,
+            "request_id": self.request_id,
+            "type": self.type,
+            "object_id": self.object_id,
+            "details": self.details,
+        }
+
+
+def record(session: Session, *changes: Change) -> None:
+    """Add an entry for each change; the database sets its time."""
+    _insert.add(session, *(change.row() for change in changes))
 
 
 def list_page(

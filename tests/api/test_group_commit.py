@@ -168,3 +168,30 @@ def test_writes_of_a_kind_are_one_call_and_each_has_its_outcome(database: Databa
     asyncio.run(main())
     assert set("abcd") == names(database) & {*"abcd", "bad", "poison"}
     assert sorted(calls) == ([1, 1, 1, 3, 3] if database.is_embedded else [1] * 6)
+
+
+def test_clients_that_write_one_after_the_other_share_their_transactions(
+    database: Database,
+) -> None:
+    async def main() -> None:
+        if not database.is_embedded:
+            pytest.skip("a server commits in groups by itself")
+        database.__class__ = Counting
+        assert isinstance(database, Counting)
+        database.sizes = []
+        database.gate.set()
+        writer = GroupCommit(database)
+
+        async def client(name: str) -> None:
+            for n in range(10):
+                await writer.run(create(f"{name} {n}"))
+
+        await asyncio.gather(*(client(f"client {n}") for n in range(4)))
+        assert sum(database.sizes) == 40
+        assert database.sizes.count(4) >= 7  # but for the first, and where one was late
+        await client("alone")
+        assert database.sizes[-9:] == [1] * 9
+        assert len([name for name in names(database) if name.startswith("client")]) == 40
+        writer.close()
+
+    asyncio.run(main())

@@ -1,14 +1,19 @@
 """What is answered before the router is what the router would have answered."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
-from models.db import Database
+from api import actions
+from models.db import Database, Outcome
 from models.domain.access import Scope
 from models.domain.status import JobStatus
-from models.registry import job_reads, jobs, tenancy
-from tests.api.calls import expect, new_job
+from models.registry import audit, job_reads, jobs, tenancy
+from models.registry.page import Cursor
+from tests.api.calls import expect, new_job, upload
 
 URL = "/v1/fine_tuning/jobs"
 
@@ -66,3 +71,62 @@ def test_what_it_does_not_know_is_refused_by_the_route(
 
     monkeypatch.setattr(job_reads, "row", broken)
     assert client.get(f"{URL}/{job_id}").json()["id"] == job_id
+
+
+def _alike(answer: Any) -> Any:
+    own = {"id", "created_at", "queue_position", "queue_length"}
+    return {name: value for name, value in answer.json().items() if name not in own}
+
+
+def test_a_job_is_created_as_by_the_route(client: TestClient, database: Database) -> None:
+    file = upload(client).json()["id"]
+    for more in ({}, {"metadata": {"a": "é"}, "suffix": "x", "peft": {"type": "lora", "r": 4}}):
+        body = {"model": "base", "training_file": file, "seed": 3, **more}
+        quick, routed = client.post(URL, json=body), client.post(f"{URL}?x=1", json=body)
+        assert quick.status_code == routed.status_code == 200
+        assert _alike(quick) == _alike(routed)
+        assert quick.headers["x-request-id"].startswith("req_")
+        with database.read() as session:
+            project = tenancy.default_project(session).id
+            noted = audit.list_page(session, project, Cursor(None, 2, "desc"))
+            assert {each.object_id for each in noted.rows} == {
+                quick.json()["id"],
+                routed.json()["id"],
+            }
+            assert quick.headers["x-request-id"] in {each.request_id for each in noted.rows}
+
+
+def test_a_job_is_refused_as_by_the_route(
+    client: TestClient, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = upload(client).json()["id"]
+    with database.write() as session:
+        project = tenancy.default_project(session)
+        _, reader = tenancy.create_key(session, project.id, "r", scopes=[Scope.READ])
+    good = {"model": "base", "training_file": file}
+    bodies: list[Any] = [
+        {**good, "training_file": "file-no"},
+        {**good, "model": "no"},
+        {**good, "model": "ft:no"},
+        {**good, "peft": {"type": "lora", "r": 0}},
+        {**good, "sed": 1},
+        {**good, "suffix": "a\0b"},
+        [],
+    ]
+    for body in bodies:
+        quick, routed = client.post(URL, json=body), client.post(f"{URL}?x=1", json=body)
+        assert quick.status_code == routed.status_code >= 400
+        assert quick.json() == routed.json()
+    for _ in range(2):  # known from the first time on
+        refused = client.post(URL, json=good, headers={"authorization": f"Bearer {reader}"})
+        assert refused.status_code == 403
+    broken = client.post(URL, content=b"{", headers={"content-type": "application/json"})
+    expect(broken, 400, None, "invalid_json")
+
+    def locked(*_: object) -> Sequence[Outcome[Any]]:
+        raise OperationalError("insert", None, Exception("locked"))
+
+    monkeypatch.setattr(actions, "submit_jobs", locked)
+    for url in (URL, f"{URL}?x=1"):
+        answer = client.post(url, json=good)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")

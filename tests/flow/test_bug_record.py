@@ -124,8 +124,11 @@ def test_11_every_module_of_the_adapter_takes_effect(service: AdapterService) ->
     service.ask(ref)
     with service.acquire(ref) as lease:
         changed = set(lease.weights.modules)
-    layers = service.engine._runner.slots.layers
-    assert {path for path, layer in layers.items() if layer.low_rank} == changed
+        slots = service.engine._runner.slots
+        assert slots.alone is not None
+        assert slots.alone.keys() == changed
+        slots.use([lease.weights, None])
+    assert {path for path, layer in slots.layers.items() if layer.low_rank} == changed
     assert len(changed) == 4
 
 

@@ -52,7 +52,7 @@ def test_what_a_session_has_written_is_seen_and_rolled_back(
 ) -> None:
     def fail() -> None:
         with database.write() as session:
-            audit.record(session, AuditLog(project_id=project, type="x", object_id="y"))
+            audit.record(session, audit.Change(project, "x", "y"))
             assert count.fetch(session)
             raise RuntimeError
 

@@ -1,37 +1,90 @@
 """Dropout that does not dominate the step on a CPU.
 
 ``nn.Dropout`` draws one random number for each element there, in one thread: a third of a QLoRA
-step of a small model. This one cuts every 64 random bits into four decisions.
+step of a small model. Here the numbers of elements from one that is dropped to the next are drawn,
+which are geometric: one number for each element that is dropped, usually one in twenty.
 """
 
+import math
+from typing import Any
+
+import numpy as np
 import torch
 from torch import nn
 
-_LANES = 4
-_LEVELS = 2**16
+
+def draw_seed(generator: torch.Generator | None = None) -> int:
+    """Return a seed from `generator`, on the CPU; from torch's own if None."""
+    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
 
 
-def keep_scale(x: torch.Tensor, p: float, generator: torch.Generator | None) -> torch.Tensor:
-    """Return a tensor like `x`: 0 with probability `p`, rounded to 1/65536, else 1/(1 − p).
+def seeded(seed: int) -> np.random.Generator:
+    """Return numpy's fastest generator, in the state that `seed` gives it."""
+    return np.random.Generator(np.random.SFC64(seed))
+
+
+def dropped_positions(n: int, p: float, random: np.random.Generator) -> torch.Tensor:
+    """Return which of `n` elements are dropped, each on its own with probability `p`.
+
+    The gaps between them are geometric by inversion (Devroye, Non-Uniform Random Variate
+    Generation, 1986, chapter X.2): ⌊E / −log(1 − p)⌋ for an exponential E, in float64.
 
     Args:
-        x: Gives shape, dtype and device.
+        n: Below 2³¹.
         p: In (0, 1).
-        generator: Of the device of `x`; torch's global one if None.
+        random: Is advanced.
+
+    Returns:
+        int32 [how many], ascending.
     """
-    if x.device.type != "cpu":
-        kept = torch.empty_like(x).bernoulli_(1 - p, generator=generator)
-        return kept.div_(1 - p)
-    n_dropped = min(_LEVELS - 1, max(1, round(p * _LEVELS)))
-    n_draws = -(-x.numel() // _LANES)
-    bits = torch.empty(n_draws, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    lanes = bits.view(torch.int16)[: x.numel()].view(x.shape)
-    kept = lanes >= n_dropped - _LEVELS // 2
-    return kept.to(x.dtype).mul_(_LEVELS / (_LEVELS - n_dropped))
+    rate = -1 / math.log1p(-p)
+    # Six deviations above the mean: that these do not reach the end is possible, and rare.
+    n_drawn = math.ceil(n * p + 6 * math.sqrt(n * p * (1 - p))) + 8
+    parts, last = [], -1
+    while last < n:
+        gaps = random.standard_exponential(n_drawn)
+        gaps *= rate
+        # A gap past the end ends the draw; its size does not matter, and no sum overflows.
+        places = np.minimum(gaps, n, out=gaps).astype(np.int64)
+        places += 1
+        np.cumsum(places, out=places)
+        places += last
+        last = int(places[-1])
+        parts.append(places)
+    places = parts[0] if len(parts) == 1 else np.concatenate(parts)
+    return torch.from_numpy(places[: np.searchsorted(places, n)].astype(np.int32))
 
 
-class LaneDropout(nn.Module):
-    """Zero each element with probability `p` and scale the rest by 1/(1 − p), by `keep_scale`.
+class Drop:
+    """Elements of a tensor that were chosen once and can be zeroed as often as wanted.
+
+    Args:
+        n: How many elements the tensor has.
+        p: The probability of each to be chosen, in (0, 1).
+        random: Is advanced.
+        device: Where the tensor is. A CPU keeps the places, a GPU the seed of a mask.
+    """
+
+    def __init__(self, n: int, p: float, random: np.random.Generator, device: torch.device) -> None:
+        self._p = p
+        self._seed = 0
+        self._positions: torch.Tensor | None = None
+        if device.type == "cpu":
+            self._positions = dropped_positions(n, p, random)
+        else:
+            self._seed = int(random.integers(2**63))
+
+    def zero_(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero the chosen elements of `x`, which is contiguous, in place; return it."""
+        if self._positions is not None:
+            x.view(-1).index_fill_(0, self._positions.long(), 0)
+            return x
+        generator = torch.Generator(x.device).manual_seed(self._seed)
+        return x.mul_(torch.empty_like(x).bernoulli_(1 - self._p, generator=generator))
+
+
+class GapDropout(nn.Module):
+    """Zero each element with probability `p` and scale the rest by 1/(1 − p).
 
     Draws from torch's global generator, so that a saved generator state repeats it.
     """
@@ -44,4 +97,20 @@ class LaneDropout(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return a tensor like `x`; in evaluation mode, `x` itself."""
-        return x * keep_scale(x, self.p, None) if self.training else x
+        if not self.training:
+            return x
+        dropped: torch.Tensor = _Dropout.apply(x, self.p)
+        return dropped
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, p: float) -> torch.Tensor:
+        ctx.drop = Drop(x.numel(), p, seeded(draw_seed()), x.device)
+        ctx.scale = 1 / (1 - p)
+        scaled: torch.Tensor = ctx.drop.zero_((x * ctx.scale).contiguous())
+        return scaled
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return ctx.drop.zero_((gradient * ctx.scale).contiguous()), None

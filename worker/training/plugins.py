@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, TypeVar
 
 from pydantic import ValidationError
@@ -50,7 +51,7 @@ class Registry(Generic[P]):
                 f"{self._field} type {plugin.name!r} is registered twice: by "
                 f"{type(other).__module__} and {type(plugin).__module__}."
             )
-        self._found[plugin.name] = plugin
+        self._found = dict(sorted({**self._found, plugin.name: plugin}.items()))
 
     def all(self) -> Mapping[str, P]:
         """Return every plug-in by name, in order of the names."""
@@ -59,7 +60,7 @@ class Registry(Generic[P]):
             for module in pkgutil.iter_modules(paths):
                 import_module(f"{self._package}.{module.name}")
             self._complete = True
-        return dict(sorted(self._found.items()))
+        return MappingProxyType(self._found)
 
     def get(self, name: object) -> P:
         """Return one plug-in, or raise `InvalidRequestError` listing the names there are."""

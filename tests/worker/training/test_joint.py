@@ -135,8 +135,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     counts: list[int] = []
     parts = LinearGroup._parts
 
-    def spy(self: LinearGroup, dtype: torch.dtype, training: bool) -> Any:
-        found = parts(self, dtype, training)
+    def spy(self: LinearGroup, like: torch.Tensor, training: bool) -> Any:
+        found = parts(self, like, training)
         if training:
             counts.append(len(found[0]))
         return found

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -27,9 +26,13 @@ class AdaptedLinear(Adapted):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` [rows, …, in] to [rows, …, out]; without adapters, the base's own tensor."""
+        y: torch.Tensor
         slots, buffers = self._slots, self._mine
+        if slots is not None and slots.alone is not None:
+            pair, y = slots.alone.get(self._path), self.base(x)
+            return y if pair is None else _plus(y, _times(x, pair[0]), pair[1])
         if slots is None or buffers is None or not slots.active:
-            y: torch.Tensor = self.base(x)
+            y = self.base(x)
             return y
         gains = {
             name: _of_rows(slots, buffers.vectors[name], x.dim())
@@ -59,11 +62,30 @@ class AdaptedLinear(Adapted):
         n_tokens = x[0].numel() // x.shape[-1]
         if (lanes := columns.lanes) is not None and (n_tokens == 1 or lanes.is_even):
             return (y + _through_lanes(x, a, b, lanes)).to(y.dtype)
-        own = functional.linear(x, a)
+        own = _times(x, a.T)
         if (mask := columns.mask) is not None:
             # Chosen, not multiplied by 0: what overflows in one row's adapter stays in that row.
-            own = torch.where(beside(mask, x.dim()), own, 0.0)
-        return (y + own @ b).to(y.dtype)
+            by_row = torch.where(mask[:, None], own.view(len(x), -1, own.shape[-1]), 0.0)
+            own = by_row.view(own.shape)
+        return _plus(y, own, b)
+
+
+def _times(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+    """Return what `a` [in, C] makes of every token of `x` [rows, …, in], as [tokens, C]."""
+    return torch.mm(x.reshape(-1, x.shape[-1]).to(a.dtype), a)
+
+
+def _plus(y: torch.Tensor, own: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Return `y` [rows, …, out] with `own` [tokens, C] times `b` [C, out] added, in its dtype.
+
+    `y` is the base's own output, which nobody else has seen: where it has the adapters' dtype the
+    product is added in place. A sum of its own is one more way through memory, which costs as much
+    as the product.
+    """
+    if y.dtype == b.dtype and y.is_contiguous():
+        y.view(-1, y.shape[-1]).addmm_(own, b)
+        return y
+    return (y + (own @ b).view(y.shape)).to(y.dtype)
 
 
 def _through_lanes(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lanes: Lanes) -> torch.Tensor:

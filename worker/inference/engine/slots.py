@@ -1,6 +1,7 @@
 """The adapters of the running sequences: one slot each, side by side in every layer's buffers.
 
-A copy into a slot is the only work that the engine's thread does to load an adapter.
+A copy into a slot is the only work that the engine's thread does to load an adapter. It is made
+when rows of others first share a pass with it: alone on a CPU, an adapter needs no copy.
 """
 
 from collections.abc import Mapping, Sequence, Set
@@ -11,7 +12,13 @@ from worker.inference.engine.bottlenecks import BottleneckBuffers
 from worker.inference.engine.columns import Columns
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.streams import StreamRows
-from worker.inference.engine.weights import VECTORS, AdapterWeights, ModuleChange, TwoStreams
+from worker.inference.engine.weights import (
+    VECTORS,
+    AdapterWeights,
+    ModuleChange,
+    Pairs,
+    TwoStreams,
+)
 
 
 class LayerBuffers:
@@ -110,6 +117,7 @@ class Slots:
         self.bottlenecks = Columns(n_slots, like.device)
         self.layers = {path: LayerBuffers(shape, self) for path, shape in shapes.items()}
         self._digests: list[str | None] = [None] * n_slots
+        self._is_filled = [False] * n_slots
         self._streams: list[TwoStreams | None] = [None] * (n_slots + 1)
         self._order: list[int] = list(range(n_slots))  # least recently used first
         self.evictions = 0
@@ -119,6 +127,9 @@ class Slots:
         self.rows: list[int] = []
         """For the next pass, the slot of every row; `n_slots` stands for the base model."""
         self.active: frozenset[int] = frozenset()
+        self.alone: Pairs | None = None
+        """All that the next pass does where all its rows have one adapter of low rank, in host
+        memory: the buffers are then as for the base model, whatever they hold."""
         self.streams: StreamRows | None = None
         """The rows of the next pass that run in two streams, if there are any."""
         self._index: torch.Tensor | None = None
@@ -135,10 +146,19 @@ class Slots:
         places = {digest: i for i, digest in enumerate(self._digests) if digest is not None}
         for digest, adapter in distinct.items():
             if digest not in places:
-                places[digest] = self._place(adapter, kept)
+                places[digest] = self._give(adapter, kept)
             self._order.remove(places[digest])
             self._order.append(places[digest])
         self.rows = [self.n_slots if each is None else places[each.digest] for each in adapters]
+        self.alone = None
+        if self.like.device.type == "cpu" and len(set(self.rows)) == 1 and distinct:
+            self.alone = next(iter(distinct.values())).pairs
+        if self.alone is not None:
+            self.rows = [self.n_slots] * len(adapters)
+        else:
+            for digest, adapter in distinct.items():
+                if not self._is_filled[places[digest]]:
+                    self._fill(places[digest], adapter)
         self.active = frozenset(self.rows) - {self.n_slots}
         self._index = None
         self.low_rank.use(self.rows, self.active)
@@ -156,19 +176,23 @@ class Slots:
             self._index = torch.tensor(self.rows, device=self.like.device)
         return self._index
 
-    def _place(self, adapter: AdapterWeights, kept: Set[str | None]) -> int:
-        """Copy `adapter` into a slot that holds none of `kept`, and return the slot's index."""
+    def _give(self, adapter: AdapterWeights, kept: Set[str | None]) -> int:
+        """Give `adapter` a slot that holds none of `kept`, and return the slot's index."""
         free = [i for i in self._order if self._digests[i] is None or self._digests[i] not in kept]
         if not free:
             raise ValueError(f"All {self.n_slots} adapter slots are in use.")
         # An empty slot rather than the least recently used one.
         index = min(free, key=lambda i: self._digests[i] is not None)
         self.evictions += self._digests[index] is not None
-        self._digests[index] = None
+        self._digests[index] = adapter.digest
+        self._is_filled[index] = False
+        return index
+
+    def _fill(self, index: int, adapter: AdapterWeights) -> None:
+        """Copy `adapter` into its slot, in place of what was there."""
         self.low_rank.place(index, adapter.rank)
         self.bottlenecks.place(index, adapter.width)
         for path, layer in self.layers.items():
             layer.put(index, adapter.modules.get(path))
         self._streams[index] = adapter.streams
-        self._digests[index] = adapter.digest
-        return index
+        self._is_filled[index] = True

@@ -2,11 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 Variant = Literal["meft1", "meft2", "meft3"]
+Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""Of one adapter by module path: Aᵀ [in, r] and Bᵀ [r, out], the scale in it."""
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
 """What has one vector for each adapter, and the number that stands for a row without."""
 
@@ -101,7 +104,7 @@ class ModuleChange:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterWeights:
     """A checked adapter: its identity and, by full module path, what it changes."""
 
@@ -122,6 +125,18 @@ class AdapterWeights:
     def streams(self) -> TwoStreams | None:
         """How its Transformer layers run, if not in one stream; the same for all of them."""
         return next((each.streams for each in self.modules.values() if each.streams), None)
+
+    @cached_property
+    def pairs(self) -> Pairs | None:
+        """Aᵀ and Bᵀ by module path; None where it does more than add B(A(x))."""
+        pairs = {}
+        for path, change in self.modules.items():
+            if change.streams is not None or change.tensors().keys() != {"a", "b"}:
+                return None
+            assert change.a is not None
+            assert change.b is not None
+            pairs[path] = change.a.T, change.b.T
+        return pairs
 
     @property
     def n_bytes(self) -> int:

@@ -33,6 +33,7 @@ class Adapted(nn.Module):
         self.base = base
         self._slots: Slots | None = None
         self._mine: LayerBuffers | None = None
+        self._path = ""
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their layers for facts, such as the kind of attention."""
@@ -45,7 +46,7 @@ class Adapted(nn.Module):
 
     def attach(self, slots: Slots, path: str) -> None:
         """Let `slots` decide what is changed; before that the module is the base's own."""
-        self._slots, self._mine = slots, slots.layers[path]
+        self._slots, self._mine, self._path = slots, slots.layers[path], path
 
     def _users(self, name: str) -> bool:
         """Whether a row of this pass has a vector of this name here."""

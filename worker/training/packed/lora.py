@@ -6,7 +6,6 @@ backward pass, and where x needs no gradient (below the first adapter) none is c
 a batch may belong to different adapters.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from worker.training.dropout import keep_scale
+from worker.training.dropout import Drop, draw_seed, seeded
 from worker.training.packed import layout
 from worker.training.packed.frozen import FrozenWeight
+from worker.training.packed.layout import Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class LinearGroup:
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         """Return [..., all outputs] for x [..., inputs] under the active layout."""
-        parts, parameters = self._parts(x.dtype, training)
+        parts, parameters = self._parts(x, training)
         output: torch.Tensor = _Product.apply(x, self.weights, parts, *parameters)
         return output
 
@@ -53,19 +53,17 @@ class LinearGroup:
         The gated feed-forward of arXiv 2002.05202. Its activation is made again in the backward
         pass instead of being kept.
         """
-        parts, parameters = self._parts(both.dtype, training)
+        parts, parameters = self._parts(both, training)
         output: torch.Tensor = _GatedProduct.apply(both, self.weights, parts, *parameters)
         return output
 
-    def _parts(self, dtype: torch.dtype, training: bool) -> tuple[list["_Part"], list[Any]]:
+    def _parts(self, like: torch.Tensor, training: bool) -> tuple[list["_Part"], list[Any]]:
         """Return what each segment is multiplied with, and the parameters behind it."""
         parts, parameters = [], []
         for segment in layout.current().segments:
             columns = self._columns.get(segment.adapter)  # others may have matrices here
             if not columns:
                 continue
-            drops = training and any(column.pair.dropout for column in columns)
-            seed = _draw_seed(segment.generator) if drops else None
             a = [column.pair.a for column in columns]
             b = [column.pair.b for column in columns]
             # A fused optimizer changes weights without telling, so no cast outlives its pass.
@@ -73,17 +71,26 @@ class LinearGroup:
                 _Part(
                     slice(segment.start, segment.end),
                     columns,
-                    torch.cat([each.detach() for each in a]).to(dtype),
-                    [each.detach().to(dtype) for each in b],
-                    seed,
+                    [each.detach().to(like.dtype) for each in a],
+                    [each.detach().to(like.dtype) for each in b],
+                    self._drops(segment, columns, like.device) if training else None,
                 )
             )
             parameters += [*a, *b]
         return parts, parameters
 
-
-def _draw_seed(generator: torch.Generator | None) -> int:
-    return int(torch.empty((), dtype=torch.int64).random_(generator=generator).item())
+    def _drops(
+        self, segment: Segment, columns: list["_Column"], device: torch.device
+    ) -> list[Drop | None] | None:
+        """Choose the inputs that each layer's A does not see; None if none drops any."""
+        if not any(column.pair.dropout for column in columns):
+            return None
+        random = seeded(draw_seed(segment.generator))
+        n = (segment.end - segment.start) * self.weights[0].inputs
+        return [
+            Drop(n, column.pair.dropout, random, device) if column.pair.dropout else None
+            for column in columns
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,24 +120,27 @@ def _columns_of(outputs: list[int], pairs: tuple[Pair | None, ...]) -> list[_Col
 class _Part:
     """One segment: its rows, its layers, and their matrices in the dtype of the product.
 
-    `a` is the A of all layers, one below the other. `seed` starts the random numbers of the
-    dropout, if there is any: it comes from torch's generator, whose state is part of a checkpoint.
-    The backward pass draws the same numbers again, which is cheaper than keeping them.
+    `drops` says what each layer's dropout drops in this pass, if there is any. It comes from a seed
+    by torch's generator, whose state is part of a checkpoint; what is kept is scaled with the rest.
     """
 
     rows: slice
     columns: list[_Column]
-    a: torch.Tensor
+    a: list[torch.Tensor]
     b: list[torch.Tensor]
-    seed: int | None
+    drops: list[Drop | None] | None
 
-    def keeps(self, x: torch.Tensor) -> Iterator[torch.Tensor | float]:
-        """Yield what each layer's input is multiplied with."""
-        assert self.seed is not None
-        generator = torch.Generator(x.device).manual_seed(self.seed)
-        for column in self.columns:
-            p = column.pair.dropout
-            yield keep_scale(x, p, generator) if p else 1.0
+    @property
+    def scales(self) -> list[float]:
+        """The factor of each layer's product: with dropout, over the share that is kept."""
+        pairs = [column.pair for column in self.columns]
+        if self.drops is None:
+            return [pair.scale for pair in pairs]
+        return [pair.scale / (1 - pair.dropout) for pair in pairs]
+
+
+def _kept(rows: torch.Tensor, drop: Drop | None) -> torch.Tensor:
+    return rows if drop is None else drop.zero_(rows.clone(memory_format=torch.contiguous_format))
 
 
 class _Product(torch.autograd.Function):
@@ -192,20 +202,14 @@ def _multiply(
     hidden_of_parts = []
     for part in parts:
         rows = x[part.rows]
-        if part.seed is None:
-            hidden = rows @ part.a.t()
+        if part.drops is None:
+            hidden = rows @ torch.cat(part.a).t()
         else:
-            hidden = torch.cat(
-                [
-                    (rows * keep) @ part.a[column.hidden].t()
-                    for column, keep in zip(part.columns, part.keeps(rows), strict=True)
-                ],
-                1,
-            )
-        for column, b in zip(part.columns, part.b, strict=True):
-            output[part.rows, column.output].addmm_(
-                hidden[:, column.hidden], b.t(), alpha=column.pair.scale
-            )
+            hidden = rows.new_empty(len(rows), part.columns[-1].hidden.stop)
+            for column, a, drop in zip(part.columns, part.a, part.drops, strict=True):
+                torch.mm(_kept(rows, drop), a.t(), out=hidden[:, column.hidden])
+        for column, b, scale in zip(part.columns, part.b, part.scales, strict=True):
+            output[part.rows, column.output].addmm_(hidden[:, column.hidden], b.t(), alpha=scale)
         hidden_of_parts.append(hidden)
     return output, hidden_of_parts
 
@@ -236,10 +240,10 @@ def _adapter_gradients(
     for part, hidden in zip(parts, hidden_of_parts, strict=True):
         to_hidden = torch.empty_like(hidden)
         to_b = []
-        for column, b in zip(part.columns, part.b, strict=True):
+        for column, b, scale in zip(part.columns, part.b, part.scales, strict=True):
             outer = gradient[part.rows, column.output]
-            to_hidden[:, column.hidden] = (outer @ b).mul_(column.pair.scale)
-            to_b.append((outer.t() @ hidden[:, column.hidden]).float().mul_(column.pair.scale))
+            to_hidden[:, column.hidden] = (outer @ b).mul_(scale)
+            to_b.append((outer.t() @ hidden[:, column.hidden]).float().mul_(scale))
         back = to_x[part.rows] if to_x is not None else None
         gradients += [*_down_gradients(part, x[part.rows], to_hidden, back), *to_b]
     return gradients
@@ -249,15 +253,16 @@ def _down_gradients(
     part: _Part, rows: torch.Tensor, to_hidden: torch.Tensor, back: torch.Tensor | None
 ) -> list[torch.Tensor]:
     """Return the gradients of the A of a part, and add that of its input to `back`."""
-    if part.seed is None:
+    if part.drops is None:
         if back is not None:
-            back.addmm_(to_hidden, part.a)
+            back.addmm_(to_hidden, torch.cat(part.a))
         to_a = (to_hidden.t() @ rows).float()
         return [to_a[column.hidden] for column in part.columns]
     gradients = []
-    for column, keep in zip(part.columns, part.keeps(rows), strict=True):
+    for column, a, drop in zip(part.columns, part.a, part.drops, strict=True):
         mine = to_hidden[:, column.hidden]
-        gradients.append((mine.t() @ (rows * keep)).float())
+        gradients.append((mine.t() @ _kept(rows, drop)).float())
         if back is not None:
-            back.add_((mine @ part.a[column.hidden]).mul_(keep))
+            to_rows = mine @ a
+            back.add_(to_rows if drop is None else drop.zero_(to_rows))
     return gradients

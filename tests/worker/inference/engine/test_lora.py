@@ -63,7 +63,9 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
-def test_logits_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> None:
+def test_logits_are_those_of_peft_alone_and_beside_the_base(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
     peft_model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=12, **options)).eval()
     randomise(peft_model)
     peft_model.save_pretrained(str(tmp_path), save_embedding_layers=False)
@@ -71,18 +73,27 @@ def test_logits_are_those_of_peft(options: dict[str, Any], tmp_path: Path) -> No
 
     model = tiny_llama()
     base = logits(model)
-    use(model, tmp_path)
-    error = (logits(model) - expected).norm() / expected.norm()
-    assert error < 1e-5
+    slots, adapter = use(model, tmp_path)
+    assert slots.alone is not None
+    assert slots.alone.keys() == adapter.modules.keys()
+    assert (logits(model) - expected).norm() / expected.norm() < 1e-5
     assert (base - expected).norm() / expected.norm() > 0.05
+    slots.use([adapter, None])
+    assert bool(slots.alone is None)
+    with torch.inference_mode():
+        both = model(input_ids=IDS.expand(2, -1)).logits
+    assert (both[0] - expected).norm() / expected.norm() < 1e-5
+    torch.testing.assert_close(both[1:], base)
 
 
-def use(model: PreTrainedModel, directory: Path) -> None:
+def use(model: PreTrainedModel, directory: Path) -> tuple[Slots, AdapterWeights]:
     """Wrap `model` and let every row of the next pass use the adapter in `directory`."""
     layers = BaseLayers(model)
     slots = Slots(layers.shapes, 1, torch.empty(0, dtype=model.dtype))
     layers.attach(slots)
-    slots.use([read_adapter(directory, "d" * 40, layers.shapes).weights(layers.read)])
+    adapter = read_adapter(directory, "d" * 40, layers.shapes).weights(layers.read)
+    slots.use([adapter])
+    return slots, adapter
 
 
 ROWS = ["base", "2", "0", "2", "1", "2", "base"]

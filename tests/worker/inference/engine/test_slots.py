@@ -35,9 +35,47 @@ def test_adapters_of_any_rank_stand_side_by_side_and_each_row_sees_its_own() -> 
     assert own_columns(slots, 0) == [2.0] * 4
     assert own_columns(slots, 1) == []
     assert own_columns(slots, 2) == [1.0]
-    slots.use([two, two])
-    assert slots.low_rank.mask is None
-    assert own_columns(slots, 1) == [2.0] * 4
+    gain = AdapterWeights("3", {"x": ModuleChange(gain=torch.ones(2))})
+    slots.use([two, gain])
+    slots.use([gain])
+    assert own_columns(slots, 0) == []
+
+
+def test_rows_of_one_adapter_of_low_rank_need_no_copy_until_others_come() -> None:
+    slots = make(2)
+    one, two = low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)
+    slots.use([one, one])
+    assert slots.alone is not None
+    assert slots.alone["x"][1].tolist() == [[1.0, 1.0]]
+    assert slots.digests() == ["1"]
+    assert slots.layers["x"].a is None
+    assert slots.active == frozenset()  # norms and layers are the base's
+    slots.use([one, None])
+    assert bool(slots.alone is None)
+    assert own_columns(slots, 0) == [1.0]
+    slots.use([two, one])
+    assert bool(slots.alone is None)
+    assert own_columns(slots, 0) == [2.0] * 4
+    slots.use([None])
+    assert bool(slots.alone is None)
+
+
+def test_a_slot_given_to_another_is_filled_with_it_when_others_come() -> None:
+    slots = make(1)
+    slots.use([low_rank("1", 2, 1.0), None])
+    three = low_rank("3", 2, 3.0)
+    slots.use([three])
+    assert own_columns(slots, 0) == []
+    slots.use([three, None])
+    assert own_columns(slots, 0) == [3.0] * 2
+
+
+def test_what_is_more_than_low_rank_is_copied_at_once() -> None:
+    slots = make(1)
+    low, gain = torch.ones(1, 3), torch.ones(2)
+    slots.use([AdapterWeights("1", {"x": ModuleChange(low, torch.ones(2, 1), gain=gain)})])
+    assert bool(slots.alone is None)
+    assert own_columns(slots, 0) == [1.0]
 
 
 def test_only_the_columns_of_the_pass_are_looked_at() -> None:
@@ -70,8 +108,9 @@ def test_more_adapters_than_slots_in_one_pass_are_a_mistake() -> None:
 
 def test_a_smaller_adapter_leaves_nothing_of_the_one_before() -> None:
     slots = make(1)
-    slots.use([low_rank("1", 4, float("inf"))])
-    slots.use([AdapterWeights("2", {"y": ModuleChange(torch.ones(2, 3), torch.ones(2, 2))})])
+    slots.use([low_rank("1", 4, float("inf")), None])
+    second = AdapterWeights("2", {"y": ModuleChange(torch.ones(2, 3), torch.ones(2, 2))})
+    slots.use([second, None])
     x, y = slots.layers["x"], slots.layers["y"]
     assert x.low_rank == set()
     assert x.a is not None
@@ -94,7 +133,7 @@ def test_a_gap_is_filled_before_buffers_grow() -> None:
     slots = make(3)
     slots.use([low_rank("1", 20), low_rank("2", 12)])
     slots.busy = {"2"}
-    slots.use([low_rank("3", 10)])
+    slots.use([low_rank("3", 10), None])
     slots.busy = {"2", "3"}
     slots.use([low_rank("4", 10, 4.0), low_rank("2", 12)])
     assert own_columns(slots, 0) == [4.0] * 10
@@ -109,6 +148,6 @@ def test_gains_are_a_rows_own_and_gone_with_their_adapter() -> None:
     layer = slots.layers["x"]
     assert layer.vectors["gain"][slots.index].tolist() == [[2, 3], [1, 1]]
     for digest in ("2", "3"):
-        slots.use([low_rank(digest, 1)])
+        slots.use([low_rank(digest, 1), None])
     assert layer.users["gain"] == set()
     assert layer.vectors["gain"].tolist() == [[1, 1]] * 3

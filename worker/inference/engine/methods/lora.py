@@ -90,7 +90,8 @@ class LoraConfig:
         DoRA's layer is ``g (W x + s B A x) + b`` (section 4.3: the norm is a constant), so that g
         goes into B, and the bias, which it spares, comes back as a shift.
         """
-        a, b = tensors[_A], self.scale(path) * tensors[_B]
+        # B lies as its product reads it, and as the slots hold it: [r, out].
+        a, b = tensors[_A], tensors[_B].T.contiguous().mul_(self.scale(path)).T
         if not self.use_dora:
             return ModuleChange(a, b)
         own = base(path)
