@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session
 from models.domain.base import JsonObject
 from models.prepared import PreparedInsert
 from models.registry.page import Cursor, Page, page
-from models.tables import AuditLog, new_id
+from models.tables import AuditLog, ordered_id
 
 _insert = PreparedInsert(AuditLog)
 
@@ -30,7 +30,7 @@ class Change:
 
     def row(self) -> JsonObject:
         return {
-            "id": new_id("audit_log-"),
+            "id": ordered_id("audit_log-"),
             "project_id": self.project_id,
             "key_id": self.key_id,
             "request_id": self.request_id,

@@ -9,7 +9,7 @@ from models.domain.base import JsonObject
 from models.domain.status import EventLevel
 from models.prepared import PreparedInsert, PreparedQuery, PreparedRows
 from models.registry.page import Cursor, Page, page
-from models.tables import Event, Job, new_id
+from models.tables import Event, Job, ordered_id
 
 _insert = PreparedInsert(Event)
 _after = PreparedRows(
@@ -47,7 +47,7 @@ def append(
     last = last_sequence(session, job_id)
     session.add(
         Event(
-            id=new_id("ftevent-"),
+            id=ordered_id("ftevent-"),
             job_id=job_id,
             sequence=last + 1,
             level=level,
@@ -68,7 +68,7 @@ def begin(session: Session, messages: Mapping[str, Sequence[str]]) -> None:
     """
     rows = [
         {
-            "id": new_id("ftevent-"),
+            "id": ordered_id("ftevent-"),
             "job_id": job_id,
             "sequence": sequence,
             "level": EventLevel.INFO,

@@ -1,6 +1,6 @@
 """Typed rows; importing this package registers every table on ``Base.metadata``."""
 
-from models.tables.base import Base, new_id
+from models.tables.base import Base, new_id, ordered_id
 from models.tables.base_model import BaseModel, BaseProbe
 from models.tables.batch import Batch, BatchResult
 from models.tables.file import File, Upload, UploadPart
@@ -53,4 +53,5 @@ __all__ = [
     "WebhookEndpoint",
     "Worker",
     "new_id",
+    "ordered_id",
 ]

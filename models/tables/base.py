@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from typing import Any
 
 from sqlalchemy import JSON, Double, MetaData
@@ -11,6 +12,8 @@ from models.db import db_now
 from models.domain.base import JsonObject
 
 _ALPHABET = "abcdefghijkmnpqrstuvwxyz23456789"  # no 0/o, 1/l: ids are read aloud
+
+_ORDERED = "".join(sorted(_ALPHABET))
 
 _JSON = JSON(none_as_null=True)  # else None is stored as JSON's null, which IS NULL never finds
 
@@ -47,6 +50,17 @@ os.register_at_fork(after_in_child=_randomness.__init__)  # type: ignore[misc]
 def new_id(prefix: str, length: int = 24) -> str:
     """Return an unguessable identifier such as ``ftjob-…`` (5 bits a character)."""
     return prefix + _randomness.take(length).translate(_CHARACTERS).decode("ascii")
+
+
+def ordered_id(prefix: str) -> str:
+    """Return an identifier that sorts by the millisecond it was made in; 75 random bits follow.
+
+    For rows that come by the thousand: each goes to the end of its index, where random ones would
+    touch, and a commit write, a page for each (as UUID version 7, RFC 9562 section 5.7).
+    """
+    now = time.time_ns() // 1_000_000
+    digits = [_ORDERED[now >> shift & 31] for shift in range(40, -1, -5)]
+    return new_id(prefix + "".join(digits), 15)
 
 
 class Base(DeclarativeBase):

@@ -15,7 +15,7 @@ from models.domain.training import TrainingSpec
 from models.errors import InvalidRequestError, LeaseLostError, NotFoundError
 from models.registry import adapters, events, job_runs, jobs, tenancy
 from models.registry.job_files import DataDemand
-from models.tables import Event, File, Job, new_id
+from models.tables import Event, File, Job, new_id, ordered_id
 
 LOST = job_runs.LostRun("trainer_crashed", "The trainer crashed.")
 
@@ -262,3 +262,12 @@ def test_identifiers_are_never_given_twice_by_parent_and_child() -> None:
     )
     assert len(set(made)) == 500
     assert len(set(child.stdout.split())) == 2
+
+
+def test_ordered_identifiers_sort_by_their_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    for milliseconds in (1, 31, 32, 1_800_000_000_000, 1_800_000_000_001, 2**45 - 1):
+        monkeypatch.setattr("time.time_ns", lambda now=milliseconds: now * 1_000_000)
+        made += sorted([ordered_id("x-"), ordered_id("x-")])
+    assert made == sorted(set(made))
+    assert {len(each) for each in made} == {len(new_id("x-"))}
