@@ -24,10 +24,8 @@ from api.cli.client import Client
 from api.cli.demo import BASE, TRAINING
 from api.cli.home import Home
 from bench._report import describe_machine, print_figures
-from bench.serve import write_adapters
 from models.domain.adapter_files import ADAPTER_FILES
 from models.settings import Settings
-from worker.base_models import materialise
 
 QUESTION = "The gate will not open with my code. It cannot wait!"
 POLL_SECONDS = 0.05
@@ -121,6 +119,10 @@ def _take_turns(
 
 
 def _archives(home: Path, n_adapters: int) -> list[Path]:
+    # Not before: with torch loaded here, new adapters were 2.4 s later in the service beside it.
+    from bench.serve import write_adapters
+    from worker.base_models import materialise
+
     directory, _ = materialise(BASE, Settings().models)
     write_adapters(directory, home / "adapters", n_adapters)
     archives = []
