@@ -131,12 +131,7 @@ Send = Callable[[News], Coroutine[Any, Any, None]]
 
 
 class _Reader:
-    """One stream. What it is told is sent at once, or waits while sending does.
-
-    Args:
-        send: How it is sent news.
-        after: What it has seen already, if that is more than it would be told next.
-    """
+    """One stream. What it is told is sent at once, or waits while sending does."""
 
     def __init__(self, send: Send) -> None:
         self._send = send

@@ -45,6 +45,16 @@ class Counting(Database):
         return super().write_together(writes)
 
 
+@pytest.fixture
+def counting(database: Database) -> Counting:
+    if not database.is_embedded:
+        pytest.skip("a server commits in groups by itself")
+    database.__class__ = Counting
+    assert isinstance(database, Counting)
+    database.sizes = []
+    return database
+
+
 def test_each_gets_its_own_result_or_error_and_the_good_ones_are_kept(
     database: Database,
 ) -> None:
@@ -69,23 +79,18 @@ def test_each_gets_its_own_result_or_error_and_the_good_ones_are_kept(
 
 
 def test_what_waits_while_one_is_written_is_written_in_one_transaction(
-    database: Database,
+    counting: Counting,
 ) -> None:
     async def main() -> None:
-        if not database.is_embedded:
-            pytest.skip("a server commits in groups by itself")
-        database.__class__ = Counting
-        assert isinstance(database, Counting)
-        database.sizes = []
-        database.gate.clear()
-        writer = GroupCommit(database)
+        counting.gate.clear()
+        writer = GroupCommit(counting)
         tasks = [asyncio.create_task(writer.run(create("team 0")))]
         await asyncio.sleep(0.01)
         tasks += [asyncio.create_task(writer.run(create(f"team {n}"))) for n in range(1, 5)]
         await asyncio.sleep(0)
-        database.gate.set()
+        counting.gate.set()
         await asyncio.gather(*tasks)
-        assert database.sizes == [1, 4]
+        assert counting.sizes == [1, 4]
         writer.close()
 
     asyncio.run(main())
@@ -171,27 +176,22 @@ def test_writes_of_a_kind_are_one_call_and_each_has_its_outcome(database: Databa
 
 
 def test_clients_that_write_one_after_the_other_share_their_transactions(
-    database: Database,
+    counting: Counting,
 ) -> None:
     async def main() -> None:
-        if not database.is_embedded:
-            pytest.skip("a server commits in groups by itself")
-        database.__class__ = Counting
-        assert isinstance(database, Counting)
-        database.sizes = []
-        database.gate.set()
-        writer = GroupCommit(database)
+        counting.gate.set()
+        writer = GroupCommit(counting)
 
         async def client(name: str) -> None:
             for n in range(10):
                 await writer.run(create(f"{name} {n}"))
 
         await asyncio.gather(*(client(f"client {n}") for n in range(4)))
-        assert sum(database.sizes) == 40
-        assert database.sizes.count(4) >= 7  # but for the first, and where one was late
+        assert sum(counting.sizes) == 40
+        assert counting.sizes.count(4) >= 7  # but for the first, and where one was late
         await client("alone")
-        assert database.sizes[-9:] == [1] * 9
-        assert len([name for name in names(database) if name.startswith("client")]) == 40
+        assert counting.sizes[-9:] == [1] * 9
+        assert len([name for name in names(counting) if name.startswith("client")]) == 40
         writer.close()
 
     asyncio.run(main())
