@@ -12,6 +12,7 @@ killed, and none listens on anything but 127.0.0.1 or a socket inside its own di
 """
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import obstore
@@ -70,7 +72,7 @@ def _running(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, os.getpid()),
             user=user,
         )
     try:

@@ -7,6 +7,7 @@ code. The Celery parent never loads torch.
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -50,7 +51,7 @@ class TrainerProcess:
     """
 
     def __init__(self, base: LastBase | None = None) -> None:
-        command = [sys.executable, "-m", "worker.training.run"]
+        command = [sys.executable, "-m", "worker.training.run", "--parent", str(os.getpid())]
         if base is not None:
             command += ["--base", base.name, "--precision", base.precision.model_dump_json()]
             command += ["--peft", json.dumps(base.peft)]

@@ -1,10 +1,12 @@
 """``tunery up`` in the background, for commands that bring their own service and take it away."""
 
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from api.cli.client import Client
 from api.cli.home import Home
@@ -29,7 +31,7 @@ def running_service(home: Home) -> Iterator[Client]:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_parent,
+            preexec_fn=partial(die_with_parent, os.getpid()),
         )
     try:
         deadline = time.monotonic() + START_SECONDS

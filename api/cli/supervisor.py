@@ -4,9 +4,11 @@ Children get PR_SET_PDEATHSIG, so that not even ``kill -9`` of the supervisor le
 They must be started by the main thread, which lives as long as the process.
 """
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from models.processes import die_with_parent
@@ -50,7 +52,7 @@ class Child:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C reaches the supervisor only, which stops in order
-                preexec_fn=die_with_parent,
+                preexec_fn=partial(die_with_parent, os.getpid()),
             )
         self._started_at = time.monotonic()
         self._restart_at = None

@@ -1,5 +1,6 @@
 """Two replicas of the API behind nginx, under a path: the page stays whole when one dies."""
 
+import os
 import re
 import shutil
 import socket
@@ -8,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -108,7 +110,7 @@ def nginx(folder: Path, first: int, second: int, port: int) -> Iterator[str]:
     running = subprocess.Popen(
         [NGINX, "-c", str(file), "-p", str(folder)],
         stderr=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
+        preexec_fn=partial(die_with_parent, os.getpid()),
     )
     try:
         url = f"http://127.0.0.1:{port}{PREFIX}"

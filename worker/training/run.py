@@ -11,7 +11,6 @@ SIGTERM: finish the step, make a checkpoint, exit `DRAINED`. SIGINT: finish the 
 
 import argparse
 import json
-import os
 import select
 import shutil
 import signal
@@ -106,11 +105,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--base", help="load this base model while there is no job yet")
     parser.add_argument("--precision", help="how to hold it: a job's `precision`, as JSON")
     parser.add_argument("--peft", help="what its job will probably train: its `peft`, as JSON")
-    parser.add_argument("--parent", type=int, help="process id to die with; the caller's if absent")
+    parser.add_argument("--parent", type=int, required=True, help="process id to die with")
     given = parser.parse_args(argv)
     if (given.job is None) != (given.attempt is None):
         parser.error("--job and --attempt belong together")
-    die_with_parent(given.parent or os.getppid())
+    die_with_parent(given.parent)
     settings = load_settings()
     configure_logging(settings.log_level, "trainer")
     warm = WarmBase()

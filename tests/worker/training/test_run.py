@@ -1,5 +1,6 @@
 """The trainer as a process: warm spare, signals, exit codes, and its end with its parent."""
 
+import ctypes
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from worker.training.run import StopLines, StopSignal
 
 COMMAND = [sys.executable, "-m", "worker.training.run"]
 ROOT = Path(__file__).parents[3]
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def environment(service: Service) -> dict[str, str]:
@@ -37,10 +39,19 @@ def environment(service: Service) -> dict[str, str]:
     )
 
 
+@pytest.fixture
+def orphans() -> Iterator[None]:
+    """Let this process inherit children of its children, so that it can wait for them."""
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0
+    yield
+    assert libc.prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0) == 0
+
+
 @contextmanager
 def trainer(service: Service, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [*COMMAND, *arguments],
+        [*COMMAND, "--parent", str(os.getpid()), *arguments],
         cwd=ROOT,
         env=environment(service),
         stdin=subprocess.PIPE,
@@ -107,8 +118,9 @@ def test_a_signal_ends_the_run_at_a_step(
 
 def test_the_process_dies_with_its_parent(service: Service) -> None:
     code = (
-        "import subprocess, sys\n"
-        "child = subprocess.Popen([sys.executable, '-m', 'worker.training.run'],\n"
+        "import os, subprocess, sys\n"
+        "command = [sys.executable, '-m', 'worker.training.run', '--parent', str(os.getpid())]\n"
+        "child = subprocess.Popen(command,\n"
         "    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)\n"
         "child.stdout.readline()\n"
         "print(child.pid, flush=True)\n"
@@ -126,6 +138,31 @@ def test_the_process_dies_with_its_parent(service: Service) -> None:
     with parent:
         parent.kill()
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10)
+
+
+def test_a_process_whose_parent_ended_before_it_could_look_does_not_wait_for_work(
+    service: Service, orphans: None
+) -> None:
+    code = (
+        "import os, signal\n"
+        "from worker.launch import TrainerProcess\n"
+        "child = TrainerProcess()\n"
+        "os.kill(child.pid, signal.SIGSTOP)\n"
+        "print(child.pid, flush=True)\n"
+        "os._exit(0)\n"
+    )
+    parent = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(service),
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    child = int(parent.stdout)
+    os.kill(child, signal.SIGCONT)
+    _, status, usage = os.wait4(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 1
+    assert usage.ru_maxrss < 150_000, "it loaded torch first (kB)"
 
 
 def test_a_process_whose_parent_is_gone_does_not_start(service: Service) -> None:
