@@ -12,7 +12,8 @@ from transformers.cache_utils import DynamicLayer
 
 from worker.inference.engine.blocks import PrefixBlocks
 
-BLOCK_TOKENS = 32
+BLOCK_TOKENS = 8
+"""Few, so that a short prompt too gains by what it shares, such as a template's system message."""
 
 
 class PrefixStore:

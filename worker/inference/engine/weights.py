@@ -9,7 +9,7 @@ import torch
 
 Variant = Literal["meft1", "meft2", "meft3"]
 Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Of one adapter by module path: Aᵀ [in, r] and Bᵀ [r, out], the scale in it."""
+"""Of one adapter by module path: Aᵀ [1, in, r] and Bᵀ [1, r, out], the scale in it."""
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
 """What has one vector for each adapter, and the number that stands for a row without."""
 
@@ -135,7 +135,7 @@ class AdapterWeights:
                 return None
             assert change.a is not None
             assert change.b is not None
-            pairs[path] = change.a.T, change.b.T
+            pairs[path] = change.a.T[None], change.b.T[None]
         return pairs
 
     @property

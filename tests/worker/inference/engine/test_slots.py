@@ -46,7 +46,7 @@ def test_rows_of_one_adapter_of_low_rank_need_no_copy_until_others_come() -> Non
     one, two = low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)
     slots.use([one, one])
     assert slots.alone is not None
-    assert slots.alone["x"][1].tolist() == [[1.0, 1.0]]
+    assert slots.alone["x"][1].tolist() == [[[1.0, 1.0]]]
     assert slots.digests() == ["1"]
     assert slots.layers["x"].a is None
     assert slots.active == frozenset()  # norms and layers are the base's
