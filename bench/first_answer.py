@@ -1,11 +1,11 @@
 """How soon a new adapter answers after its job has succeeded, beside the base model.
 
 Runs a whole service (``tunery up`` in a temporary home), trains small adapters on SmolLM2 one after
-the other, and asks each by name as soon as its job says ``succeeded``. Then, at rest, by turns and
-with other questions each time: the base and one adapter in memory; and after a new start of the
-service, with nothing of them on the inference server's disk, the base and adapters of rank 16 on
-all linear layers that only the object store has. Times are from the request to the first streamed
-token, over HTTP. ``python -m bench.first_answer [--quick | --rest] [--json]``
+the other, and asks each by name as soon as its job says ``succeeded``. Then, at rest, with another
+question each time that both get, in changing order: the base and one adapter in memory; and after a
+new start of the service, with nothing of them on the inference server's disk, the base and adapters
+of rank 16 on all linear layers that only the object store has. Times are from the request to the
+first streamed token, over HTTP. ``python -m bench.first_answer [--quick | --rest] [--json]``
 """
 
 import argparse
@@ -31,7 +31,7 @@ QUESTION = "The gate will not open with my code. It cannot wait!"
 POLL_SECONDS = 0.05
 REST_SECONDS = 20.0
 """By then the worker has its next trainer ready, and nothing else runs."""
-N_TURNS = 15
+N_TURNS = 40
 NEW, AGAIN, BESIDE = "new adapter", "same adapter again", "base"
 RESIDENT, RESIDENT_BASE = "resident adapter, at rest", "base beside it"
 COLD, COLD_BASE = "adapter from the store, at rest", "base beside it (store)"
@@ -113,8 +113,10 @@ def measure_at_rest(home: Path, n_adapters: int, rest_seconds: float = REST_SECO
 def _take_turns(
     client: Client, adapter: str, number: int, times: tuple[list[float], list[float]]
 ) -> None:
+    """Ask both the same; who is first changes with every turn, so that neither gains by it."""
     question = f"Berth {number} is taken. {QUESTION}"
-    for model, seconds in zip((adapter, BASE), times, strict=True):
+    turn = list(zip((adapter, BASE), times, strict=True))
+    for model, seconds in turn if number % 2 else reversed(turn):
         seconds.append(first_token_seconds(client, model, question))
 
 
@@ -159,10 +161,13 @@ def main() -> None:
         table.add_row(what, *(f"{figure:.3f} s" for figure in figures[what].values()))
     Console().print(table)
     for what, base in ((RESIDENT, RESIDENT_BASE), (COLD, COLD_BASE)):
-        more = [1000 * (a - b) for a, b in zip(times[what], times[base], strict=True)]
-        figures[f"{what}, over base"] = {"median_s": statistics.median(more) / 1000}
-        middle, least, most = statistics.median(more), min(more), max(more)
-        Console().print(f"{what}: {middle:.0f} ms after the base ({least:.0f} to {most:.0f})")
+        more = [a - b for a, b in zip(times[what], times[base], strict=True)]
+        low, middle, high = statistics.quantiles(more, n=4)
+        figures[f"{what}, over base"] = {"median_s": middle, "q1_s": low, "q3_s": high}
+        Console().print(
+            f"{what}: {1000 * middle:.0f} ms after the base in {len(more)} pairs "
+            f"(quartiles {1000 * low:.0f} and {1000 * high:.0f})"
+        )
     if options.json:
         print_figures(figures)
 
