@@ -8,6 +8,7 @@ from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
 
 from api import actions
+from api.app import Application
 from models.db import Database, Outcome
 from models.domain.access import Scope
 from models.domain.status import JobStatus
@@ -130,3 +131,21 @@ def test_a_job_is_refused_as_by_the_route(
     for url in (URL, f"{URL}?x=1"):
         answer = client.post(url, json=good)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+def test_what_is_hot_passes_none_of_the_layers_of_fastapi(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "base", "training_file": upload(client).json()["id"]}
+
+    async def unreachable(*_: object) -> None:
+        raise AssertionError("this was not answered before FastAPI")
+
+    app = client.app
+    assert isinstance(app, Application)
+    monkeypatch.setattr(app._front, "_rest", unreachable)
+    made = client.post(URL, json=body).json()["id"]
+    assert client.get(f"{URL}/{made}").json()["id"] == made
+    assert [job["id"] for job in client.get(URL).json()["data"]] == [made]
+    with pytest.raises(AssertionError, match="before FastAPI"):
+        client.post(URL, json=body, headers={"idempotency-key": "a"})
