@@ -56,6 +56,9 @@ class Application(FastAPI):
         self._front = HotPaths(self, super().__call__)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # For the pieces of a body that no layer has to see.
+            scope.setdefault("state", {})["send"] = send
         await self._front(scope, receive, send)
 
 
