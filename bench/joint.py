@@ -2,6 +2,7 @@
 
 The jobs differ in rank and rows; a round makes one step of each, by turns in the two ways, each way
 going first in half of the rounds. Ratios are of paired rounds. Both ways have one base in memory.
+The process has a trainer's allocator and leaves libraries out of garbage collections, as one does.
 On a processor without fast bfloat16 both precisions compute in float32.
 ``python -m bench.joint [--quick] [--json]``
 """
@@ -23,6 +24,7 @@ from models.domain.reports import StepMetrics
 from models.domain.training import Hyperparameters, Optimizer, Precision, TrainingSpec
 from models.settings import child_environment, load_settings
 from worker.base_models import compute_dtype, load_model, materialise, pick_device
+from worker.launch import ALLOCATOR
 from worker.training import methods, objectives
 from worker.training.forward import PackedForward, choose_forward
 from worker.training.joint import JointRun, Member
@@ -31,6 +33,7 @@ from worker.training.memory import can_cache_weights, peak_bytes
 from worker.training.model import adapt
 from worker.training.probe import RowMaker
 from worker.training.report import Silence
+from worker.training.run import import_libraries
 from worker.training.task import Task
 
 RANKS = (8, 16, 16, 32)
@@ -96,6 +99,7 @@ def trainers(precision: Precision) -> list[Trainer]:
 
 def measure(precision: str, n_rounds: int) -> dict[str, float]:
     """Return seconds of a round both ways, the median ratio of paired rounds, and peaks in MiB."""
+    import_libraries()
     made = trainers(Precision.model_validate({"type": precision}))
 
     def save(trainer: Trainer, point: StepMetrics) -> None:
@@ -145,7 +149,7 @@ def main() -> None:
     for precision in PRECISIONS:
         command = [sys.executable, "-m", "bench.joint", "--precision", precision, str(n_rounds)]
         output = subprocess.run(
-            command, stdout=subprocess.PIPE, check=True, env=child_environment()
+            command, stdout=subprocess.PIPE, check=True, env=child_environment() | ALLOCATOR
         ).stdout
         found = figures[precision] = json.loads(output.splitlines()[-1])
         mark = "" if found["ratio"] >= GOALS[precision] else " !"
