@@ -1,8 +1,8 @@
 """Four small jobs over one base in shared passes, against one after another.
 
 The jobs differ in rank and rows; a round makes one step of each, by turns in the two ways, each way
-going first in half of the rounds. Ratios are of paired rounds. Both ways have one base in memory.
-The process has a trainer's allocator and leaves libraries out of garbage collections, as one does.
+going first in half of the rounds, over the same rows. Ratios are of paired rounds. Both ways have
+one base in memory. The process has a trainer's allocator and garbage collection.
 On a processor without fast bfloat16 both precisions compute in float32.
 ``python -m bench.joint [--quick] [--json]``
 """
@@ -111,7 +111,9 @@ def measure(precision: str, n_rounds: int) -> dict[str, float]:
         for trainer in made:
             trainer.step()
 
-    def timed(round_: Callable[[], object]) -> float:
+    def timed(round_: Callable[[], object], step: int) -> float:
+        for trainer in made:
+            trainer.progress.step = step  # both ways have the same rows
         started = time.perf_counter()
         round_()
         return time.perf_counter() - started
@@ -120,13 +122,13 @@ def measure(precision: str, n_rounds: int) -> dict[str, float]:
     peak_apart = peak_bytes(made[0].task.device)
     together.round()
     seconds: list[tuple[float, float]] = []
-    for number in range(n_rounds):
-        if number % 2:
-            joint = timed(together.round)
-            seconds.append((timed(apart), joint))
+    for step in range(n_rounds):
+        if step % 2:
+            joint = timed(together.round, step)
+            seconds.append((timed(apart, step), joint))
         else:
-            alone = timed(apart)
-            seconds.append((alone, timed(together.round)))
+            alone = timed(apart, step)
+            seconds.append((alone, timed(together.round, step)))
     return {
         "apart_s": statistics.median(apart for apart, _ in seconds),
         "together_s": statistics.median(joint for _, joint in seconds),
