@@ -6,8 +6,9 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 
+import orjson
 import structlog
 from sqlalchemy.orm import Session
 
@@ -29,7 +30,7 @@ from models.registry.audit import Change
 from models.registry.files import Freed
 from models.registry.jobs import NewJob
 from models.storage import adapter_prefix, delete_tree, upload_key
-from models.tables import Adapter, BaseModel, File, Job, Merge, new_id
+from models.tables import Adapter, BaseModel, File, Job, Merge, new_id, ordered_id
 from worker.training import methods, objectives
 
 log = structlog.get_logger(__name__)
@@ -246,7 +247,7 @@ class Submission:
     caller: Caller
     spec: TrainingSpec
     metadata: JsonObject | None
-    job_id: str = field(default_factory=lambda: new_id("ftjob-"))
+    job_id: str = field(default_factory=lambda: ordered_id("ftjob-"))
     change: Change | None = None
 
 
@@ -296,11 +297,12 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
         NotFoundError: a file that does not exist.
     """
     base = base_models.get(session, spec.model)
-    # Without a shape, no process has seen the model's files yet.
-    shape = None if base.shape is None else BaseShape.model_validate(base.shape)
-    methods.require_fit(spec.peft, spec.precision.type, shape)
-    if shape is not None:
-        objectives.get_objective(spec.objective["type"]).require_base(shape.family)
+    _require_fit(
+        orjson.dumps(spec.peft),
+        spec.precision.type,
+        spec.objective["type"],
+        orjson.dumps(base.shape),
+    )
     if spec.num_devices > (most := services.settings.worker.devices_per_job):
         raise InvalidRequestError(
             f"num_devices is {spec.num_devices}; the workers of this service give a job at most "
@@ -312,6 +314,16 @@ def check_job(session: Session, services: Services, caller: Caller, spec: Traini
     if spec.validation_file is not None:
         _trainable(session, caller, spec.validation_file, "validation_file")
     return training_file
+
+
+@lru_cache(256)  # an error is not kept
+def _require_fit(peft: bytes, precision: str, objective: str, shape: bytes) -> None:
+    """Refuse what does not go with a base; `peft` and the base's `shape` are JSON."""
+    # Without a shape, no process has seen the model's files yet.
+    known = None if shape == b"null" else BaseShape.model_validate_json(shape)
+    methods.require_fit(orjson.loads(peft), precision, known)
+    if known is not None:
+        objectives.get_objective(objective).require_base(known.family)
 
 
 def _trainable(session: Session, caller: Caller, file_id: str, param: str) -> File:

@@ -3,10 +3,12 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from api import openapi
 from api.access import ADMINISTRATION, INFERENCE, MODELS, READING, TRAINING
@@ -46,6 +48,20 @@ from models.settings import Settings, load_settings
 FORM_OVERHEAD = 64 * 1024
 
 
+class Application(FastAPI):
+    """FastAPI, but for what `HotPaths` answers before it."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._front = HotPaths(self, super().__call__)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            # For the pieces of a body that no layer has to see.
+            scope.setdefault("state", {})["send"] = send
+        await self._front(scope, receive, send)
+
+
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Build the application; `settings` come from the environment when not given."""
     settings = settings or load_settings()
@@ -62,14 +78,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             await runner.aclose()
             await services.aclose()
 
-    app = FastAPI(
+    app = Application(
         title="Tunery",
         summary="Train adapters on your own machines and call them by name.",
         version=version("tunery"),
         lifespan=lifespan,
     )
     app.state.settings = settings
-    app.add_middleware(HotPaths)
     app.add_middleware(Idempotency)
     app.add_middleware(RequestId)
     install_error_handlers(app)

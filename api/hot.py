@@ -1,23 +1,26 @@
-"""What is asked thousands of times a second, answered before the router.
+"""What is asked thousands of times a second, answered before FastAPI.
 
 ``GET`` of a job, of the first page of jobs, and ``POST`` of a job go through the routes of
 ``api.openai.fine_tuning`` like all others, whose dependencies take FastAPI longer than the database
-takes. This answers them from the same rows with the same functions where nothing is left to decide:
-a key that was checked a moment ago, has the scope and no rate limit, a file as the database, no
-parameters in the URL, no job that waits in the queue, and a body that is whole and valid. Whatever
-else is asked is the router's, and so is whatever is refused before anything is written.
+takes, behind layers that have nothing to do for them. This answers them from the same rows with the
+same functions where nothing is left to decide: a key that was checked a moment ago, has the scope
+and no rate limit, a file as the database, no parameters in the URL, no ``Idempotency-Key``, no job
+that waits in the queue, and a body that is whole and valid. Whatever else is asked is the router's,
+and so is whatever is refused before anything is written.
 """
 
 from collections.abc import Container
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import orjson
+from fastapi import FastAPI
 from sqlalchemy.exc import DBAPIError
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api import bodies, errors
 from api.deps import INTERNAL_CALLER, Caller
+from api.idempotency import HEADER as IDEMPOTENCY_KEY
+from api.middleware import RequestId
 from api.openai import fine_tuning
 from api.openai.schemas import JobCreate
 from api.services import Services
@@ -36,57 +39,75 @@ KEPT = 4096
 """Objects of jobs whose rows have not changed."""
 MAX_BODY = 16 * 1024
 """Larger bodies of jobs are the router's, which counts what comes."""
-_NO_POST = (b"authorization", b"transfer-encoding")
+_NO_POST = (b"authorization", b"transfer-encoding", IDEMPOTENCY_KEY.encode())
 _NO_READ = (*_NO_POST, b"content-length")
 _OF_BODIES = (b"content-length", b"content-type")
 
 
 class HotPaths:
-    """Answers what it can, and passes the rest on."""
+    """Answers what it can, and passes the rest on.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    Args:
+        app: The application, whose services it uses.
+        rest: What answers everything else.
+    """
+
+    def __init__(self, app: FastAPI, rest: ASGIApp) -> None:
+        self._app = app
+        self._rest = rest
         self._rendered = lru_cache(KEPT)(_render)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer: ASGIApp | None = None
         if _may_create(scope):
-            await self._create(scope, receive, send)
-            return
-        body = self._answer(scope) if _may_be_hot(scope) else None
-        if body is None:
-            await self.app(scope, receive, send)
-        else:
-            await _send(send, body)
+            caller = self._known_caller(scope, access.Scope.TRAIN, _NO_POST)
+            if caller is not None:
+                first = await receive()
+                wanted = None if first.get("more_body") else _job_of(first.get("body", b""))
+                if wanted is None:
+                    receive = _replay(first, receive)
+                else:
+                    scope[INTERNAL_CALLER] = caller
+                    answer = partial(_create, self._services, caller, wanted)
+        elif _may_be_hot(scope):
+            body = self._read(scope)
+            if body is not None:
+                answer = partial(_send, body)
+        await (self._rest if answer is None else RequestId(answer))(scope, receive, send)
 
-    async def _create(self, scope: Scope, receive: Receive, send: Send) -> None:
-        services = _services(scope)
-        caller = _known_caller(scope, services, access.Scope.TRAIN, _NO_POST)
-        if caller is None:
-            await self.app(scope, receive, send)
-            return
-        first = await receive()
-        wanted = None if first.get("more_body") else _job_of(first.get("body", b""))
-        if wanted is None:
-            await self.app(scope, _replay(first, receive), send)
-            return
-        scope[INTERNAL_CALLER] = caller
-        response: Response | None
-        try:
-            job = await fine_tuning.start_from_base(wanted, services, caller)
-        except TuneryError as error:
-            response = errors.tunery_error_response(error)
-        except DBAPIError as error:
-            response = errors.database_error_response(error)
-            if response is None:
-                raise
-        else:
-            await _send(send, orjson.dumps(job))
-            return
-        await response(scope, receive, send)
+    @property
+    def _services(self) -> Services:
+        services = self._app.state.services
+        assert isinstance(services, Services)
+        return services
 
-    def _answer(self, scope: Scope) -> bytes | None:
-        services = _services(scope)
-        caller = _known_caller(scope, services, access.Scope.READ, _NO_READ)
+    def _known_caller(
+        self, scope: Scope, needed: access.Scope, not_hot: Container[bytes]
+    ) -> Caller | None:
+        """Return who calls, if that is known and nothing has to be counted or read.
+
+        `not_hot` are names of headers that leave something to decide, the key's where it comes
+        twice.
+        """
+        services = self._services
+        if not services.database.is_embedded:
+            return None
+        secret = None
+        for name, value in scope["headers"]:
+            if name == b"authorization" and secret is None:
+                scheme, _, secret = value.decode("latin-1").partition(" ")
+                if scheme.lower() != "bearer":
+                    return None
+            elif name in not_hot:
+                return None
+        known = services.callers.get(secret.strip()) if secret else None
+        if not isinstance(known, Caller) or known.requests_per_minute is not None:
+            return None
+        return known if access.allows(known.scopes, needed) else None
+
+    def _read(self, scope: Scope) -> bytes | None:
+        services = self._services
+        caller = self._known_caller(scope, access.Scope.READ, _NO_READ)
         if caller is None:
             return None
         try:
@@ -121,13 +142,30 @@ class HotPaths:
         return b"".join(parts)
 
 
-def _services(scope: Scope) -> Services:
-    services = scope["app"].state.services
-    assert isinstance(services, Services)
-    return services
+async def _create(
+    services: Services,
+    caller: Caller,
+    wanted: JobCreate,
+    scope: Scope,
+    receive: Receive,
+    send: Send,
+) -> None:
+    try:
+        job = await fine_tuning.start_from_base(wanted, services, caller)
+    except TuneryError as error:
+        response = errors.tunery_error_response(error)
+    except DBAPIError as error:
+        known = errors.database_error_response(error)
+        if known is None:
+            raise
+        response = known
+    else:
+        await _send(orjson.dumps(job), scope, receive, send)
+        return
+    await response(scope, receive, send)
 
 
-async def _send(send: Send, body: bytes) -> None:
+async def _send(body: bytes, scope: Scope, receive: Receive, send: Send) -> None:
     headers = [
         (b"content-length", str(len(body)).encode()),
         (b"content-type", b"application/json"),
@@ -176,29 +214,6 @@ def _job_of(body: bytes) -> JobCreate | None:
     except (ValueError, RecursionError, TuneryError):  # the route says what is wrong with it
         return None
     return None if wanted.model.startswith("ft:") else wanted
-
-
-def _known_caller(
-    scope: Scope, services: Services, needed: access.Scope, not_hot: Container[bytes]
-) -> Caller | None:
-    """Return who calls, if that is known already and nothing has to be counted or read.
-
-    `not_hot` are names of headers that leave something to decide, the key's where it comes twice.
-    """
-    if not services.database.is_embedded:
-        return None
-    secret = None
-    for name, value in scope["headers"]:
-        if name == b"authorization" and secret is None:
-            scheme, _, secret = value.decode("latin-1").partition(" ")
-            if scheme.lower() != "bearer":
-                return None
-        elif name in not_hot:
-            return None
-    known = services.callers.get(secret.strip()) if secret else None
-    if not isinstance(known, Caller) or known.requests_per_minute is not None:
-        return None
-    return known if access.allows(known.scopes, needed) else None
 
 
 def _waits(row: job_reads.JobRow) -> bool:

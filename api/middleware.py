@@ -34,7 +34,6 @@ class RequestId:
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         state["headers"] = {}  # what the routes want every answer to carry, refusals included
-        state["send"] = send  # for the pieces of a body that nobody further in has to see
         reply = _Reply(send, request_id, state["headers"])
         before = structlog.contextvars.bind_contextvars(request_id=request_id)
         try:

@@ -6,7 +6,8 @@ it: a statement is compiled by SQLAlchemy and run by the driver.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from typing import Any, Generic, TypeVar, cast
+from operator import itemgetter
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from sqlalchemy import Dialect, Select, Table, bindparam, insert
 from sqlalchemy.engine.interfaces import DBAPICursor
@@ -148,7 +149,7 @@ class PreparedQuery:
         if dialect.name not in self._compiled:
             self._compiled[dialect.name] = _Compiled(self._statement, dialect)
         compiled = self._compiled[dialect.name]
-        with compiled.run(source, values) as cursor:
+        with compiled.run(source, [compiled.parameters(values)]) as cursor:
             return cursor.fetchall(), [column[1] for column in cursor.description]
 
 
@@ -173,7 +174,7 @@ class PreparedInsert:
         named = {column.name: bindparam(f"p_{column.name}", type_=column.type) for column in plain}
         self._statement = insert(table.__table__).values({**named, **computed})
         self.names = tuple(named)
-        self._parameters = [f"p_{name}" for name in self.names]
+        self._columns = {f"p_{name}": name for name in self.names}
         self._empty: dict[str, object] = dict.fromkeys(named)
         self._empty |= {
             column.name: column.default.arg
@@ -181,19 +182,14 @@ class PreparedInsert:
             if column.default is not None and column.default.is_scalar
         }
         self._types = {column.name: column.type for column in plain}
-        self._compiled: dict[str, tuple[_Compiled, dict[str, Process]]] = {}
+        self._prepared: dict[str, _PreparedInsert] = {}
 
     def add(self, session: Session, *rows: Mapping[str, object]) -> None:
         """Insert rows given by the names of columns; raises as `PreparedRows.all`."""
         dialect = _dialect(session)
-        if dialect.name not in self._compiled:
-            processors = {
-                name: process
-                for name, type_ in self._types.items()
-                if (process := type_.dialect_impl(dialect).bind_processor(dialect))
-            }
-            self._compiled[dialect.name] = _Compiled(self._statement, dialect), processors
-        compiled, processors = self._compiled[dialect.name]
+        if dialect.name not in self._prepared:
+            self._prepared[dialect.name] = self._prepare(dialect)
+        compiled, processors, parameters = self._prepared[dialect.name]
         if not rows:
             return
         made = []
@@ -201,9 +197,25 @@ class PreparedInsert:
             full = self.whole(row)
             for name, process in processors.items():
                 full[name] = process(full[name])
-            made.append(dict(zip(self._parameters, full.values(), strict=True)))
-        with compiled.run(session, *made):
+            made.append(parameters(full))
+        with compiled.run(session, made):
             pass
+
+    def _prepare(self, dialect: Dialect) -> "_PreparedInsert":
+        processors = {
+            name: process
+            for name, type_ in self._types.items()
+            if (process := type_.dialect_impl(dialect).bind_processor(dialect))
+        }
+        compiled = _Compiled(self._statement, dialect)
+        if compiled.order is not None and self._columns.keys() >= set(compiled.order):
+            in_order = itemgetter(*(self._columns[name] for name in compiled.order))
+            return _PreparedInsert(compiled, processors, in_order)
+
+        def named(row: Mapping[str, object]) -> Any:
+            return compiled.parameters({key: row[name] for key, name in self._columns.items()})
+
+        return _PreparedInsert(compiled, processors, named)
 
     def whole(self, row: Mapping[str, object]) -> dict[str, object]:
         """Return a row with the defaults of the columns that it does not give.
@@ -217,32 +229,44 @@ class PreparedInsert:
 
 
 class _Compiled:
-    """A statement in one dialect."""
+    """A statement in one dialect.
+
+    Attributes:
+        order: Names of its parameters if the driver takes them in an order, else None.
+    """
 
     def __init__(self, statement: Select[*tuple[Any, ...]] | Insert, dialect: Dialect) -> None:
         compiled = statement.compile(dialect=dialect, compile_kwargs={"render_postcompile": True})
         assert isinstance(compiled, SQLCompiler)
         self._text = str(compiled)
         self._fixed = dict(compiled.params)
-        self._order = compiled.positiontup
+        self.order = compiled.positiontup
 
     @contextmanager
-    def run(self, source: Source, *values: dict[str, object]) -> Iterator[DBAPICursor]:
-        """Run it once for each set of values; yields the cursor."""
+    def run(self, source: Source, parameters: Sequence[Any]) -> Iterator[DBAPICursor]:
+        """Run it once for each of the results of `parameters`; yields the cursor."""
         error_class = _dialect(source).loaded_dbapi.Error
         with _cursor(source) as cursor:
             try:
-                if len(values) == 1:
-                    cursor.execute(self._text, self._parameters(values[0]))
+                if len(parameters) == 1:
+                    cursor.execute(self._text, parameters[0])
                 else:
-                    cursor.executemany(self._text, [self._parameters(each) for each in values])
+                    cursor.executemany(self._text, parameters)
                 yield cursor
             except error_class as error:
                 raise DBAPIError.instance(self._text, None, error, error_class) from error
 
-    def _parameters(self, values: dict[str, object]) -> Any:
+    def parameters(self, values: dict[str, object]) -> Any:
+        """Return values, given by the names of parameters, in the form that the driver takes."""
         named = self._fixed | values
-        return named if self._order is None else [named[name] for name in self._order]
+        return named if self.order is None else [named[name] for name in self.order]
+
+
+class _PreparedInsert(NamedTuple):
+    compiled: _Compiled
+    processors: Mapping[str, Process]
+    parameters: Callable[[Mapping[str, object]], Any]
+    """Of a whole row, in the form that the driver takes."""
 
 
 def _dialect(source: Source) -> Dialect:

@@ -31,7 +31,7 @@ from models.domain.training import TrainingSpec
 from models.registry import checkpoints, events, job_reads, jobs, turns
 from models.registry.jobs import JobFilter, SortJobs
 from models.registry.page import Cursor, Page
-from models.tables import Job, new_id
+from models.tables import Job, ordered_id
 
 router = APIRouter(prefix="/fine_tuning/jobs", tags=["fine-tuning"], route_class=StrictJsonRoute)
 
@@ -60,7 +60,7 @@ async def create_job(body: JobCreate, services: ServicesDep, caller: CallerDep) 
 async def start_from_base(body: JobCreate, services: Services, caller: Caller) -> JsonObject:
     """Submit a job whose `model` is a base model: nothing has to be read before."""
     spec = translate.training_spec(body, actions.Start(body.model))
-    job_id = new_id("ftjob-")
+    job_id = ordered_id("ftjob-")
     what = ("fine_tuning.job.created", job_id)
     noted = change(caller, caller.project_id, what, model=body.model)
     wanted = actions.Submission(services, caller, spec, body.metadata, job_id, noted)

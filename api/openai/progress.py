@@ -1,6 +1,7 @@
 """How a job goes: its metrics, and everything that happens to it as server-sent events."""
 
-from typing import Annotated
+from collections.abc import Coroutine
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Header, Query, Request
 from fastapi.concurrency import run_in_threadpool
@@ -129,8 +130,9 @@ class _JobStream(StreamingResponse):
         await send({"type": "http.response.start", **start})
         send_news = self._send
 
-        async def tell(news: News) -> None:
-            await send_news(news.message)
+        def tell(news: News) -> Coroutine[Any, Any, None]:
+            # ASGI says "awaitable"; all servers and layers that there are give coroutines.
+            return cast("Coroutine[Any, Any, None]", send_news(news.message))
 
         hello = b": a stream of what happens\n\nretry: 2000\n\n"
         await send({"type": "http.response.body", "body": hello, "more_body": True})

@@ -1,7 +1,12 @@
 """Pure functions between OpenAI's wire format and Tunery's rows and domain types."""
 
 import secrets
+from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
+
+import orjson
+from pydantic import BaseModel
 
 from api.actions import Start
 from api.openai.schemas import (
@@ -66,6 +71,8 @@ def training_spec(body: JobCreate, start: Start) -> TrainingSpec:
 
 
 def _objective(body: JobCreate) -> JsonObject:
+    if body.objective is None and body.method is None:
+        return _default(objectives.parse_params)
     given = dict(body.objective or {})
     if body.method is not None and body.method.type == "dpo":
         if given.get("type", "dpo") != "dpo":
@@ -81,7 +88,8 @@ def _objective(body: JobCreate) -> JsonObject:
 
 def _peft(given: JsonObject | None, start: Start) -> JsonObject:
     if start.spec is None:
-        return methods.parse_params(given or {"type": "lora"}).model_dump()
+        parse = methods.parse_params
+        return parse(given).model_dump() if given else _default(parse)
     own = methods.parse_params(start.spec.peft).model_dump()  # with what is newer than the job
     wanted = methods.parse_params(own | (given or {})).model_dump()
     method = methods.get_method(own["type"])
@@ -101,6 +109,16 @@ def _peft(given: JsonObject | None, start: Start) -> JsonObject:
                 param=f"peft.{name}",
             )
     return wanted
+
+
+def _default(parse: Callable[[JsonObject], BaseModel]) -> JsonObject:
+    defaults: JsonObject = orjson.loads(_default_json(parse))
+    return defaults
+
+
+@cache
+def _default_json(parse: Callable[[JsonObject], BaseModel]) -> bytes:
+    return orjson.dumps(parse({}).model_dump())
 
 
 def generate_request(body: ChatRequest, model: ResolvedModel, request_id: str) -> GenerateRequest:

@@ -1,6 +1,8 @@
 """The strict base of every domain type, and the one string type that is safe to store."""
 
+from collections.abc import Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
@@ -42,13 +44,18 @@ class Parameters(Frozen):
 
 def require_known(model: type[BaseModel], value: JsonObject) -> None:
     """Raise the error that suggests a name, if `value` has a field that `model` does not have."""
-    known = [field.alias or name for name, field in model.model_fields.items()]
+    known = _known_fields(model)
     for name in value:
         if name not in known:
             raise unknown_field(str(name), known)
 
 
-def unknown_field(name: str, known: list[str]) -> PydanticCustomError:
+@cache
+def _known_fields(model: type[BaseModel]) -> Sequence[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def unknown_field(name: str, known: Sequence[str]) -> PydanticCustomError:
     """Return the error for a field that does not exist, suggesting the nearest of `known`."""
     near = get_close_matches(name, known, n=1, cutoff=0.6)
     remedy = f"Did you mean '{near[0]}'?" if near else f"Known fields: {', '.join(known)}."

@@ -19,7 +19,7 @@ from models.registry.job_files import DataDemand
 from models.registry.page import Cursor, Page, page
 from models.registry.quotas import NOTHING, Reservation
 from models.registry.usage import Used, User
-from models.tables import Job, new_id
+from models.tables import Job, ordered_id
 
 _insert = PreparedInsert(Job, given=["created_at"])
 _now = PreparedQuery(select(db_now()))
@@ -34,7 +34,7 @@ class NewJob:
     metadata: JsonObject | None = None
     key_id: str | None = None
     reserved: Reservation = NOTHING
-    id: str = field(default_factory=lambda: new_id("ftjob-"))
+    id: str = field(default_factory=lambda: ordered_id("ftjob-"))
 
     def row(self, created_at: object) -> JsonObject:
         return {

@@ -3,6 +3,7 @@
 import os
 import threading
 import time
+from functools import lru_cache
 from typing import Any
 
 from sqlalchemy import JSON, Double, MetaData
@@ -58,9 +59,12 @@ def ordered_id(prefix: str) -> str:
     For rows that come by the thousand: each goes to the end of its index, where random ones would
     touch, and a commit write, a page for each (as UUID version 7, RFC 9562 section 5.7).
     """
-    now = time.time_ns() // 1_000_000
-    digits = [_ORDERED[now >> shift & 31] for shift in range(40, -1, -5)]
-    return new_id(prefix + "".join(digits), 15)
+    return new_id(prefix + _time_digits(time.time_ns() // 1_000_000), 15)
+
+
+@lru_cache(1)  # those of one transaction often share a millisecond
+def _time_digits(milliseconds: int) -> str:
+    return "".join([_ORDERED[milliseconds >> shift & 31] for shift in range(40, -1, -5)])
 
 
 class Base(DeclarativeBase):

@@ -6,8 +6,11 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from sqlalchemy.exc import OperationalError
+from starlette.types import Receive, Send
+from starlette.types import Scope as ASGIScope
 
 from api import actions
+from api.app import Application
 from models.db import Database, Outcome
 from models.domain.access import Scope
 from models.domain.status import JobStatus
@@ -130,3 +133,26 @@ def test_a_job_is_refused_as_by_the_route(
     for url in (URL, f"{URL}?x=1"):
         answer = client.post(url, json=good)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+def test_what_is_hot_passes_none_of_the_layers_of_fastapi(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = {"model": "base", "training_file": upload(client).json()["id"]}
+
+    passed_on: list[str] = []
+    app = client.app
+    assert isinstance(app, Application)
+    rest = app._front._rest
+
+    async def noting(scope: ASGIScope, receive: Receive, send: Send) -> None:
+        passed_on.append(scope["method"])
+        await rest(scope, receive, send)
+
+    monkeypatch.setattr(app._front, "_rest", noting)
+    made = client.post(URL, json=body).json()["id"]
+    assert client.get(f"{URL}/{made}").json()["id"] == made
+    assert [job["id"] for job in client.get(URL).json()["data"]] == [made]
+    assert passed_on == []
+    assert client.post(URL, json=body, headers={"idempotency-key": "a"}).status_code == 200
+    assert passed_on == ["POST"]
