@@ -219,7 +219,6 @@ def test_packed_gradients_in_bfloat16_are_as_exact_as_pefts(
     assert error(gradients("fp32", packed=True)) < 1e-4
 
 
-@pytest.mark.parametrize(("allowed", "expected"), [(4, 2), (1, 1)])
 def test_every_module_changes_its_mode_with_the_model() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5)))
     for mode in (False, False, True, True):
@@ -227,6 +226,7 @@ def test_every_module_changes_its_mode_with_the_model() -> None:
         assert {module.training for module in model.modules()} == {mode}
 
 
+@pytest.mark.parametrize(("allowed", "expected"), [(4, 2), (1, 1)])
 def test_threads_are_the_share_of_a_job_and_never_more_than_allowed(
     allowed: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
