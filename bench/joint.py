@@ -1,7 +1,8 @@
 """Four small jobs over one base in shared passes, against one after another.
 
 The jobs differ in rank and rows; a round makes one step of each, by turns in the two ways, each way
-going first in half of the rounds. Ratios are of paired rounds. Both ways have one base in memory.
+going first in half of the rounds, over the same rows. Ratios are of paired rounds. Both ways have
+one base in memory. The process has a trainer's allocator and garbage collection.
 On a processor without fast bfloat16 both precisions compute in float32.
 ``python -m bench.joint [--quick] [--json]``
 """
@@ -23,6 +24,7 @@ from models.domain.reports import StepMetrics
 from models.domain.training import Hyperparameters, Optimizer, Precision, TrainingSpec
 from models.settings import child_environment, load_settings
 from worker.base_models import compute_dtype, load_model, materialise, pick_device
+from worker.launch import ALLOCATOR
 from worker.training import methods, objectives
 from worker.training.forward import PackedForward, choose_forward
 from worker.training.joint import JointRun, Member
@@ -31,6 +33,7 @@ from worker.training.memory import can_cache_weights, peak_bytes
 from worker.training.model import adapt
 from worker.training.probe import RowMaker
 from worker.training.report import Silence
+from worker.training.run import import_libraries
 from worker.training.task import Task
 
 RANKS = (8, 16, 16, 32)
@@ -96,6 +99,7 @@ def trainers(precision: Precision) -> list[Trainer]:
 
 def measure(precision: str, n_rounds: int) -> dict[str, float]:
     """Return seconds of a round both ways, the median ratio of paired rounds, and peaks in MiB."""
+    import_libraries()
     made = trainers(Precision.model_validate({"type": precision}))
 
     def save(trainer: Trainer, point: StepMetrics) -> None:
@@ -107,7 +111,9 @@ def measure(precision: str, n_rounds: int) -> dict[str, float]:
         for trainer in made:
             trainer.step()
 
-    def timed(round_: Callable[[], object]) -> float:
+    def timed(round_: Callable[[], object], step: int) -> float:
+        for trainer in made:
+            trainer.progress.step = step  # both ways have the same rows
         started = time.perf_counter()
         round_()
         return time.perf_counter() - started
@@ -116,13 +122,13 @@ def measure(precision: str, n_rounds: int) -> dict[str, float]:
     peak_apart = peak_bytes(made[0].task.device)
     together.round()
     seconds: list[tuple[float, float]] = []
-    for number in range(n_rounds):
-        if number % 2:
-            joint = timed(together.round)
-            seconds.append((timed(apart), joint))
+    for step in range(n_rounds):
+        if step % 2:
+            joint = timed(together.round, step)
+            seconds.append((timed(apart, step), joint))
         else:
-            alone = timed(apart)
-            seconds.append((alone, timed(together.round)))
+            alone = timed(apart, step)
+            seconds.append((alone, timed(together.round, step)))
     return {
         "apart_s": statistics.median(apart for apart, _ in seconds),
         "together_s": statistics.median(joint for _, joint in seconds),
@@ -145,7 +151,7 @@ def main() -> None:
     for precision in PRECISIONS:
         command = [sys.executable, "-m", "bench.joint", "--precision", precision, str(n_rounds)]
         output = subprocess.run(
-            command, stdout=subprocess.PIPE, check=True, env=child_environment()
+            command, stdout=subprocess.PIPE, check=True, env=child_environment() | ALLOCATOR
         ).stdout
         found = figures[precision] = json.loads(output.splitlines()[-1])
         mark = "" if found["ratio"] >= GOALS[precision] else " !"

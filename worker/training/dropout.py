@@ -9,8 +9,12 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their size in bytes."""
 
 
 def draw_seed(generator: torch.Generator | None = None) -> int:
@@ -35,7 +39,7 @@ def dropped_positions(n: int, p: float, random: np.random.Generator) -> torch.Te
         random: Is advanced.
 
     Returns:
-        int32 [how many], ascending.
+        int64 [how many], ascending.
     """
     rate = -1 / math.log1p(-p)
     # Six deviations above the mean: that these do not reach the end is possible, and rare.
@@ -52,7 +56,7 @@ def dropped_positions(n: int, p: float, random: np.random.Generator) -> torch.Te
         last = int(places[-1])
         parts.append(places)
     places = parts[0] if len(parts) == 1 else np.concatenate(parts)
-    return torch.from_numpy(places[: np.searchsorted(places, n)].astype(np.int32))
+    return torch.from_numpy(places[: np.searchsorted(places, n)].copy())
 
 
 class Drop:
@@ -68,16 +72,17 @@ class Drop:
     def __init__(self, n: int, p: float, random: np.random.Generator, device: torch.device) -> None:
         self._p = p
         self._seed = 0
-        self._positions: torch.Tensor | None = None
+        self._positions: npt.NDArray[np.int64] | None = None
         if device.type == "cpu":
-            self._positions = dropped_positions(n, p, random)
+            self._positions = dropped_positions(n, p, random).numpy()
         else:
             self._seed = int(random.integers(2**63))
 
     def zero_(self, x: torch.Tensor) -> torch.Tensor:
         """Zero the chosen elements of `x`, which is contiguous, in place; return it."""
         if self._positions is not None:
-            x.view(-1).index_fill_(0, self._positions.long(), 0)
+            # numpy's is twice as fast as torch's; it has no bfloat16, whose zero is all bits zero.
+            x.detach().view(-1).view(_BITS[x.element_size()]).numpy()[self._positions] = 0
             return x
         generator = torch.Generator(x.device).manual_seed(self._seed)
         return x.mul_(torch.empty_like(x).bernoulli_(1 - self._p, generator=generator))

@@ -20,6 +20,7 @@ from models.domain.reports import StepMetrics
 from worker.training.forward import PackedForward
 from worker.training.loop import Trainer
 from worker.training.memory import is_out_of_memory
+from worker.training.model import set_training
 from worker.training.objectives.base import Example
 from worker.training.task import SHARED_STEP_TOKENS, Outcome, Reporter, Scores, Stop, Task
 
@@ -160,7 +161,7 @@ class JointRun:
         """Make a step of several members in shared passes; False where memory does not allow it."""
         started = time.perf_counter()
         before = [member.generator.get_state() for member, _ in small]
-        small[0][0].trainer.task.model.train()
+        set_training(small[0][0].trainer.task.model, True)
         try:
             scores = _shared_scores(small)
         except (RuntimeError, MemoryError) as error:

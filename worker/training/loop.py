@@ -19,7 +19,7 @@ from models.errors import InvalidRequestError, TrainingFailedError
 from worker.training import optimizers, recompute
 from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
-from worker.training.model import trainable_parameters
+from worker.training.model import set_training, trainable_parameters
 from worker.training.objectives.base import Example
 from worker.training.ranks import Ranks
 from worker.training.schedule import rate_factor
@@ -175,7 +175,7 @@ class Trainer:
         if known and known.leaves_room_for(sizes, self.task.device):
             return
         run = partial(self._fitting, largest, only_first=True)
-        self.task.model.train()
+        set_training(self.task.model, True)
         with torch.random.fork_rng():
             if remark := self.task.method.first_pass(self.task, run):
                 self._warn(remark)
@@ -244,7 +244,7 @@ class Trainer:
         """
         started = time.perf_counter()
         examples = self.next_examples()
-        self.task.model.train()
+        set_training(self.task.model, True)
         self._ranks.seed_step(self.task.spec.seed, self.progress.step)
         scores = self._fitting(examples)
         return self.update(examples, scores, started)
@@ -353,7 +353,7 @@ class Trainer:
 
     def evaluate(self, examples: Sequence[Example]) -> Scores:
         """Return loss and hits of `examples` without dropout and without training."""
-        self.task.model.eval()
+        set_training(self.task.model, False)
         with torch.no_grad():
             scores = self._ranks.sum_scores(self._sums(examples, backward=False))
         assert scores is not None

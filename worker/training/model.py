@@ -87,6 +87,16 @@ def autocast(precision: Precision, device: str) -> AbstractContextManager[None]:
     )
 
 
+def set_training(model: nn.Module, mode: bool) -> None:
+    """Put `model`, all modules of which are in one mode, in training or in evaluation mode.
+
+    Where it is in that mode nothing is done: setting it takes each of the thousands of modules of
+    a model with adapters in turn, before every step.
+    """
+    if model.training is not mode:
+        model.train(mode)
+
+
 def trainable_parameters(
     model: nn.Module, adapter: str = DEFAULT_ADAPTER
 ) -> dict[str, nn.Parameter]:

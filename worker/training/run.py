@@ -10,6 +10,7 @@ SIGTERM: finish the step, make a checkpoint, exit `DRAINED`. SIGINT: finish the 
 """
 
 import argparse
+import gc
 import json
 import select
 import shutil
@@ -131,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(settings: Settings, given: argparse.Namespace, warm: WarmBase) -> None:
     """Do what can be done before a job is known; whoever asks a model meanwhile comes first."""
-    for name in _SLOW_IMPORTS:
-        import_module(name)
+    import_libraries()
     if given.base is None or has_order():
         return
     from worker.training.model import set_threads
@@ -149,6 +149,18 @@ def input_lines() -> FileIO:
     Nor has it a lock, which a thread that waits for a line would hold at the end of the process.
     """
     return FileIO(sys.stdin.fileno(), closefd=False)
+
+
+def import_libraries() -> None:
+    """Import what takes seconds, and leave it out of later garbage collections.
+
+    Half a million objects of libraries stay as long as the process does. Each full collection, of
+    which there is one every few steps, would go through all of them, in one thread.
+    """
+    for name in _SLOW_IMPORTS:
+        import_module(name)
+    gc.collect()
+    gc.freeze()
 
 
 def has_order() -> bool:

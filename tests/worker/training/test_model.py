@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from peft import PeftModel
+from torch import nn
 
 from models.domain.rows import ChatRow
 from models.domain.training import Precision
@@ -24,6 +25,7 @@ from worker.training.model import (
     guard_quantised_weights,
     module_shapes,
     set_threads,
+    set_training,
     trainable_parameters,
 )
 from worker.training.objectives.base import Example, LanguageForward
@@ -215,6 +217,13 @@ def test_packed_gradients_in_bfloat16_are_as_exact_as_pefts(
     in_bfloat16 = compute_dtype("cpu") == torch.bfloat16  # else both are as exact as float32
     assert 0 < ours <= (1.25 * pefts if in_bfloat16 else 1e-4)
     assert error(gradients("fp32", packed=True)) < 1e-4
+
+
+def test_every_module_changes_its_mode_with_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5)))
+    for mode in (False, False, True, True):
+        set_training(model, mode)
+        assert {module.training for module in model.modules()} == {mode}
 
 
 @pytest.mark.parametrize(("allowed", "expected"), [(4, 2), (1, 1)])
