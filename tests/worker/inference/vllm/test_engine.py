@@ -133,7 +133,9 @@ def test_an_error_of_vllm_is_the_error_of_one_request(
 ) -> None:
     engine = connect(fake, tmp_path / "cache", stall_seconds=0.3)
     with engine.load("d1", adapter(1)) as lease:
-        healthy = submit(engine, Request(PROMPT, Sampling(100, ignore_eos=True), lease=lease))
+        healthy = submit(
+            engine, Request(PROMPT, Sampling(100, temperature=0, ignore_eos=True), lease=lease)
+        )
         wait_for(lambda: engine.stats().n_drawn > 0)
         fake.status = 500 if how == "500" else 200
         fake.break_after = 3 if how == "in the middle" else None
