@@ -65,6 +65,17 @@ def trainer(service: Service, *arguments: str) -> Iterator[subprocess.Popen[str]
             process.kill()
 
 
+def parent(service: Service, code: str) -> subprocess.Popen[str]:
+    """Start a process that runs `code`, which prints the process id of a trainer of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(service),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -126,17 +137,10 @@ def test_the_process_dies_with_its_parent(service: Service) -> None:
         "print(child.pid, flush=True)\n"
         "child.wait()\n"
     )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(service),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert parent.stdout is not None
-    child = psutil.Process(int(parent.stdout.readline()))
-    with parent:
-        parent.kill()
+    with parent(service, code) as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        process.kill()
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, 10)
 
 
@@ -151,14 +155,9 @@ def test_a_process_whose_parent_ended_before_it_could_look_does_not_wait_for_wor
         "print(child.pid, flush=True)\n"
         "os._exit(0)\n"
     )
-    parent = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=environment(service),
-        stdout=subprocess.PIPE,
-        check=True,
-    )
-    child = int(parent.stdout)
+    with parent(service, code) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
     os.kill(child, signal.SIGCONT)
     _, status, usage = os.wait4(child, 0)
     assert os.waitstatus_to_exitcode(status) == 1
