@@ -13,24 +13,22 @@ from models.tables import AuditLog
 
 router = APIRouter(prefix="/audit_logs", tags=["keys"])
 
-Types = Annotated[list[str] | None, Query(alias="event_types[]", max_length=50)]
-Actors = Annotated[list[str] | None, Query(alias="actor_ids[]", max_length=50)]
+Types = Annotated[list[str], Query(alias="event_types[]", max_length=50, default_factory=list)]
+Actors = Annotated[list[str], Query(alias="actor_ids[]", max_length=50, default_factory=list)]
 
 
 @router.get("")
 def list_audit_logs(
     session: ReadSession,
     caller: CallerDep,
-    event_types: Types = None,
-    actor_ids: Actors = None,
+    event_types: Types,
+    actor_ids: Actors,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
 ) -> JsonObject:
     """List the changes that keys of the project made, newest first, by type or by key."""
     cursor = Cursor(after, limit)
-    page = audit.list_page(
-        session, caller.project_id, cursor, types=event_types or (), key_ids=actor_ids or ()
-    )
+    page = audit.list_page(session, caller.project_id, cursor, types=event_types, key_ids=actor_ids)
     return bodies.list_body(page, _entry_body)
 
 

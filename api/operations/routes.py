@@ -48,7 +48,9 @@ def show_usage(
     services: ServicesDep,
     caller: CallerDep,
     asked: Annotated[Period, Depends()],
-    group_by: Annotated[list[Literal["project_id", "model", "api_key_id"]] | None, Query()] = None,
+    group_by: Annotated[
+        list[Literal["project_id", "model", "api_key_id"]], Query(default_factory=list)
+    ],
     all_projects: bool = False,
 ) -> JsonObject:
     """Show what the project used on each day (UTC): requests, tokens served and trained, seconds
@@ -71,7 +73,7 @@ def show_usage(
         reach = tenancy.within_reach(session, caller.project_id, caller.scopes)
         project_ids = [project.id for project in reach]
     rows = usage.by_day(session, project_ids, first, last)
-    buckets = usage_buckets(rows, group_by or ())
+    buckets = usage_buckets(rows, group_by)
     return {"object": "page", "data": buckets, "has_more": False, "next_page": None}
 
 
