@@ -219,7 +219,10 @@ def test_choosing_changes_no_bit_of_the_weights() -> None:
 
 
 def test_a_wrong_packed_pass_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_add_future", lambda scores: scores)  # rows see the future
+    def nothing(size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(size, size, dtype=dtype)
+
+    monkeypatch.setattr(attention, "_future", nothing)  # rows see the future
     forward, reason = choose_forward(build(FAMILIES["llama"]), FP32, "cpu", 0, cache_weights=False)
     assert isinstance(forward, PaddedForward)
     assert reason is not None

@@ -189,12 +189,19 @@ def _future(size: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
 
 
-def _add_future(scores: torch.Tensor) -> torch.Tensor:
-    return scores.add_(_future(scores.shape[-1], scores.dtype))
+def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return the probabilities [S·K, G·n, n] of scaled queries [S·K, G·n, D], keys [S·K, n, D]."""
+    n = keys.shape[1]
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(len(keys), -1, n, n)
+    scores.add_(_future(n, scores.dtype))
+    return torch.softmax(scores, -1, dtype=torch.float32).to(queries.dtype).view(len(keys), -1, n)
 
 
 class _ExplicitAttention(torch.autograd.Function):
     """softmax(s·QKᵀ)·V for buckets of rows; the G = H / K queries of a key head are one product.
+
+    The probabilities, which of all that is kept would grow with the square of a row's length, are
+    made again in the backward pass.
 
     The spare places at the end of a bucket's shorter rows need no mask: they come after all that is
     real, so no real position sees them, and their own results are left out.
@@ -217,12 +224,8 @@ class _ExplicitAttention(torch.autograd.Function):
         for bucket in buckets:
             queries = _heads_first(query, bucket, n_keys).mul_(scale)
             keys, values = (_heads_first(each, bucket, n_keys) for each in (key, value))
-            scores = torch.bmm(queries, keys.transpose(1, 2))
-            scores = _add_future(scores.view(len(keys), -1, bucket.n, bucket.n))
-            shares = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
-            shares = shares.view(len(keys), -1, bucket.n)
-            _tokens_first(torch.bmm(shares, values), bucket, output)
-            saved += [queries, keys, values, shares]
+            _tokens_first(torch.bmm(_shares(queries, keys), values), bucket, output)
+            saved += [queries, keys, values]
         ctx.save_for_backward(*saved)
         ctx.scale, ctx.buckets, ctx.n_keys = scale, buckets, n_keys
         return output[None]
@@ -236,7 +239,8 @@ class _ExplicitAttention(torch.autograd.Function):
         to_key = gradient.new_empty(n_tokens, n_keys, width)
         to_value = torch.empty_like(to_key)
         for index, bucket in enumerate(ctx.buckets):
-            queries, keys, values, shares = saved[4 * index : 4 * index + 4]
+            queries, keys, values = saved[3 * index : 3 * index + 3]
+            shares = _shares(queries, keys)
             outer = _heads_first(gradient, bucket, n_keys, spare=0.0)
             _tokens_first(torch.bmm(shares.transpose(1, 2), outer), bucket, to_value)
             to_shares = torch.bmm(outer, values.transpose(1, 2))

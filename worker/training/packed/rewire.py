@@ -18,7 +18,7 @@ from worker.training.packed import layout, rope
 from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup
-from worker.training.packed.norm import RmsNorm
+from worker.training.packed.norm import RmsNorm, can_divide
 from worker.training.packed.siblings import (
     PROBE_TOKENS,
     SharedInput,
@@ -96,7 +96,8 @@ def _norm_forward(module: nn.Module) -> Forward | None:
         or "RMSNorm" not in type(module).__name__
     ):
         return None
-    return lambda x: RmsNorm.apply(x, weight, epsilon)
+    divides = can_divide(weight)
+    return lambda x: RmsNorm.apply(x, weight, epsilon, divides)
 
 
 def _epsilon(module: nn.Module) -> float | None:

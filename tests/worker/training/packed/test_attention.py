@@ -96,3 +96,18 @@ def test_a_batch_of_several_rows_or_a_mask_is_refused() -> None:
         packed((q, k, v), [3])
     with layout.active(Layout.of([3], "x")), pytest.raises(UnsupportedAttentionError):
         packed_attention(nn.Identity(), *tensors(2, 2, [3]), torch.zeros(1))
+
+
+def test_nothing_is_kept_that_grows_with_the_square_of_a_row() -> None:
+    def kept_by(lengths: list[int]) -> int:
+        sizes = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            packed(tensors(4, 2, lengths), lengths)
+        return sum(sizes)
+
+    assert kept_by([64]) == kept_by([32, 32])
