@@ -1,9 +1,10 @@
 """One contestant of ``bench.train``: a process that makes one optimizer step each time it is asked.
 
-``python -m bench._train_worker CONTESTANT PRECISION FOLDER``. The folder holds ``rows.json`` (ids
-and lengths of prompts, in order of training), ``init.safetensors`` (the adapter that all start
-from) and ``base`` (the model). Each line of input asks for a step; each line of output that starts
-with ``@@`` is the answer as JSON.
+``python -m bench._train_worker CONTESTANT PRECISION FOLDER``: `bf16` or `nf4`, where the others
+compute in bfloat16, `fp32` or `nf4_fp32`, where they compute in float32. The folder holds
+``rows.json`` (ids and lengths of prompts, in order of training), ``init.safetensors`` (the adapter
+that all start from) and ``base`` (the model). Each line of input asks for a step; each line of
+output that starts with ``@@`` is the answer as JSON.
 """
 
 import json
@@ -48,18 +49,24 @@ class Rows:
         return sum(len(self.rows[row][0]) for row in self.batches[step % len(self.batches)])
 
 
+def others_dtype(precision: str) -> torch.dtype:
+    """Return what the contestants that are not ours compute in."""
+    return torch.float32 if precision.endswith("fp32") else torch.bfloat16
+
+
 def load_base(folder: Path, precision: str) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+    dtype = others_dtype(precision)
     options: dict[str, Any] = {}
-    if precision == "nf4":
+    if precision.startswith("nf4"):
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=dtype,
         )
-    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, **options)
+    return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, **options)
 
 
 def adapters_of(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -140,7 +147,7 @@ def run_trl(folder: Path, precision: str, *, best: bool) -> None:
         lr_scheduler_type="constant",
         warmup_steps=0,
         logging_steps=1,
-        bf16=True,
+        bf16=others_dtype(precision) == torch.bfloat16,
         use_cpu=True,
         save_strategy="no",
         report_to=[],
@@ -187,7 +194,8 @@ def run_plain(folder: Path, precision: str) -> None:
             ids[at, : len(row)] = torch.tensor(row)
             mask[at, : len(row)] = 1
             labels[at, n_prompt : len(row)] = ids[at, n_prompt : len(row)]
-        with torch.autocast("cpu", torch.bfloat16):
+        dtype = others_dtype(precision)
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
             hidden = core.model(input_ids=ids, attention_mask=mask, use_cache=False)
             wanted = labels[:, 1:] != -100
             logits = core.lm_head(hidden.last_hidden_state[:, :-1][wanted]).float()
@@ -266,7 +274,7 @@ def our_task(folder: Path, precision: str, rows: Rows) -> Any:
             },
             "objective": {"type": "sft"},
             "peft": {"type": "lora", "r": RANK, "alpha": ALPHA, "dropout": 0.0},
-            "precision": {"type": precision},
+            "precision": {"type": precision.removesuffix("_fp32")},
             "optimizer": {"learning_rate": RATE, "schedule": "constant", "warmup_ratio": 0.0},
             "checkpoint_steps": 1_000_000,
         }

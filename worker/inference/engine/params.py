@@ -98,8 +98,8 @@ class TokenEvent:
 
     `n_tokens` counts all tokens drawn so far, the end token included; `n_cached` the prompt tokens
     that needed no computing, because a prompt before began with them. `logprobs` is of the tokens
-    that the text is of, and `prompt_logprobs`, on the first event where they were asked for, of the
-    prompt's tokens from the second one on.
+    that the text is of and of end tokens that were ignored, and `prompt_logprobs`, on the first
+    event where they were asked for, of the prompt's tokens from the second one on.
     """
 
     text: str

@@ -32,11 +32,12 @@ class Transcript:
             is_over: Whether nothing may follow it.
         """
         self.n_tokens += 1
-        reason: FinishReason | None = "stop" if is_end and not self._sampling.ignore_eos else None
+        ends = is_end and not self._sampling.ignore_eos
+        reason: FinishReason | None = "stop" if ends else None
         text = ""
+        if self._sampling.logprobs is not None and not ends:
+            self._logprobs.append(replace(drawn, offset=self._text.n_seen))
         if not is_end:
-            if self._sampling.logprobs is not None:
-                self._logprobs.append(replace(drawn, offset=self._text.n_seen))
             text, stopped = self._text.push(drawn.token)
             if stopped or is_over:
                 reason = "stop"
