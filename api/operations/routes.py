@@ -22,12 +22,20 @@ router = APIRouter(tags=["operations"])
 operator_router = APIRouter(prefix="/workers", tags=["operations"])
 
 Time = Annotated[int | None, Query(ge=0, le=MAX_TIME)]
+Groups = list[Literal["project_id", "model", "api_key_id"]]
 
 
 @dataclass(frozen=True, slots=True)
-class Period:
-    """From when to when, in seconds since 1970."""
+class AskedUsage:
+    """From when to when, in seconds since 1970, and what to tell apart.
 
+    `as_sdk_writes` is `group_by` too, whose name the ``openai`` SDK writes with brackets.
+    """
+
+    group_by: Annotated[Groups, Query(default_factory=list)]
+    as_sdk_writes: Annotated[
+        Groups, Query(alias="group_by[]", default_factory=list, include_in_schema=False)
+    ]
     start_time: Time = None
     end_time: Time = None
 
@@ -47,10 +55,7 @@ def show_usage(
     session: ReadSession,
     services: ServicesDep,
     caller: CallerDep,
-    asked: Annotated[Period, Depends()],
-    group_by: Annotated[
-        list[Literal["project_id", "model", "api_key_id"]], Query(default_factory=list)
-    ],
+    asked: Annotated[AskedUsage, Depends()],
     all_projects: bool = False,
 ) -> JsonObject:
     """Show what the project used on each day (UTC): requests, tokens served and trained, seconds
@@ -73,7 +78,7 @@ def show_usage(
         reach = tenancy.within_reach(session, caller.project_id, caller.scopes)
         project_ids = [project.id for project in reach]
     rows = usage.by_day(session, project_ids, first, last)
-    buckets = usage_buckets(rows, group_by)
+    buckets = usage_buckets(rows, [*asked.group_by, *asked.as_sdk_writes])
     return {"object": "page", "data": buckets, "has_more": False, "next_page": None}
 
 

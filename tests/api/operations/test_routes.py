@@ -72,10 +72,11 @@ def test_usage_counts_served_and_trained_tokens_by_model_and_key(
     assert result["output_tokens"] == answer["usage"]["completion_tokens"]
     assert result["trained_tokens"] == 1234
     assert 0 < result["device_seconds"] < 600
-    query = {"group_by": ["model", "api_key_id"]}
-    (grouped,) = client.get("/v1/usage", params=query).json()["data"][0]["results"]
     (key,) = client.get("/v1/api_keys").json()["data"]
-    assert (grouped["model"], grouped["api_key_id"]) == ("base", key["id"])
+    for name in ("group_by", "group_by[]"):  # the second is what the SDK makes of a list
+        query = {name: ["model", "api_key_id"]}
+        (grouped,) = client.get("/v1/usage", params=query).json()["data"][0]["results"]
+        assert (grouped["model"], grouped["api_key_id"]) == ("base", key["id"])
     theirs = client.get("/v1/usage", headers=other_project(database)).json()
     assert theirs["data"] == []
 
