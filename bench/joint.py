@@ -26,7 +26,7 @@ from models.domain.reports import StepMetrics
 from models.domain.training import Hyperparameters, Optimizer, Precision, TrainingSpec
 from models.settings import child_environment, load_settings
 from worker.base_models import compute_dtype, load_model, materialise, pick_device
-from worker.launch import ALLOCATOR
+from worker.launch import MEMORY_ENVIRONMENT
 from worker.training import methods, objectives
 from worker.training.forward import PackedForward, choose_forward
 from worker.training.joint import JointRun, Member
@@ -155,7 +155,10 @@ def main() -> None:
     for kind, goal in GOALS.items():
         command = [sys.executable, "-m", "bench.joint", "--kind", kind, str(n_rounds)]
         output = subprocess.run(
-            command, stdout=subprocess.PIPE, check=True, env=child_environment() | ALLOCATOR
+            command,
+            stdout=subprocess.PIPE,
+            check=True,
+            env=child_environment() | MEMORY_ENVIRONMENT,
         ).stdout
         found = figures[kind.replace(" ", "_")] = json.loads(output.splitlines()[-1])
         mark = "" if found["ratio"] >= goal else " !"

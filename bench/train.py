@@ -27,7 +27,7 @@ from rich.table import Table
 
 from bench._report import describe_machine, parse_options, print_figures
 from worker.base_models import compute_dtype
-from worker.launch import ALLOCATOR
+from worker.launch import MEMORY_ENVIRONMENT
 from worker.training.batches import epoch_batches
 
 BASE = "smollm2-135m-instruct"
@@ -123,7 +123,9 @@ class Contestant:
         self.name = name
         self.steps: list[dict[str, Any]] = []
         self._log = (folder / f"{name}-{precision}.log").open("w+")
-        environment = ALLOCATOR if name == "ours" else {}  # as a worker starts its trainers
+        environment = (
+            MEMORY_ENVIRONMENT if name == "ours" else {}
+        )  # as a worker starts its trainers
         command = [sys.executable, "-m", "bench._train_worker", name, precision, str(folder)]
         self._process = subprocess.Popen(
             command,

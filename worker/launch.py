@@ -26,11 +26,15 @@ WITHHELD = ("TUNERY_BROKER__URL", "TUNERY_INFERENCE__TOKEN", "TUNERY_CLIENT__API
 
 # Training allocates the same large tensors in every step. By default glibc gives their pages back
 # to the kernel each time and takes them anew; kept, and in huge pages, a step is a tenth faster.
-ALLOCATOR = {
+MEMORY_ENVIRONMENT = {
     # One arena: what a waiting trainer's preparations gave back is there for its job.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
+    # oneDNN keeps a kernel for each shape of a product, some 0.6 MB in torch's store of them and
+    # its own. Every number of tokens brings about 50 more, so that 1,024, as they come, are old.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "384",
+    "LRU_CACHE_CAPACITY": "384",
 }
 
 UNTOLD = 1
@@ -60,7 +64,7 @@ class TrainerProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env=child_environment(without=WITHHELD) | ALLOCATOR | RENDEZVOUS,
+            env=child_environment(without=WITHHELD) | MEMORY_ENVIRONMENT | RENDEZVOUS,
             start_new_session=True,
         )
         assert self._process.stderr is not None

@@ -14,7 +14,7 @@ from models.domain.estimates import Probe
 from models.registry import job_runs, probes
 from models.settings import child_environment
 from models.tables import BaseProbe
-from worker.launch import ALLOCATOR, WITHHELD
+from worker.launch import MEMORY_ENVIRONMENT, WITHHELD
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +36,7 @@ def measure_next(database: Database, is_stopping: Callable[[], bool]) -> bool:
     with subprocess.Popen(
         [sys.executable, "-m", _PROBE, row.base_model, row.precision, str(getpid())],
         stdout=subprocess.PIPE,
-        env=child_environment(without=WITHHELD) | ALLOCATOR,
+        env=child_environment(without=WITHHELD) | MEMORY_ENVIRONMENT,
     ) as child:
         try:
             return _watch(database, row, child, is_stopping)

@@ -22,6 +22,7 @@ from worker.training.loop import Trainer
 from worker.training.memory import is_out_of_memory
 from worker.training.model import set_training
 from worker.training.objectives.base import Example
+from worker.training.packed import pool
 from worker.training.task import SHARED_STEP_TOKENS, Outcome, Reporter, Scores, Stop, Task
 
 log = structlog.get_logger(__name__)
@@ -170,6 +171,7 @@ class JointRun:
             for (member, _), state in zip(small, before, strict=True):
                 member.trainer.optimizer.zero_grad(set_to_none=True)
                 member.generator.set_state(state)
+            pool.release()
             log.warning("shared_pass_out_of_memory", n_jobs=len(small), error=str(error)[:200])
             self._shared_tokens = 0
             return False

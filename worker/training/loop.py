@@ -21,11 +21,12 @@ from worker.training.batches import epoch_batches, micro_batches
 from worker.training.memory import is_out_of_memory
 from worker.training.model import set_training, trainable_parameters
 from worker.training.objectives.base import Example
+from worker.training.packed import pool
 from worker.training.ranks import Ranks
 from worker.training.schedule import rate_factor
 from worker.training.task import Outcome, Progress, Reporter, Scores, Stop, Task
 
-TOKENS_PER_MICRO_BATCH = {"cpu": 1024, "cuda": 16384}
+TOKENS_PER_MICRO_BATCH = {"cpu": 1536, "cuda": 16384}
 VALIDATIONS_PER_EPOCH = 10
 
 
@@ -164,9 +165,7 @@ class Trainer:
         return step % self.checkpoint_steps == 0 or step == self.total_steps or judged
 
     def _probe_memory(self) -> None:
-        """Run the largest micro-batch there can be, unless a rehearsal has shown that it fits.
-
-        It leaves nothing behind but a large enough heap and perhaps a lower token budget."""
+        """Run the largest micro-batch there can be, unless a rehearsal has shown that it fits."""
         if self.progress.step >= self.total_steps:
             return
         longest = np.argsort([-n for n in self._lengths], kind="stable")[: self.batch_size]
@@ -206,6 +205,7 @@ class Trainer:
                 self._ranks.sum_gradients(self.parameters.values())
                 return scores
             self.optimizer.zero_grad(set_to_none=True)
+            pool.release()
             if self._token_budget >= longest:
                 self._token_budget = min(self._token_budget, self._largest_group(examples)) // 2
                 remedy = f"a step is computed in parts of at most {self._token_budget:,} tokens"

@@ -138,7 +138,7 @@ def test_the_adapter_says_what_of_the_head_it_has(bases: dict[str, Path], tmp_pa
 def test_a_quantised_encoder_keeps_its_new_head_in_float32(
     bases: dict[str, Path], precision: str, held: str
 ) -> None:
-    trainer = headed_trainer(bases["bert"], "classification", precision=precision, n_epochs=2)
+    trainer = headed_trainer(bases["bert"], "classification", precision=precision, n_epochs=4)
     model: Any = trainer.task.model.get_base_model()
     assert type(model.bert.encoder.layer[0].output.dense.base_layer).__name__ == held
     assert trainer.parameters["base_model.model.classifier.weight"].dtype == torch.float32

@@ -185,31 +185,38 @@ def test_names_of_trained_weights_are_those_of_peft_files() -> None:
 def test_packed_gradients_in_bfloat16_are_as_exact_as_pefts(
     smollm2: tuple[Path, BaseModelInfo],
 ) -> None:
-    """Against float32; the B are random, so that no gradient is 0 (specs: training, section 5)."""
+    """Against float32; the B are random, so that no gradient is 0 (specs: training, section 5).
 
-    batch = objectives.get_objective("sft").collate(render(smollm2[0], 12), "cpu")
+    Over several draws of them, since with one the ratio of both errors is 0.9 to 1.3.
+    """
 
-    def gradients(precision: str, *, packed: bool) -> dict[str, torch.Tensor]:
+    batch = objectives.get_objective("sft").collate(render(smollm2[0], 6), "cpu")
+
+    def gradients(precision: str, *, packed: bool) -> dict[tuple[int, str], torch.Tensor]:
         spec = Precision.model_validate({"type": precision})
         model = build(smollm2[0], spec)
         forward: LanguageForward = PaddedForward(model, spec, "cpu", 0)
         if packed:
             forward, reason = choose_forward(model, spec, "cpu", 0, cache_weights=False)
             assert reason is None
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
+        found = {}
+        for seed in (5, 6, 7):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for name, parameter in trainable_parameters(model).items():
+                    if ".lora_B." in name:
+                        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
+            forward.cross_entropy(batch).loss.backward()
             for name, parameter in trainable_parameters(model).items():
-                if ".lora_B." in name:
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.02)
-        forward.cross_entropy(batch).loss.backward()
-        return {
-            name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None
-        }
+                assert parameter.grad is not None
+                found[seed, name] = parameter.grad
+            model.zero_grad(set_to_none=True)
+        return found
 
     exact = gradients("fp32", packed=False)
     size = sum(gradient.square().sum() for gradient in exact.values())
 
-    def error(found: dict[str, torch.Tensor]) -> float:
+    def error(found: dict[tuple[int, str], torch.Tensor]) -> float:
         gaps = ((found[name] - gradient).square().sum() for name, gradient in exact.items())
         return float((sum(gaps) / size) ** 0.5)
 

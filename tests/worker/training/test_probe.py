@@ -7,6 +7,7 @@ import pytest
 from models.domain.training import Precision
 from tests.worker.training.service import Service
 from worker.training import probe
+from worker.training.loop import TOKENS_PER_MICRO_BATCH
 from worker.training.objectives.base import Example
 from worker.training.probe import PLANS, measure, non_negative_fit
 
@@ -48,5 +49,7 @@ def test_a_base_model_is_measured(
     assert min(found.square_seconds, found.token_bytes, found.update_seconds) >= 0
     assert 0 < found.forward_share < float("inf")  # how much is a matter of what runs beside
     plan = PLANS[0] if seconds else PLANS[-1]
-    assert max(n_tokens) == 1024 // plan.divisor
-    assert sum(n_tokens) <= plan.tokens(1024) + 192  # those by which the plan was chosen
+    budget = TOKENS_PER_MICRO_BATCH["cpu"]
+    assert max(n_tokens) == budget // plan.divisor
+    chosen_by = 64 + budget // 8
+    assert sum(n_tokens) <= plan.tokens(budget) + chosen_by

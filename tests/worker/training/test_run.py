@@ -202,7 +202,7 @@ def test_twenty_kills_cost_only_time(service: Service) -> None:
     killer = Killer(service.settings, seed=20)
     changes: dict[str, Any] = {
         "checkpoint_steps": 1,
-        "hyperparameters": {"n_epochs": 50, "batch_size": 4},
+        "hyperparameters": {"n_epochs": 50, "batch_size": 2},
     }
     undisturbed = service.submit(**changes)
     assert killer.run(undisturbed.id, undisturbed.attempt) == exit_codes.DONE
@@ -229,4 +229,4 @@ def test_twenty_kills_cost_only_time(service: Service) -> None:
         for each in (job.id, undisturbed.id)
     }
     assert losses[job.id] == losses[undisturbed.id]
-    assert len(losses[job.id]) == 150
+    assert len(losses[job.id]) == 300

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from worker.training.packed import layout
+from worker.training.packed import layout, pool
 from worker.training.packed.layout import Bucket, Layout
 
 NAME = "tunery_packed"
@@ -192,9 +192,16 @@ def _future(size: int, dtype: torch.dtype) -> torch.Tensor:
 def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return the probabilities [S·K, G·n, n] of scaled queries [S·K, G·n, D], keys [S·K, n, D]."""
     n = keys.shape[1]
-    scores = torch.bmm(queries, keys.transpose(1, 2)).view(len(keys), -1, n, n)
-    scores.add_(_future(n, scores.dtype))
-    return torch.softmax(scores, -1, dtype=torch.float32).to(queries.dtype).view(len(keys), -1, n)
+    scores = _bmm(queries, keys.transpose(1, 2))
+    by_query = scores.view(len(keys), -1, n, n)
+    by_query.add_(_future(n, scores.dtype))
+    # The kernel computes in float32 whatever the dtype is.
+    return torch.softmax(by_query, -1, out=pool.empty(scores, *by_query.shape)).view_as(scores)
+
+
+def _bmm(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the products [N, I, J] of one [N, I, K] and other [N, K, J]."""
+    return torch.bmm(one, other, out=pool.empty(one, *one.shape[:2], other.shape[2]))
 
 
 class _ExplicitAttention(torch.autograd.Function):
@@ -219,12 +226,12 @@ class _ExplicitAttention(torch.autograd.Function):
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
         n_tokens, n_heads, width = query.shape
         n_keys = key.shape[1]
-        output = query.new_empty(n_tokens, n_heads, width)
+        output = pool.empty(query, n_tokens, n_heads, width)
         saved = []
         for bucket in buckets:
             queries = _heads_first(query, bucket, n_keys).mul_(scale)
             keys, values = (_heads_first(each, bucket, n_keys) for each in (key, value))
-            _tokens_first(torch.bmm(_shares(queries, keys), values), bucket, output)
+            _tokens_first(_bmm(_shares(queries, keys), values), bucket, output)
             saved += [queries, keys, values]
         ctx.save_for_backward(*saved)
         ctx.scale, ctx.buckets, ctx.n_keys = scale, buckets, n_keys
@@ -235,19 +242,20 @@ class _ExplicitAttention(torch.autograd.Function):
         saved, n_keys = ctx.saved_tensors, ctx.n_keys
         gradient = gradient[0]
         n_tokens, n_heads, width = gradient.shape
-        to_query = gradient.new_empty(n_tokens, n_heads, width)
-        to_key = gradient.new_empty(n_tokens, n_keys, width)
-        to_value = torch.empty_like(to_key)
+        to_query = pool.empty(gradient, n_tokens, n_heads, width)
+        to_key, to_value = (pool.empty(gradient, n_tokens, n_keys, width) for _ in range(2))
         for index, bucket in enumerate(ctx.buckets):
             queries, keys, values = saved[3 * index : 3 * index + 3]
             shares = _shares(queries, keys)
             outer = _heads_first(gradient, bucket, n_keys, spare=0.0)
-            _tokens_first(torch.bmm(shares.transpose(1, 2), outer), bucket, to_value)
-            to_shares = torch.bmm(outer, values.transpose(1, 2))
-            to_scores = torch._softmax_backward_data(to_shares, shares, -1, shares.dtype)
-            back = torch.bmm(to_scores, keys).mul_(ctx.scale)
+            _tokens_first(_bmm(shares.transpose(1, 2), outer), bucket, to_value)
+            to_shares = _bmm(outer, values.transpose(1, 2))
+            to_scores = torch._softmax_backward_data(
+                to_shares, shares, -1, shares.dtype, grad_input=pool.empty(shares, *shares.shape)
+            )
+            back = _bmm(to_scores, keys).mul_(ctx.scale)
             _tokens_first(back, bucket, to_query)
-            _tokens_first(torch.bmm(to_scores.transpose(1, 2), queries), bucket, to_key)
+            _tokens_first(_bmm(to_scores.transpose(1, 2), queries), bucket, to_key)
         heads_first = (each.transpose(0, 1)[None] for each in (to_query, to_key, to_value))
         return (*heads_first, None, None)
 
@@ -257,19 +265,23 @@ def _heads_first(
 ) -> torch.Tensor:
     """Return a copy [S·K, G·n, D] of the rows of a bucket from x [T, K·G, D]."""
     width = x.shape[-1]
-    rows = x.index_select(0, bucket.gather)
-    if spare is not None and len(bucket.spare):
-        rows.index_fill_(0, bucket.spare, spare)
+    rows = x[bucket.start : bucket.end]
+    if len(bucket.spare):
+        rows = pool.empty(x, len(bucket.gather), *x.shape[1:])
+        torch.index_select(x, 0, bucket.gather, out=rows)
+        if spare is not None:
+            rows.index_fill_(0, bucket.spare, spare)
     split = rows.view(bucket.n_rows, bucket.n, n_keys, -1, width).permute(0, 2, 3, 1, 4)
-    return split.reshape(bucket.n_rows * n_keys, -1, width)
+    return pool.copy(split).view(bucket.n_rows * n_keys, -1, width)
 
 
 def _tokens_first(x: torch.Tensor, bucket: Bucket, out: torch.Tensor) -> None:
     """Write x [S·K, G·n, D] to the tokens of the bucket in out [T, K·G, D]."""
     split = x.view(bucket.n_rows, -1, bucket.n, out.shape[-1])
-    rows = split.transpose(1, 2).reshape(-1, *out.shape[1:])
+    split = split.transpose(1, 2)
     target = out[bucket.start : bucket.end]
     if len(bucket.spare):
+        rows = pool.copy(split).view(-1, *out.shape[1:])
         torch.index_select(rows, 0, bucket.real, out=target)
     else:
-        target.copy_(rows)
+        target.view(split.shape).copy_(split)

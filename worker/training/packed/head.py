@@ -10,8 +10,10 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = 48 << 20
-"""About what the logits of one chunk take."""
+from worker.training.packed import pool
+
+CHUNK_BYTES = 24 << 20
+"""About what the logits of one chunk take: from 32 MiB on, the heap gives each new pages."""
 BLOCK_BYTES = 16 << 20
 """About what the float32 probabilities made at a time take; what fits a cache is faster."""
 
@@ -96,11 +98,15 @@ class _SummedCrossEntropies(torch.autograd.Function):
         n_block = max(8, BLOCK_BYTES // (4 * weight.shape[0]))
         for start in range(0, hidden.shape[0], n_rows):
             rows = hidden[start : start + n_rows]
-            logits = rows @ weight.t() if bias is None else torch.addmm(bias, rows, weight.t())
+            logits = pool.empty(rows, len(rows), len(weight))
+            torch.mm(rows, weight.t(), out=logits)
+            if bias is not None:
+                logits.add_(bias)
             wanted = targets[start : start + n_rows, None]
             for block, labels in zip(logits.split(n_block), wanted.split(n_block), strict=True):
                 top, best = block.max(-1, keepdim=True)
-                shares = torch.softmax(block, -1, dtype=torch.float32)
+                wide = pool.copy(block, torch.float32)
+                shares = torch.softmax(wide, -1, out=pool.empty(wide, *wide.shape))
                 # −log p(label) = z(best) − z(label) − log p(best), and p(best) never underflows.
                 margin = top.float() - block.gather(1, labels).float()
                 losses.append(margin - shares.gather(1, best).log())

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from worker.training.dropout import Drop, draw_seed, seeded
-from worker.training.packed import layout
+from worker.training.packed import layout, pool
 from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.layout import Segment
 
@@ -170,7 +169,7 @@ class _GatedProduct(torch.autograd.Function):
     ) -> torch.Tensor:
         flat = both.reshape(-1, both.shape[-1])
         gate, up = flat.chunk(2, -1)
-        output, hidden = _multiply(functional.silu(gate).mul_(up), weights, parts)
+        output, hidden = _multiply(_silu(gate).mul_(up), weights, parts)
         ctx.save_for_backward(flat, *hidden)
         ctx.weights, ctx.parts, ctx.shape = weights, parts, both.shape
         return output.view(*both.shape[:-1], -1)
@@ -180,21 +179,28 @@ class _GatedProduct(torch.autograd.Function):
         flat, *hidden = ctx.saved_tensors
         gate, up = flat.chunk(2, -1)
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        active = functional.silu(gate)
+        active = _silu(gate)
         to_product = _input_gradient(gradient, ctx.weights)
-        gradients = _adapter_gradients(active * up, gradient, ctx.parts, hidden, to_product)
-        to_both = torch.empty_like(flat)
+        product = torch.mul(active, up, out=pool.empty(active, *active.shape))
+        gradients = _adapter_gradients(product, gradient, ctx.parts, hidden, to_product)
+        to_both = pool.empty(flat, *flat.shape)
         to_gate, to_up = to_both.chunk(2, -1)
         torch.mul(to_product, active, out=to_up)
-        to_gate.copy_(torch.ops.aten.silu_backward(to_product.mul_(up), gate))
+        torch.ops.aten.silu_backward.grad_input(to_product.mul_(up), gate, grad_input=to_gate)
         return to_both.view(ctx.shape), None, None, *gradients
+
+
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    """Return the contiguous silu(x)."""
+    active: torch.Tensor = torch.ops.aten.silu.out(x, out=pool.empty(x, *x.shape))
+    return active
 
 
 def _multiply(
     x: torch.Tensor, weights: list[FrozenWeight], parts: list[_Part]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the outputs [T, all outputs] for x [T, inputs], and ``A x`` of each part."""
-    output = x.new_empty(x.shape[0], sum(weight.outputs for weight in weights))
+    output = pool.empty(x, x.shape[0], sum(weight.outputs for weight in weights))
     for weight, columns in _columns(weights):
         torch.mm(x, weight.get().t(), out=output[:, columns])
         if weight.bias is not None:
@@ -202,10 +208,10 @@ def _multiply(
     hidden_of_parts = []
     for part in parts:
         rows = x[part.rows]
+        hidden = pool.empty(rows, len(rows), part.columns[-1].hidden.stop)
         if part.drops is None:
-            hidden = rows @ torch.cat(part.a).t()
+            torch.mm(rows, torch.cat(part.a).t(), out=hidden)
         else:
-            hidden = rows.new_empty(len(rows), part.columns[-1].hidden.stop)
             for column, a, drop in zip(part.columns, part.a, part.drops, strict=True):
                 torch.mm(_kept(rows, drop), a.t(), out=hidden[:, column.hidden])
         for column, b, scale in zip(part.columns, part.b, part.scales, strict=True):
@@ -222,7 +228,8 @@ def _columns(weights: list[FrozenWeight]) -> list[tuple[FrozenWeight, slice]]:
 def _input_gradient(gradient: torch.Tensor, weights: list[FrozenWeight]) -> torch.Tensor:
     """Return what the frozen weights send back, [T, inputs]."""
     (first, columns), *others = _columns(weights)
-    to_x = gradient[:, columns] @ first.get()
+    to_x = pool.empty(gradient, len(gradient), first.inputs)
+    torch.mm(gradient[:, columns], first.get(), out=to_x)
     for weight, columns in others:
         to_x.addmm_(gradient[:, columns], weight.get())
     return to_x

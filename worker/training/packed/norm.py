@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from worker.training.packed import pool
+
 
 class RmsNorm(torch.autograd.Function):
     """``apply(x, weight, epsilon, divides)`` for x [..., D] and weight [D]; returns [..., D].
@@ -19,11 +21,12 @@ class RmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, divides: bool
     ) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        wide = pool.copy(x, torch.float32)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
         # One dtype at a time: operations on two of them are several times slower on a CPU.
-        normal = x.to(torch.float32, copy=True).mul_(inverse).to(x.dtype)
-        y = normal * weight
+        normal = pool.cast(wide.mul_(inverse), x.dtype)
+        y = torch.mul(normal, weight, out=pool.empty(x, *x.shape))
         ctx.save_for_backward(y if divides else normal, inverse, weight)
         ctx.divides = divides
         return y
@@ -31,12 +34,15 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         kept, inverse, weight = ctx.saved_tensors
-        outer, normal = (gradient * weight).float(), kept.to(torch.float32, copy=True)
+        shape = gradient.shape
+        weighted = torch.mul(gradient, weight, out=pool.empty(gradient, *shape))
+        outer, normal = pool.cast(weighted, torch.float32), pool.copy(kept, torch.float32)
         if ctx.divides:
             normal.div_(weight.float())
-        along = (outer * normal).sum(-1, keepdim=True).div_(normal.shape[-1])
+        product = torch.mul(outer, normal, out=pool.empty(outer, *shape))
+        along = product.sum(-1, keepdim=True).div_(shape[-1])
         to_x = outer.sub_(normal.mul_(along)).mul_(inverse)
-        return to_x.to(gradient.dtype), None, None, None
+        return pool.cast(to_x, gradient.dtype), None, None, None
 
 
 def can_divide(weight: torch.Tensor) -> bool:

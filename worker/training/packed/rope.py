@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.training.packed import layout
+from worker.training.packed import layout, pool
 
 _FUNCTION = "apply_rotary_pos_emb"
 _Pair = tuple[torch.Tensor, torch.Tensor]
@@ -81,7 +81,7 @@ class _Rotation(torch.autograd.Function):
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
-    rotated = x * cos
+    rotated = torch.mul(x, cos, out=pool.empty(x, *x.shape))
     rotated[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     rotated[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return rotated
