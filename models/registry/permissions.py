@@ -21,6 +21,8 @@ def grant(
         InvalidRequestError: it is the owner itself.
     """
     granted = []
+    # Made in one moment, they are listed by their identifiers: in the order asked for.
+    ids = sorted(new_id("cp_") for _ in project_ids)
     for at, project_id in enumerate(dict.fromkeys(project_ids)):
         if project_id == owner_id:
             raise InvalidRequestError(
@@ -31,7 +33,7 @@ def grant(
             raise NotFoundError(f"No such project: {project_id!r}.", param=f"project_ids[{at}]")
         before = session.scalar(select(CheckpointPermission).where(*_is(model, project_id)))
         permission = before or CheckpointPermission(
-            id=new_id("cp_"), model=model, owner_id=owner_id, project_id=project_id
+            id=ids[at], model=model, owner_id=owner_id, project_id=project_id
         )
         session.add(permission)
         granted.append(permission)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from worker.int8 import Int8Linear
 from worker.training.packed import layout, rope
 from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.layout import Layout
@@ -135,11 +136,9 @@ def _replace(module: nn.Module, forward: Callable[..., Any]) -> None:
 def _swap(module: nn.Module, forward: Forward, width: int, adapter: str) -> bool:
     """Replace the forward pass of `module` if both give the same on random input."""
     own = module.forward
-    some = next(each for each in module.parameters() if each.is_floating_point())
-    base: Any = next((each for each in module.parameters() if not each.requires_grad), some)
-    dtype = base.dtype if base.is_floating_point() else base.quant_state.dtype
+    dtype, device = _product_dtype(module), next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(some.device, dtype)
+    x = torch.randn(1, PROBE_TOKENS, width, generator=generator).to(device, dtype)
     was_training = module.training
     module.eval()
     with torch.no_grad():
@@ -152,6 +151,17 @@ def _swap(module: nn.Module, forward: Forward, width: int, adapter: str) -> bool
 
     _replace(module, _Swapped(forward, own))
     return True
+
+
+def _product_dtype(module: nn.Module) -> torch.dtype:
+    """Return what the frozen layers of `module` take, or its own weights where it has none."""
+    for each in module.modules():
+        if isinstance(each, Int8Linear):
+            return each.dtype
+    parameters = list(module.parameters())
+    weight: Any = next((each for each in parameters if not each.requires_grad), parameters[0])
+    dtype: torch.dtype = weight.dtype if weight.is_floating_point() else weight.quant_state.dtype
+    return dtype
 
 
 class _Swapped:

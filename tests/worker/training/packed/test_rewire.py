@@ -8,6 +8,7 @@ from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.worker.training.tiny import SIZES, attach, lora
+from worker.int8 import quantise_
 from worker.training.packed import rewire as module
 from worker.training.packed.rewire import rewire
 from worker.training.packed.siblings import groups_by_input
@@ -42,6 +43,13 @@ def test_every_norm_and_gated_layer_of_a_llama_is_swapped() -> None:
     done = rewire(llama(), cache_weights=False)
     assert (done.n_groups, done.n_norms, done.n_gated, done.has_rope) == (8, 5, 2, True)
     assert done.missed == []
+
+
+def test_layers_in_8_bits_are_swapped_in_the_dtype_of_their_products() -> None:
+    base = LlamaForCausalLM(LlamaConfig(**SIZES)).eval().bfloat16().requires_grad_(False)
+    quantise_(base, torch.bfloat16)
+    done = rewire(attach(base, lora()), cache_weights=False)
+    assert (done.n_groups, done.n_norms, done.n_gated) == (8, 5, 2)
 
 
 def test_a_norm_of_another_formula_stays() -> None:
