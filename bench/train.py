@@ -123,9 +123,8 @@ class Contestant:
         self.name = name
         self.steps: list[dict[str, Any]] = []
         self._log = (folder / f"{name}-{precision}.log").open("w+")
-        environment = (
-            MEMORY_ENVIRONMENT if name == "ours" else {}
-        )  # as a worker starts its trainers
+        # As a worker starts its trainers.
+        environment = MEMORY_ENVIRONMENT if name == "ours" else {}
         command = [sys.executable, "-m", "bench._train_worker", name, precision, str(folder)]
         self._process = subprocess.Popen(
             command,

@@ -31,8 +31,8 @@ MEMORY_ENVIRONMENT = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
-    # oneDNN keeps a kernel for each shape of a product, some 0.6 MB in torch's store of them and
-    # its own. Every number of tokens brings about 50 more, so that 1,024, as they come, are old.
+    # Torch and oneDNN each keep a kernel for every shape of a product, 0.6 MB in both, up to 1,024
+    # by default. A pass of another number of tokens brings about 50, and needs no older ones.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "384",
     "LRU_CACHE_CAPACITY": "384",
 }

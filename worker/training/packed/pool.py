@@ -129,7 +129,7 @@ class Pool:
             found = chunk.take(n_bytes)
             assert found is not None
         span, start = found
-        # It may be called at any moment, this method's included, so it only notes the loan.
+        # The callback may run at any moment, inside this method too, so it only notes the loan.
         loan = _Loan(span, self._over.append)
         loan.chunk, loan.start, loan.end = chunk, start, start + n_bytes
         self._loans[id(loan)] = loan
