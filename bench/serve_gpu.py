@@ -1,9 +1,11 @@
 """Serving on one GPU: adapters of rank 16 in one batch over a base of the shape of Llama 3.1 8B.
 
 Random weights in bfloat16, 32 streams, 96 prompt and 64 output tokens, greedy; the base alone, then
-8 and 32 adapters by turns. Needs a CUDA device. ``python -m bench.serve_gpu [--quick] [--json]``
+8 and 32 adapters by turns; each pass told kernel by kernel, then steps of decoding as CUDA graphs.
+Needs a CUDA device. ``python -m bench.serve_gpu [--quick] [--json] [--nf4]``
 """
 
+import gc
 import sys
 import tempfile
 import time
@@ -14,8 +16,16 @@ from typing import Any
 import torch
 
 from bench._report import parse_options, print_figures
-from bench._train_gpu_worker import PROJECTIONS, QUICK_SHAPE, RANK, SHAPE, build_plain_base
+from bench._train_gpu_worker import (
+    PROJECTIONS,
+    QUICK_SHAPE,
+    RANK,
+    SHAPE,
+    build_base,
+    build_plain_base,
+)
 from worker.inference.engine.engine import BatchingEngine, Request
+from worker.inference.engine.graphs import CudaRecord
 from worker.inference.engine.params import Sampling
 from worker.inference.engine.scheduler import Limits
 
@@ -75,32 +85,46 @@ def rate(engine: BatchingEngine, leases: list[Any]) -> float:
     return n_tokens / (max(each[-1] for each in times) - started)
 
 
+def measure(model: Any, folder: Path, *, with_graphs: bool) -> dict[str, float]:
+    """Return the rates of the base and of 8 and 32 adapters, and print them."""
+    limits = Limits(
+        max_running=N_STREAMS, n_slots=N_STREAMS, prefix_tokens=0, adapter_bytes=64 * 2**30
+    )
+    record = CudaRecord() if with_graphs else None
+    engine = BatchingEngine(model, lambda ids: "x" * len(ids), [], limits=limits, record=record)
+    leases = [engine.load(f"{index:064x}", folder) for index in range(N_STREAMS)]
+    name = "graphs" if with_graphs else "no_graphs"
+    found: dict[str, float] = {}
+    try:
+        for n in (0, 8, 32):
+            rate(engine, leases[:n])  # warm
+            found[f"{name}_adapters{n}"] = round(rate(engine, leases[:n]), 1)
+            share = found[f"{name}_adapters{n}"] / found[f"{name}_adapters0"]
+            sys.stdout.write(
+                f"{name}, {n:2} adapters: {found[f'{name}_adapters{n}']:,.0f} tokens/s, "
+                f"{share:.2f} × base\n"
+            )
+            sys.stdout.flush()
+    finally:
+        for lease in leases:
+            lease.release()
+        engine.close()
+    return found
+
+
 def main() -> None:
-    options = parse_options(__doc__)
-    model = build_plain_base(QUICK_SHAPE if options.quick else SHAPE)
+    options = parse_options(__doc__, nf4="hold the base in NF4")
+    build = build_base if options.nf4 else build_plain_base
+    shape = QUICK_SHAPE if options.quick else SHAPE
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name()}
     with tempfile.TemporaryDirectory() as name:
+        model = build(shape)
         write_adapter(model, Path(name))
-        engine = BatchingEngine(
-            model,
-            lambda ids: "x" * len(ids),
-            [],
-            limits=Limits(max_running=N_STREAMS, n_slots=N_STREAMS, prefix_tokens=0),
-            adapter_bytes=64 * 2**30,
-        )
-        leases = [engine.load(f"{index:064x}", Path(name)) for index in range(N_STREAMS)]
-        try:
-            for n in (0, 8, 32):
-                rate(engine, leases[:n])  # warm
-                figures[f"adapters{n}"] = round(rate(engine, leases[:n]), 1)
-                share = figures[f"adapters{n}"] / figures["adapters0"]
-                sys.stdout.write(
-                    f"{n:2} adapters: {figures[f'adapters{n}']:,.0f} tokens/s, {share:.2f} × base\n"
-                )
-        finally:
-            for lease in leases:
-                lease.release()
-            engine.close()
+        figures |= measure(model, Path(name), with_graphs=False)
+        del model
+        gc.collect()
+        torch.cuda.empty_cache()
+        figures |= measure(build(shape), Path(name), with_graphs=True)
     if options.json:
         print_figures(figures)
 

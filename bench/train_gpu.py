@@ -5,8 +5,9 @@ LoRA of rank 16 on all linear layers; 64 rows an optimizer step. Each contestant
 own, one after another; two warm-up steps, then the median of the others. ``trl default`` is TRL as
 it comes (8 rows × 8), ``trl best`` without activation checkpointing on batches of like lengths,
 ``unsloth`` the same through its own model. Padding is not counted as tokens. Needs a CUDA device,
-``pip install trl``, and for its row ``pip install unsloth``.
-``python -m bench.train_gpu [--quick] [--json]``
+``pip install trl``, and for its row ``pip install unsloth``, which may ask for other versions: with
+``--unsloth-site FOLDER`` it gets packages of its own (``pip install --target FOLDER``).
+``python -m bench.train_gpu [--quick] [--json] [--unsloth-site FOLDER]``
 """
 
 import argparse
@@ -39,6 +40,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="four layers")
     parser.add_argument("--json", action="store_true", help="print the figures as a last line")
     parser.add_argument("--only", action="append", choices=CONTESTANTS)
+    parser.add_argument("--unsloth-site", default="", help="packages that only Unsloth sees")
     options = parser.parse_args()
     shape = QUICK_SHAPE if options.quick else SHAPE
     figures: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
@@ -46,6 +48,15 @@ def main() -> None:
     for name in options.only or CONTESTANTS:
         command = [sys.executable, "-m", "bench._train_gpu_worker", name]
         command += ["quick"] if options.quick else []
+        sites = [os.environ.get("PYTHONPATH", "")]
+        if name == "unsloth" and options.unsloth_site:
+            sites.insert(0, options.unsloth_site)
+        environment = {
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": os.pathsep.join(filter(None, sites)),
+        }
         with tempfile.TemporaryFile("w+") as log:
             done = subprocess.run(
                 command,
@@ -54,7 +65,7 @@ def main() -> None:
                 text=True,
                 timeout=240,
                 check=False,
-                env={**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+                env=environment,
             )
             log.seek(0)
             text = log.read()

@@ -216,7 +216,15 @@ class InferenceSettings(Group):
     prefix_tokens: int = Field(
         8192, ge=0, description="Tokens of prompts kept for later prompts that begin alike."
     )
+    max_running: int = Field(
+        16, ge=1, le=1024, description="Answers generated side by side; others wait."
+    )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait; more answer 429.")
+    cuda_graphs: bool = Field(
+        True,
+        description="Whether a GPU plays recorded steps of decoding again: faster, but each kind "
+        "of step takes some memory and, once, a fraction of a second.",
+    )
     token: SecretStr = Field(
         SecretStr(""), description="Shared secret between API and inference servers; required."
     )

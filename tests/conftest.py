@@ -14,6 +14,18 @@ pytest_plugins = ("tests.services", "tests.browser", "tests.scheduling")
 SMOLLM2 = "smollm2-135m-instruct"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="there is no CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def base_model_cache() -> Path:
     """Converted base models, kept between runs: converting takes 15 s and never changes."""

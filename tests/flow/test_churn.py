@@ -9,7 +9,7 @@ import os
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -115,7 +115,7 @@ def expected(folder: Path) -> dict[Case, str]:
 
 @pytest.fixture
 def engine() -> Iterator[BatchingEngine]:
-    engine = byte_engine(limits=TIGHT, adapter_bytes=8 * ADAPTER_BYTES)
+    engine = byte_engine(limits=replace(TIGHT, adapter_bytes=8 * ADAPTER_BYTES))
     yield engine
     engine.close()
 

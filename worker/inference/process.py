@@ -34,6 +34,7 @@ from worker.inference.adapter_store import AdapterStore
 from worker.inference.encoder_service import EncoderService
 from worker.inference.encoders import EncoderEngine
 from worker.inference.engine.engine import BatchingEngine, Engine
+from worker.inference.engine.graphs import CudaRecord, Record
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.seq2seq import Seq2SeqEngine
 from worker.inference.engine.stream import Decode
@@ -172,7 +173,9 @@ def _own_engines(
         lighten_(model, mine.precision, device)
         return model
 
-    def build_engine(model: "PreTrainedModel", fingerprint: str) -> Engine:
+    def build_engine(
+        model: "PreTrainedModel", fingerprint: str, record: Record | None = None
+    ) -> Engine:
         ends = stop_ids(model.generation_config.eos_token_id) | turn_ends
         if family == "encoder_decoder":
             return Seq2SeqEngine(model, decode, ends, max_waiting=mine.max_waiting)
@@ -182,12 +185,14 @@ def _own_engines(
             ends,
             fingerprint=fingerprint,
             limits=Limits(
+                max_running=mine.max_running,
                 n_slots=mine.max_adapters,
                 max_waiting=mine.max_waiting,
                 cache_tokens=mine.cache_tokens,
                 prefix_tokens=mine.prefix_tokens,
+                adapter_bytes=mine.adapter_memory_bytes,
             ),
-            adapter_bytes=mine.adapter_memory_bytes,
+            record=record,
         )
 
     def build_own(adapter: Path, served: str) -> Built:
@@ -197,7 +202,9 @@ def _own_engines(
         engine = build_engine(own.model, f"{info.fingerprint} {adapter.name}")
         return Built(engine, own.n_bytes, own.drift)
 
-    return build_engine(in_passing_thread(load), info.fingerprint), build_own
+    # Models of their own decide in Python what a pass is: only the base's is always the same.
+    record = CudaRecord() if device != "cpu" and mine.cuda_graphs else None
+    return build_engine(in_passing_thread(load), info.fingerprint, record), build_own
 
 
 def stop_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:

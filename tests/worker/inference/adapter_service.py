@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,7 @@ class AdapterService:
             spell,
             [],
             fingerprint=base.fingerprint,
-            limits=limits,
-            adapter_bytes=n_resident * ADAPTER_BYTES,
+            limits=replace(limits, adapter_bytes=n_resident * ADAPTER_BYTES),
         )
         self.adapters = AdapterStore(self.store, root / "cache", base)
         self.residency = Residency(self.engine, self.adapters, "")

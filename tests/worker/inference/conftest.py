@@ -82,8 +82,7 @@ class TinyServer:
             self.model,
             lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
             [],
-            limits=Limits(n_slots=2, max_running=2, max_waiting=2),
-            adapter_bytes=2 * ADAPTER_BYTES,
+            limits=Limits(n_slots=2, max_running=2, max_waiting=2, adapter_bytes=2 * ADAPTER_BYTES),
         )
         self.adapters = AdapterStore(self.store, root / "adapters", self.base)
         residency = Residency(self.engine, self.adapters, self.renderer.template_sha256)

@@ -22,6 +22,7 @@ from worker.base_models import BaseModelInfo
 from worker.inference.adapter_store import AdapterStore
 from worker.inference.engine.engine import BatchingEngine
 from worker.inference.engine.pool import AdapterLease
+from worker.inference.engine.scheduler import Limits
 from worker.inference.residency import Residency
 
 SHAPES = shapes_of(tiny_llama())
@@ -42,7 +43,9 @@ class CountingEngine(BatchingEngine):
 
 class Parts:
     def __init__(self, store: LocalStore, base: BaseModelInfo, root: Path) -> None:
-        self.engine = CountingEngine(tiny_llama(), decode_bytes, [], adapter_bytes=ADAPTER_BYTES)
+        self.engine = CountingEngine(
+            tiny_llama(), decode_bytes, [], limits=Limits(adapter_bytes=ADAPTER_BYTES)
+        )
         self.store, self.base, self.root = store, base, root
         self.adapters = AdapterStore(store, root / "cache", base)
         self.residency = Residency(self.engine, self.adapters, TEMPLATE, load_seconds=0.5)

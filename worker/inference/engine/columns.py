@@ -51,12 +51,12 @@ class Columns:
         """Columns that the buffers have to have."""
         self.span = slice(0, 0)
         """From the first to the last column of any adapter in the next pass."""
-        self.lanes: Lanes | None = None
-        """How the rows go through the span; None where it is one range, or lanes do not pay."""
         self._ranges = [range(0)] * (n_slots + 1)
         self._device = device
         self._rows: list[int] = []
         self._mask: torch.Tensor | None = None
+        self._lanes: Lanes | None = None
+        self._undivided: list[range] | None = None
 
     def of(self, slot: int) -> range:
         return self._ranges[slot]
@@ -74,7 +74,7 @@ class Columns:
                 break
             start = max(start, -(-taken.stop // step) * step)
         if start + width > self.size:
-            self.size = -(-(start + width) // GRAIN) * GRAIN
+            self.size = max(2 * self.size, -(-(start + width) // GRAIN) * GRAIN)
         self._ranges[slot] = range(start, start + width)
 
     def use(self, rows: Sequence[int], active: Set[int]) -> None:
@@ -85,7 +85,14 @@ class Columns:
             min((each.start for each in ranges), default=0),
             max((each.stop for each in ranges), default=0),
         )
-        self.lanes = self._divide(ranges)
+        self._undivided = ranges
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """How the rows go through the span; None where it is one range, or lanes do not pay."""
+        if self._undivided is not None:
+            self._lanes, self._undivided = self._divide(self._undivided), None
+        return self._lanes
 
     def _divide(self, ranges: Sequence[range]) -> Lanes | None:
         first = self.span.start
@@ -118,16 +125,29 @@ class Columns:
             None if all(map(all, is_taken)) else torch.tensor(is_taken, device=self._device),
         )
 
+    def use_all(self, own: torch.Tensor) -> None:
+        """Let the next pass look at all columns, each row's own being `own` [rows, 2].
+
+        Nothing but the numbers in `own`, where a row's columns begin and end, then differs from one
+        pass to the next.
+        """
+        self.span = slice(0, self.size)
+        self._lanes = self._undivided = None
+        self._mask = self._is_own(own)
+
+    def bounds(self) -> list[list[int]]:
+        """Return where the columns of every row of the next pass begin and end."""
+        return [[self._ranges[slot].start, self._ranges[slot].stop] for slot in self._rows]
+
     @property
     def mask(self) -> torch.Tensor | None:
         """Whether a column is of the row's own adapter, [rows, columns]; None: they all are."""
-        if len(set(self._rows)) == 1 and self._ranges[self._rows[0]]:
-            return None
         if self._mask is None:
-            own = torch.tensor(
-                [[self._ranges[slot].start, self._ranges[slot].stop] for slot in self._rows],
-                device=self._device,
-            )
-            columns = torch.arange(self.span.start, self.span.stop, device=self._device)
-            self._mask = (columns >= own[:, :1]) & (columns < own[:, 1:])
+            if len(set(self._rows)) == 1 and self._ranges[self._rows[0]]:
+                return None
+            self._mask = self._is_own(torch.tensor(self.bounds(), device=self._device))
         return self._mask
+
+    def _is_own(self, own: torch.Tensor) -> torch.Tensor:
+        columns = torch.arange(self.span.start, self.span.stop, device=self._device)
+        return (columns >= own[:, :1]) & (columns < own[:, 1:])

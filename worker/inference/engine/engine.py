@@ -24,15 +24,15 @@ from worker.inference.engine.errors import (
     EngineFullError,
     GenerationError,
 )
+from worker.inference.engine.graphs import Record
 from worker.inference.engine.params import Constraint, EngineStats, TokenEvent
 from worker.inference.engine.pool import AdapterLease, AdapterPool
 from worker.inference.engine.runner import Runner
+from worker.inference.engine.sampler import Peak, peaks
 from worker.inference.engine.scheduler import Limits, Scheduler
 from worker.inference.engine.sequence import Request as Request
 from worker.inference.engine.sequence import Sequence
 from worker.inference.engine.stream import Decode, TextStream
-
-ADAPTER_BYTES = 4 * 1024**3
 
 Emit = Callable[[int, TokenEvent | EngineError], None]
 """Takes (choice, event) on the engine's thread; it must return at once and not raise."""
@@ -111,7 +111,7 @@ class BatchingEngine:
         stop_ids: Tokens that end an answer.
         fingerprint: What identifies the base model.
         limits: How much runs and waits at a time.
-        adapter_bytes: Memory for adapters on the host, in use or not.
+        record: Makes steps of decoding such that are played again (`engine.graphs`); None: none is.
     """
 
     def __init__(
@@ -122,14 +122,14 @@ class BatchingEngine:
         *,
         fingerprint: str = "",
         limits: Limits | None = None,
-        adapter_bytes: int = ADAPTER_BYTES,
+        record: Record | None = None,
     ) -> None:
         limits = limits or Limits()
         self._model = model
         self._decode = decode
         self._stop_ids = frozenset(stop_ids)
-        self._pool = AdapterPool(adapter_bytes)
-        self._runner = Runner(model, fingerprint, limits)
+        self._pool = AdapterPool(limits.adapter_bytes)
+        self._runner = Runner(model, fingerprint, limits, record)
         self._changed = Condition()
         self._scheduler: Scheduler[Sequence] = Scheduler(limits)
         self._closing = False
@@ -277,9 +277,9 @@ class BatchingEngine:
                 with self._isolated(sequence):
                     self._take(sequence, self._runner.decode(slice(row, row + 1))[0])
             return
-        for sequence, row_logits in zip(decoding, logits, strict=True):
+        for sequence, row_logits, peak in zip(decoding, logits, peaks(logits), strict=True):
             with self._isolated(sequence):
-                self._take(sequence, row_logits)
+                self._take(sequence, row_logits, peak)
 
     @contextmanager
     def _isolated(self, sequence: Sequence) -> Iterator[None]:
@@ -293,8 +293,8 @@ class BatchingEngine:
             logger.exception("A sequence failed.")
             self._end(sequence, GenerationError(f"{type(error).__name__} while generating."))
 
-    def _take(self, sequence: Sequence, logits: torch.Tensor) -> None:
-        event = sequence.take(logits, self._stop_ids)
+    def _take(self, sequence: Sequence, logits: torch.Tensor, peak: Peak | None = None) -> None:
+        event = sequence.take(logits, self._stop_ids, peak)
         self._n_drawn += 1
         if event.finish_reason is not None:
             self._end(sequence, event)

@@ -52,10 +52,10 @@ class AdaptedLinear(Adapted):
     def _with_low_rank(
         self, x: torch.Tensor, y: torch.Tensor, slots: Slots, buffers: LayerBuffers
     ) -> torch.Tensor:
-        if buffers.low_rank.isdisjoint(slots.active):
+        if buffers.a is None or buffers.b is None:
             return y
-        assert buffers.a is not None
-        assert buffers.b is not None
+        if not slots.takes_all and buffers.low_rank.isdisjoint(slots.active):
+            return y
         columns = slots.low_rank
         a, b = buffers.a[columns.span], buffers.b[columns.span]
         x = x.to(a.dtype)

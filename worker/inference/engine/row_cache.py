@@ -10,6 +10,12 @@ GROWTH = 256
 """Tokens by which rows grow at once: growing copies all rows."""
 
 
+View = tuple[Cache, torch.Tensor, torch.Tensor]
+"""What a model takes to feed one token to each of n rows: the cache, the tokens' positions [n, 1],
+and what to add to the attention scores [n, 1, 1, width]: the lowest number past the end of a row,
+else 0."""
+
+
 class _View:
     """The rows that the next forward pass feeds, one token each; `width` includes that token."""
 
@@ -54,9 +60,18 @@ class _RowLayer(CacheLayerMixin):
 
 
 class RowCache:
-    """Rows 0, 1, …, each the cache of one sequence; the last row moves into a gap."""
+    """Rows 0, 1, …, each the cache of one sequence; the last row moves into a gap.
 
-    def __init__(self) -> None:
+    Args:
+        n_reserved: Rows that there is memory for from the first one on, so that it stays in its
+            place while sequences come and go.
+        n_tokens: Tokens that all reserved rows may have together; long rows are fewer.
+    """
+
+    def __init__(self, n_reserved: int = 0, n_tokens: int = 0) -> None:
+        self.generation = 0
+        """Grows whenever memory moves."""
+        self._reserved = (n_reserved, n_tokens)
         self._lengths: list[int] = []
         self._view = _View()
         self._layers: list[_RowLayer] = []
@@ -64,28 +79,38 @@ class RowCache:
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @property
+    def n_rows(self) -> int:
+        """Rows that there is memory for."""
+        return 0 if not self._layers else len(self._layers[0].keys)  # type: ignore[arg-type]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return self._lengths
+
     @torch.inference_mode()
     def append(self, cache: DynamicCache) -> None:
         """Copy the cache of a sequence (batch size 1) into a new last row."""
         row, length = len(self), cache.get_seq_length()
-        for index, layer in enumerate(cache.layers):
-            assert isinstance(layer, DynamicLayer)
-            assert layer.keys is not None
-            assert layer.values is not None
-            if row == 0:
-                self._layers.append(
-                    _RowLayer(self._view, layer.keys[:, :, :0], layer.values[:, :, :0])
-                )
-            mine = self._layers[index]
+        layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        if not self._layers:
+            self._layers = [
+                _RowLayer(self._view, layer.keys[:, :, :0], layer.values[:, :, :0])  # type: ignore[index]
+                for layer in layers
+            ]
+        self.make_room(row + 1, length)
+        for mine, layer in zip(self._layers, layers, strict=True):
             for name in ("keys", "values"):
-                buffer = _grown(getattr(mine, name), row + 1, length)
-                buffer[row, :, :length] = getattr(layer, name)[0]
-                setattr(mine, name, buffer)
+                getattr(mine, name)[row, :, :length] = getattr(layer, name)[0]
         self._lengths.append(length)
 
     @torch.inference_mode()
     def remove(self, row: int) -> None:
-        """Forget `row`; the last row takes its place. Without rows no memory is kept."""
+        """Forget `row`; the last row takes its place.
+
+        Without rows no memory is kept, but that of reserved rows while they are short.
+        """
         last = len(self) - 1
         length = self._lengths[last]
         for layer in self._layers:
@@ -94,31 +119,50 @@ class RowCache:
                 buffer[row, :, :length] = buffer[last, :, :length]
         self._lengths[row] = length
         self._lengths.pop()
-        if not self._lengths:
+        if not self._lengths and (not self._reserved[0] or self._capacity > GROWTH):
             self._layers = []
 
-    @torch.inference_mode()
-    def feed(self, rows: slice, dtype: torch.dtype) -> tuple[Cache, torch.Tensor, torch.Tensor]:
-        """Make room for one more token in each of `rows`, to be fed in one forward pass.
+    @property
+    def _capacity(self) -> int:
+        keys = self._layers[0].keys
+        assert keys is not None
+        return keys.shape[2]
 
-        Returns:
-            The cache for the model, the new tokens' positions [n, 1], and what to add to the
-            attention scores [n, 1, 1, width]: the lowest number past the end of a row, else 0.
-        """
+    @torch.inference_mode()
+    def make_room(self, n_rows: int, width: int) -> None:
+        """See to memory for `n_rows` rows of `width` tokens each."""
+        if n_rows <= self.n_rows and width <= self._capacity:
+            return
+        n_reserved, n_tokens = self._reserved
+        if width <= self._capacity:
+            width = self._capacity
+        else:
+            width = -(-width // GROWTH) * GROWTH
+            n_rows = max(n_rows, len(self))
+        n_rows = max(n_rows, min(n_reserved, n_tokens // width))
+        self.generation += 1
+        for layer in self._layers:
+            layer.keys = _grown(layer.keys, n_rows, width)
+            layer.values = _grown(layer.values, n_rows, width)
+
+    @torch.inference_mode()
+    def feed(self, rows: slice, dtype: torch.dtype) -> View:
+        """Make room for one more token in each of `rows`, to be fed in one forward pass."""
         lengths = self._lengths[rows]
         width = max(lengths) + 1
-        for layer in self._layers:
-            layer.keys = _grown(layer.keys, len(self), width)
-            layer.values = _grown(layer.values, len(self), width)
+        self.make_room(len(self), width)
         device = self._layers[0].keys.device  # type: ignore[union-attr]
+        return self.view(rows, torch.tensor(lengths, device=device), width, dtype)
+
+    def view(self, rows: slice, positions: torch.Tensor, width: int, dtype: torch.dtype) -> View:
+        """As `feed`, for tokens at `positions` [n] of `rows`, which there has to be room for."""
         view = self._view
-        view.rows, view.width = rows, width
-        view.index = torch.arange(rows.start, rows.stop, device=device)
-        view.positions = torch.tensor(lengths, device=device)
-        beyond = torch.arange(width, device=device) > view.positions[:, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype, device=device)
+        view.rows, view.width, view.positions = rows, width, positions
+        view.index = torch.arange(rows.start, rows.stop, device=positions.device)
+        beyond = torch.arange(width, device=positions.device) > positions[:, None]
+        mask = torch.zeros(beyond.shape, dtype=dtype, device=positions.device)
         mask.masked_fill_(beyond, torch.finfo(dtype).min)
-        return Cache(layers=list(self._layers)), view.positions[:, None], mask[:, None, None]
+        return Cache(layers=list(self._layers)), positions[:, None], mask[:, None, None]
 
     def advance(self, rows: slice) -> None:
         """Count the token fed to each of `rows`; without this the next one overwrites it."""
@@ -127,16 +171,12 @@ class RowCache:
 
 
 def _grown(buffer: torch.Tensor | None, rows: int, width: int) -> torch.Tensor:
-    """Return `buffer`, or a larger copy where it has fewer than `rows` rows or `width` tokens."""
     assert buffer is not None
     has_rows, heads, capacity, size = buffer.shape
-    if has_rows >= rows and capacity >= width:
-        return buffer
-    if width > capacity:
-        capacity = -(-width // GROWTH) * GROWTH
     # Zeros: what is masked is multiplied by 0, and 0 × NaN would be NaN.
-    larger = buffer.new_zeros(max(rows, has_rows), heads, capacity, size)
-    larger[:has_rows, :, : buffer.shape[2]] = buffer
+    larger = buffer.new_zeros(rows, heads, width, size)
+    kept = min(rows, has_rows)
+    larger[:kept, :, :capacity] = buffer[:kept]
     return larger
 
 

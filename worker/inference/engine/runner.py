@@ -6,9 +6,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from worker.inference.engine.blocks import root_of
+from worker.inference.engine.graphs import DecodeGraphs, Record
 from worker.inference.engine.lora import BaseLayers
 from worker.inference.engine.prefix import PrefixStore
-from worker.inference.engine.row_cache import RowCache, can_share_rows
+from worker.inference.engine.row_cache import RowCache, View, can_share_rows
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.sequence import Sequence
 from worker.inference.engine.slots import Slots
@@ -36,9 +37,16 @@ class Runner:
         model: A causal language model in evaluation mode; its linear layers get wrapped.
         fingerprint: What identifies the model, for the roots of prefixes.
         limits: How many adapters take part at a time, and how much of prompts is kept.
+        record: Makes steps of decoding such that are played again; None: each is a pass of its own.
     """
 
-    def __init__(self, model: PreTrainedModel, fingerprint: str, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        fingerprint: str,
+        limits: Limits,
+        record: Record | None = None,
+    ) -> None:
         self.model = model
         self.layers = BaseLayers(model)
         # On a CPU adapters stay in float32, as they were trained: half precision gains nothing
@@ -50,7 +58,10 @@ class Runner:
         self.decoding: list[Sequence] = []
         """Those that share a pass; its index is the row."""
         self._cache_argument = cache_argument(model)
-        self._rows = RowCache()
+        self._rows = RowCache(limits.max_running if record else 0, limits.cache_tokens)
+        self._graphs = record and DecodeGraphs(
+            self._step, self._rows, self.slots, record, model.dtype
+        )
         self._fingerprint = fingerprint
         self.n_prompt = 0
         """Prompt tokens of the sequences that began, and those of them that were stored."""
@@ -122,19 +133,31 @@ class Runner:
         Nothing has happened when it raises: what a broken pass wrote is overwritten by the next.
         """
         sequences = self.decoding[rows]
-        cache, positions, mask = self._rows.feed(rows, self.model.dtype)
-        self.slots.use([_weights(sequence) for sequence in sequences])
+        tokens = [sequence.tokens[-1] for sequence in sequences]
+        adapters = [_weights(sequence) for sequence in sequences]
+        logits = None
+        if self._graphs is not None and len(sequences) == len(self.decoding):
+            logits = self._graphs.decode(tokens, adapters)
+        if logits is None:
+            view = self._rows.feed(rows, self.model.dtype)
+            self.slots.use(adapters)
+            logits = self._step(torch.tensor(tokens, device=self.model.device)[:, None], view)
+        self._rows.advance(rows)
+        for sequence in sequences:
+            sequence.n_fed += 1
+        return logits
+
+    def _step(self, tokens: torch.Tensor, view: View) -> torch.Tensor:
+        """Feed `tokens` [n, 1] to the rows of `view`; return their logits [n, vocabulary]."""
+        cache, positions, mask = view
         output = self.model(
-            input_ids=torch.tensor([s.tokens[-1:] for s in sequences], device=self.model.device),
+            input_ids=tokens,
             position_ids=positions,
             attention_mask=mask,
             use_cache=True,
             logits_to_keep=1,
             **{self._cache_argument: cache},
         )
-        self._rows.advance(rows)
-        for sequence in sequences:
-            sequence.n_fed += 1
         logits: torch.Tensor = output.logits[:, -1]
         return logits
 

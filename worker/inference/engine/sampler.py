@@ -1,8 +1,10 @@
 """Choosing the next token of one sequence."""
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +14,20 @@ from worker.inference.engine.params import Constraint, Sampling, TokenLogprobs
 _SEEDS = 2**63
 _FIRST_LOOK = 512
 """Tokens that are sorted at first; most nuclei are smaller than that."""
+
+
+class Peak(NamedTuple):
+    """The largest of a row of logits, NaN where one of them is, and the token that has it."""
+
+    value: float
+    token: int
+
+
+def peaks(logits: torch.Tensor) -> list[Peak]:
+    """Return the peak of each row of `logits` [n, vocabulary]: one look for all of them."""
+    largest = logits.max(dim=-1)
+    pairs = zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
+    return [Peak(value, token) for value, token in pairs]
 
 
 class Sampler:
@@ -51,15 +67,20 @@ class Sampler:
         """Whether the constraint lets nothing follow."""
         return self._constraint is not None and self._constraint.is_over
 
-    def pick(self, logits: torch.Tensor) -> TokenLogprobs:
+    def pick(self, logits: torch.Tensor, peak: Peak | None = None) -> TokenLogprobs:
         """Return a token for `logits` [vocabulary]; without `logprobs`, its logprob is 0.
+
+        `peak` is that of `logits` where it is known already.
 
         Raises:
             GenerationError: a logit is NaN, or the constraint allows no token.
         """
-        if bool(torch.isnan(logits).any()):
+        peak = peak or peaks(logits[None])[0]
+        if math.isnan(peak.value):
             raise GenerationError("The model computed NaN for the next token.")
-        token = self._choose(logits)
+        is_plain = not self._changes_logits and self._constraint is None
+        is_greedy = self._sampling.temperature == 0
+        token = peak.token if is_greedy and is_plain else self._choose(logits)
         if self._sampling.logprobs is None:
             return TokenLogprobs(token, 0.0)
         [scored] = token_logprobs(logits[None], [token], self._sampling.logprobs)
@@ -73,8 +94,6 @@ class Sampler:
             self._constraint.advance(token)
 
     def _choose(self, logits: torch.Tensor) -> int:
-        if self._sampling.temperature == 0 and not self._changes_logits and not self._constraint:
-            return int(logits.argmax())
         # Doubles, and the maximum off first: no temperature above 0 divides to Infinity or NaN.
         scores = logits.to("cpu", torch.float64, copy=True)
         if self._changes_logits:

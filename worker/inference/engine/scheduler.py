@@ -53,6 +53,7 @@ class Limits:
         row_growth: Tokens by which rows grow at once.
         overtake_tokens: Tokens that may pass a sequence which waits for a slot.
         prefix_tokens: Tokens of prompts whose states are kept for prompts that begin alike.
+        adapter_bytes: Memory for adapters on the host, in use or not.
     """
 
     max_running: int = 16
@@ -63,6 +64,7 @@ class Limits:
     row_growth: int = 256
     overtake_tokens: int = 4096
     prefix_tokens: int = 8192
+    adapter_bytes: int = 4 * 1024**3
 
 
 T = TypeVar("T", bound=Schedulable)

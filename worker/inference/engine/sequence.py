@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from worker.inference.engine.errors import EngineError
 from worker.inference.engine.params import Constraint, Sampling, TokenEvent, TokenLogprobs
 from worker.inference.engine.pool import AdapterLease
-from worker.inference.engine.sampler import Sampler, token_logprobs
+from worker.inference.engine.sampler import Peak, Sampler, token_logprobs
 from worker.inference.engine.stream import TextStream
 from worker.inference.engine.transcript import Transcript
 
@@ -104,8 +104,12 @@ class Sequence:
             if tokens:  # of the prompt's last row: what it says is of the answer
                 self._prompt_logprobs += token_logprobs(rows[: len(tokens)], tokens, n_top)
 
-    def take(self, logits: torch.Tensor, stop_ids: frozenset[int]) -> TokenEvent:
+    def take(
+        self, logits: torch.Tensor, stop_ids: frozenset[int], peak: Peak | None = None
+    ) -> TokenEvent:
         """Draw a token from `logits` [vocabulary]; tell what text is final and if this is the end.
+
+        `peak` is that of `logits` where it is known already.
 
         Raises:
             GenerationError: no token can be drawn.
@@ -114,7 +118,7 @@ class Sequence:
         self._prompt_logprobs = []
         if self._sampling.max_tokens == 0:
             return TokenEvent("", "length", 0, self.n_cached or 0, prompt_logprobs=scored)
-        drawn = self.sampler.pick(logits)
+        drawn = self.sampler.pick(logits, peak)
         self.tokens.append(drawn.token)
         is_end = drawn.token in stop_ids
         if not is_end:

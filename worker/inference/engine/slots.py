@@ -65,6 +65,8 @@ class LayerBuffers:
         if self.a is None and (change is None or change.a is None):
             return
         size = self._slots.low_rank.size
+        if self.a is None or len(self.a) < size:
+            self._slots.generation += 1
         self.a = _grown(self.a, size, self._shape.in_features, self._slots.like)
         self.b = _grown(self.b, size, self._shape.out_features, self._slots.like)
         mine, rank = self._slots.low_rank.of(index), 0
@@ -122,6 +124,8 @@ class Slots:
         self._order: list[int] = list(range(n_slots))  # least recently used first
         self.evictions = 0
         """Adapters that made room for others so far."""
+        self.generation = 0
+        """Grows whenever the memory of low-rank matrices moves."""
         self.busy: Set[str | None] = frozenset()
         """Adapters of running sequences: their slots are not given to others."""
         self.rows: list[int] = []
@@ -130,6 +134,8 @@ class Slots:
         self.alone: Pairs | None = None
         """All that the next pass does where all its rows have one adapter of low rank, in host
         memory: the buffers are then as for the base model, whatever they hold."""
+        self.takes_all = False
+        """Whether the next pass multiplies by all columns there are, as `use_all` lets it."""
         self.streams: StreamRows | None = None
         """The rows of the next pass that run in two streams, if there are any."""
         self._index: torch.Tensor | None = None
@@ -150,7 +156,7 @@ class Slots:
             self._order.remove(places[digest])
             self._order.append(places[digest])
         self.rows = [self.n_slots if each is None else places[each.digest] for each in adapters]
-        self.alone = None
+        self.alone, self.takes_all = None, False
         if self.like.device.type == "cpu" and len(set(self.rows)) == 1 and distinct:
             self.alone = next(iter(distinct.values())).pairs
         if self.alone is not None:
@@ -164,6 +170,11 @@ class Slots:
         self.low_rank.use(self.rows, self.active)
         self.bottlenecks.use(self.rows, self.active)
         self.streams = StreamRows.of([self._streams[slot] for slot in self.rows], self.like.device)
+
+    def use_all(self, own: torch.Tensor) -> None:
+        """Let the next pass be one that serves any adapters of low rank, as `Columns.use_all`."""
+        self.takes_all = True
+        self.low_rank.use_all(own)
 
     def digests(self) -> list[str]:
         """Return the adapters that have a slot."""

@@ -45,7 +45,7 @@ GREEDY = Sampling(max_tokens=24, temperature=0)
 @pytest.fixture
 def engine() -> Iterator[BatchingEngine]:
     engine = byte_engine(
-        limits=Limits(n_slots=2, max_running=3, max_waiting=3), adapter_bytes=2 * ADAPTER_BYTES
+        limits=Limits(n_slots=2, max_running=3, max_waiting=3, adapter_bytes=2 * ADAPTER_BYTES)
     )
     yield engine
     engine.close()

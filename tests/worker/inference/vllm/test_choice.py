@@ -40,7 +40,7 @@ def any_engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
         yield request.getfixturevalue("engine")
         return
     engine = byte_engine(
-        limits=Limits(n_slots=2, max_running=4, max_waiting=4), adapter_bytes=2 * ADAPTER_BYTES
+        limits=Limits(n_slots=2, max_running=4, max_waiting=4, adapter_bytes=2 * ADAPTER_BYTES)
     )
     yield engine
     engine.close()
