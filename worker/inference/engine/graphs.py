@@ -127,7 +127,8 @@ class CudaRecord:
     """Records steps as CUDA graphs, all of which share one pool of memory: one runs at a time."""
 
     def __init__(self) -> None:
-        self._pool: Any = None
+        # A pool lasts as long as a graph that uses it: the first one stays.
+        self._first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, step: Pass, numbers: torch.Tensor) -> Pass:
         mine = numbers.to("cuda")
@@ -138,10 +139,11 @@ class CudaRecord:
             step(mine)
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
+        pool: Any = None if self._first is None else self._first.pool()
         # Other threads read adapters and run other models meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             logits = step(mine)
-        self._pool = self._pool or graph.pool()
+        self._first = self._first or graph
 
         def play(numbers: torch.Tensor) -> torch.Tensor:
             mine.copy_(numbers)
