@@ -37,10 +37,10 @@ from models.settings import Settings
 from worker.base_models import compute_dtype, load_model, load_tokenizer, materialise
 from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.errors import EngineError
-from worker.inference.engine.half_linear import hold_in_half_
 from worker.inference.engine.params import Sampling, TokenEvent
 from worker.inference.engine.pool import AdapterLease
 from worker.inference.engine.scheduler import Limits
+from worker.inference.own_model import lighten_
 from worker.threads import in_passing_thread
 
 BASE = "smollm2-135m-instruct"
@@ -131,8 +131,7 @@ class Ours:
             (folder / str(index)).symlink_to(folder / str(index % N_SLOTS))
         # Every token is one character, so that each makes an event at once.
         model = load_model(directory, precision="bf16")
-        if compute_dtype("cpu") == torch.float32:
-            hold_in_half_(model)
+        lighten_(model, "bf16", "cpu")
         self.engine = BatchingEngine(
             model,
             lambda ids: "x" * len(ids),

@@ -95,8 +95,8 @@ def load_own_model(
 
 
 def lighten_(model: "PreTrainedModel", precision: str, device: str) -> None:
-    """Hold the linear layers of a decoder in float16 where a base is computed in float32 instead
-    of bfloat16, in place.
+    """Hold the linear layers of a decoder on a CPU as their products are fastest, in place: in
+    float16 where it is computed in float32 instead of bfloat16, else packed.
 
     Args:
         model: Dequantised, where that is how it answers.
@@ -104,19 +104,24 @@ def lighten_(model: "PreTrainedModel", precision: str, device: str) -> None:
         device: Where the model is.
     """
     from worker.inference.engine.half_linear import hold_in_half_
+    from worker.inference.engine.packed_linear import pack_
 
     # An encoder-decoder asks its layers for their weights in every pass.
-    of_one_stack = not model.config.is_encoder_decoder
-    if of_one_stack and precision != "fp32" and compute_dtype(device).itemsize == 4:
+    if device != "cpu" or precision == "fp32" or model.config.is_encoder_decoder:
+        return
+    if compute_dtype(device).itemsize == 4:
         hold_in_half_(model)
+    else:
+        pack_(model)
 
 
 def _n_bytes(model: "PreTrainedModel") -> int:
-    """Return what the weights of a model take; those of `HalfLinear` are no parameters."""
+    """Return what the weights of a model take; those that `lighten_` made are no parameters."""
     from worker.inference.engine.half_linear import HalfLinear
+    from worker.inference.engine.packed_linear import PackedLinear
 
-    halves = [each for each in model.modules() if isinstance(each, HalfLinear)]
-    packed = sum(2 * each.in_features * each.out_features for each in halves)
+    light = [each for each in model.modules() if isinstance(each, HalfLinear | PackedLinear)]
+    packed = sum(2 * each.in_features * each.out_features for each in light)
     return int(model.get_memory_footprint()) + packed
 
 

@@ -1,6 +1,6 @@
 """The engine: the seam that the server talks to, and an implementation that batches decoding.
 
-Prompts are fed one sequence at a time; the sequences past their prompt then share forward passes
+Prompts of like lengths share a forward pass; the sequences past their prompt then share passes
 of one token each, whatever their adapters. Rows do not see each other: in float32 an answer has
 the tokens that the same request gets alone.
 """
@@ -246,16 +246,40 @@ class BatchingEngine:
         """Feed the prompts their share of the step; those that are done get a row."""
         running = self._scheduler.running
         lone = [(each, 1) for each in running if each.n_pending == 1 and not each.has_row]
-        for sequence, share in [*self._scheduler.shares(), *lone]:
-            if sequence.aborted:
-                continue
+        waiting = [*self._scheduler.shares(), *lone]
+        while waiting := [(each, share) for each, share in waiting if not each.aborted]:
+            sequences = self._runner.next_prompts(waiting)
+            if len(sequences) == 1 or not self._feed_whole(sequences):
+                for sequence in sequences:
+                    self._feed(sequence, dict(waiting)[sequence])
+            waiting = [(each, share) for each, share in waiting if each not in sequences]
+
+    def _feed_whole(self, sequences: list[Sequence]) -> bool:
+        """Feed whole prompts in one pass; False if that failed, and nothing has happened."""
+        try:
+            logits = self._runner.feed_whole(sequences)
+        except Exception:
+            # One of them broke the pass: each alone shows which.
+            logger.warning("A pass of prompts failed; each is fed alone.", exc_info=True)
+            return False
+        for sequence, row_logits, peak in zip(sequences, logits, peaks(logits), strict=True):
             with self._isolated(sequence):
-                logits = self._runner.feed(sequence, share)
-                if logits is None:
-                    continue
-                self._take(sequence, logits)
-                if not sequence.ended:
-                    self._runner.seat(sequence)
+                self._begin_answer(sequence, row_logits, peak)
+        return True
+
+    def _feed(self, sequence: Sequence, share: int) -> None:
+        """Feed at most `share` tokens of one prompt."""
+        with self._isolated(sequence):
+            logits = self._runner.feed(sequence, share)
+            if logits is not None:
+                self._begin_answer(sequence, logits)
+
+    def _begin_answer(
+        self, sequence: Sequence, logits: torch.Tensor, peak: Peak | None = None
+    ) -> None:
+        self._take(sequence, logits, peak)
+        if not sequence.ended:
+            self._runner.seat(sequence)
 
     def _step_rows(self) -> None:
         """Feed one token to every sequence that has a row."""

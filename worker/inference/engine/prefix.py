@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import torch
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from worker.inference.engine.blocks import PrefixBlocks
+from worker.inference.engine.caches import states_of
 
 BLOCK_TOKENS = 8
 """Few, so that a short prompt too gains by what it shares, such as a template's system message."""
@@ -23,6 +23,10 @@ class PrefixStore:
         self._n_blocks = n_tokens // BLOCK_TOKENS
         self._blocks = PrefixBlocks(self._n_blocks, BLOCK_TOKENS)
         self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def n_stored(self, root: bytes, tokens: Sequence[int]) -> int:
+        """Return how many of `tokens` `load` would fill a cache with."""
+        return len(self._blocks.match(root, tokens[:-1])) * BLOCK_TOKENS
 
     @torch.inference_mode()
     def load(self, root: bytes, tokens: Sequence[int], cache: DynamicCache) -> int:
@@ -45,24 +49,20 @@ class PrefixStore:
         new = self._blocks.store(root, tokens)
         if not new:
             return
-        layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        layers = states_of(cache)
         if not self._layers:
-            self._layers = [
-                (self._empty(layer.keys), self._empty(layer.values)) for layer in layers
-            ]
+            self._layers = [(self._empty(keys), self._empty(values)) for keys, values in layers]
         # What is stored of a prompt is always its beginning, so that what is new is one stretch.
         first, last = new[0][0], new[-1][0] + 1
         places = torch.tensor([place for _, place in new], device=self._layers[0][0].device)
         span = slice(first * BLOCK_TOKENS, last * BLOCK_TOKENS)
         for layer, stored in zip(layers, self._layers, strict=True):
-            for states, blocks in zip((layer.keys, layer.values), stored, strict=True):
-                assert states is not None
+            for states, blocks in zip(layer, stored, strict=True):
                 heads, _, size = states[0].shape
                 cut = states[0, :, span].view(heads, last - first, BLOCK_TOKENS, size)
                 blocks[places] = cut.transpose(0, 1)
 
-    def _empty(self, states: torch.Tensor | None) -> torch.Tensor:
-        assert states is not None
+    def _empty(self, states: torch.Tensor) -> torch.Tensor:
         _, heads, _, size = states.shape
         return states.new_empty(self._n_blocks, heads, BLOCK_TOKENS, size)
 

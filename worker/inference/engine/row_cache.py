@@ -6,6 +6,8 @@ import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
+from worker.inference.engine.caches import States, states_of
+
 GROWTH = 256
 """Tokens by which rows grow at once: growing copies all rows."""
 
@@ -42,12 +44,15 @@ class _RowLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token [n, heads, 1, head size] a row; return the rows up to the width."""
-        view = self._view
+        view, (keys, values) = self._view, self.buffers()
+        keys[view.index, :, view.positions] = key_states[:, :, 0]
+        values[view.index, :, view.positions] = value_states[:, :, 0]
+        return keys[view.rows, :, : view.width], values[view.rows, :, : view.width]
+
+    def buffers(self) -> States:
         assert self.keys is not None
         assert self.values is not None
-        self.keys[view.index, :, view.positions] = key_states[:, :, 0]
-        self.values[view.index, :, view.positions] = value_states[:, :, 0]
-        return self.keys[view.rows, :, : view.width], self.values[view.rows, :, : view.width]
+        return self.keys, self.values
 
     def get_seq_length(self) -> int:
         return self._view.width - 1
@@ -82,7 +87,7 @@ class RowCache:
     @property
     def n_rows(self) -> int:
         """Rows that there is memory for."""
-        return 0 if not self._layers else len(self._layers[0].keys)  # type: ignore[arg-type]
+        return len(self._layers[0].buffers()[0]) if self._layers else 0
 
     @property
     def lengths(self) -> list[int]:
@@ -93,16 +98,15 @@ class RowCache:
     def append(self, cache: DynamicCache) -> None:
         """Copy the cache of a sequence (batch size 1) into a new last row."""
         row, length = len(self), cache.get_seq_length()
-        layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+        layers = states_of(cache)
         if not self._layers:
             self._layers = [
-                _RowLayer(self._view, layer.keys[:, :, :0], layer.values[:, :, :0])  # type: ignore[index]
-                for layer in layers
+                _RowLayer(self._view, keys[:, :, :0], values[:, :, :0]) for keys, values in layers
             ]
         self.make_room(row + 1, length)
         for mine, layer in zip(self._layers, layers, strict=True):
-            for name in ("keys", "values"):
-                getattr(mine, name)[row, :, :length] = getattr(layer, name)[0]
+            for buffer, states in zip(mine.buffers(), layer, strict=True):
+                buffer[row, :, :length] = states[0]
         self._lengths.append(length)
 
     @torch.inference_mode()
@@ -114,8 +118,7 @@ class RowCache:
         last = len(self) - 1
         length = self._lengths[last]
         for layer in self._layers:
-            for buffer in (layer.keys, layer.values):
-                assert buffer is not None
+            for buffer in layer.buffers():
                 buffer[row, :, :length] = buffer[last, :, :length]
         self._lengths[row] = length
         self._lengths.pop()
@@ -124,9 +127,7 @@ class RowCache:
 
     @property
     def _capacity(self) -> int:
-        keys = self._layers[0].keys
-        assert keys is not None
-        return keys.shape[2]
+        return self._layers[0].buffers()[0].shape[2]
 
     @torch.inference_mode()
     def make_room(self, n_rows: int, width: int) -> None:
@@ -142,8 +143,7 @@ class RowCache:
         n_rows = max(n_rows, min(n_reserved, n_tokens // width))
         self.generation += 1
         for layer in self._layers:
-            layer.keys = _grown(layer.keys, n_rows, width)
-            layer.values = _grown(layer.values, n_rows, width)
+            layer.keys, layer.values = (_grown(each, n_rows, width) for each in layer.buffers())
 
     @torch.inference_mode()
     def feed(self, rows: slice, dtype: torch.dtype) -> View:
@@ -151,7 +151,7 @@ class RowCache:
         lengths = self._lengths[rows]
         width = max(lengths) + 1
         self.make_room(len(self), width)
-        device = self._layers[0].keys.device  # type: ignore[union-attr]
+        device = self._layers[0].buffers()[0].device
         return self.view(rows, torch.tensor(lengths, device=device), width, dtype)
 
     def view(self, rows: slice, positions: torch.Tensor, width: int, dtype: torch.dtype) -> View:
@@ -170,8 +170,7 @@ class RowCache:
             self._lengths[row] += 1
 
 
-def _grown(buffer: torch.Tensor | None, rows: int, width: int) -> torch.Tensor:
-    assert buffer is not None
+def _grown(buffer: torch.Tensor, rows: int, width: int) -> torch.Tensor:
     has_rows, heads, capacity, size = buffer.shape
     # Zeros: what is masked is multiplied by 0, and 0 × NaN would be NaN.
     larger = buffer.new_zeros(rows, heads, width, size)

@@ -1,4 +1,4 @@
-"""Forward passes: prompts in pieces, one sequence at a time; then one token for all that decode."""
+"""Forward passes: prompts, several whole ones or a piece of one; one token for all that decode."""
 
 import inspect
 
@@ -6,9 +6,11 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from worker.inference.engine.blocks import root_of
+from worker.inference.engine.caches import joined, row_of
 from worker.inference.engine.graphs import DecodeGraphs, Record
 from worker.inference.engine.lora import BaseLayers
-from worker.inference.engine.prefix import PrefixStore
+from worker.inference.engine.prefix import BLOCK_TOKENS, PrefixStore
+from worker.inference.engine.prompts import together
 from worker.inference.engine.row_cache import RowCache, View, can_share_rows
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.sequence import Sequence
@@ -93,6 +95,46 @@ class Runner:
         if self._shares_rows:
             self._prefixes.save(self._root(sequence), sequence.tokens, cache)
         logits: torch.Tensor = output.logits[0, -1]
+        return logits
+
+    def next_prompts(self, waiting: list[tuple[Sequence, int]]) -> list[Sequence]:
+        """Return which of `waiting`, with what each may be fed, to feed next: see `together`."""
+        if not self._shares_rows:
+            return [waiting[0][0]]
+        return together(waiting, self._n_stored, BLOCK_TOKENS)
+
+    def _n_stored(self, sequence: Sequence) -> int:
+        return self._prefixes.n_stored(self._root(sequence), sequence.tokens)
+
+    @torch.inference_mode()
+    def feed_whole(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Feed all pending tokens of `sequences` in one pass; return logits [n, vocabulary].
+
+        They go on from equally many tokens. Shorter ones are padded at their ends, which nothing
+        before sees.
+        """
+        caches = [sequence.cache or self._start(sequence) for sequence in sequences]
+        behind = sequences[0].n_fed
+        lengths = [sequence.n_pending for sequence in sequences]
+        ids = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, : lengths[row]] = torch.tensor(sequence.tokens[behind:])
+        config = self.model.config
+        cache = joined(caches, config) if behind else DynamicCache(config=config)
+        ends = sorted(set(lengths))
+        self.slots.use([_weights(sequence) for sequence in sequences])
+        output = self.model(
+            input_ids=ids.to(self.model.device),
+            use_cache=True,
+            logits_to_keep=torch.tensor(ends, device=self.model.device) - 1,
+            **{self._cache_argument: cache},
+        )
+        own = [row_of(cache, row, each.n_tokens, config) for row, each in enumerate(sequences)]
+        for sequence, cache in zip(sequences, own, strict=True):
+            sequence.cache, sequence.n_fed = cache, sequence.n_tokens
+            self._prefixes.save(self._root(sequence), sequence.tokens, cache)
+        at = [ends.index(length) for length in lengths]
+        logits: torch.Tensor = output.logits[range(len(sequences)), at]
         return logits
 
     def _start(self, sequence: Sequence) -> DynamicCache:

@@ -178,7 +178,7 @@ def test_one_broken_sequence_leaves_the_others_alive(
     engine: BatchingEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     def spoil(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if POISON in kwargs["input_ids"][0].tolist():
+        if POISON in kwargs["input_ids"].flatten().tolist():
             raise RuntimeError("secret detail")
 
     alone, _ = generate(engine, Request(PROMPT, GREEDY))

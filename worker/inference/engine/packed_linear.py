@@ -1,0 +1,60 @@
+"""Linear layers of a CPU that makes products in bfloat16: weights in the order oneDNN reads them.
+
+Otherwise oneDNN puts the weights in order for every product, which for the few rows of a step of
+decoding, or of a short prompt, takes longer than the product.
+"""
+
+import torch
+from torch import nn
+
+
+class PackedLinear(nn.Linear):
+    """``y = x Wᵀ + b`` in bfloat16; W [out, in] is held packed.
+
+    Args:
+        linear: The layer in bfloat16, on the CPU; it is not changed.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        nn.Module.__init__(self)  # without the weights that nn.Linear would make
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        bias = None if linear.bias is None else linear.bias.detach()
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The weights in bfloat16 [out, in]: unpacked at each call."""
+        unpacked: torch.Tensor = self._packed.to_dense()
+        return unpacked
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `x` bfloat16 [..., in] to bfloat16 [..., out]."""
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._packed, self.bias, "none", [], ""
+        )
+        return y
+
+
+def is_supported() -> bool:
+    """Whether oneDNN is there and packs weights in bfloat16 for this processor."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def pack_(model: nn.Module) -> int:
+    """Replace every ``nn.Linear`` in bfloat16 of `model` in place; return how many there are.
+
+    Their own weights are given up; a head that shares them with the embedding has its own then.
+    """
+    if not is_supported():
+        return 0
+    layers = {
+        path: module
+        for path, module in model.named_modules()
+        if type(module) is nn.Linear and module.weight.dtype == torch.bfloat16
+    }
+    for path, module in layers.items():
+        model.set_submodule(path, PackedLinear(module))
+    return len(layers)
