@@ -174,6 +174,45 @@ def test_same_seed_gives_the_same_text_and_choices_have_seeds_of_their_own(
     assert texts(6, 2) == three[1:]
 
 
+def test_prompts_of_like_lengths_share_a_pass_and_get_the_answers_of_each_alone(
+    tmp_path: Path,
+) -> None:
+    """Twice: the second time most of each prompt is stored, so that the pass goes on from it."""
+    prompts = [tuple(range(first, first + 20 + first % 3)) for first in (10, 50, 90, 130)]
+    long = tuple(range(100))
+
+    def answers(model: Any, *, at_once: bool) -> list[list[str]]:
+        engine = byte_engine(model)
+        lease = engine.load("1", adapter(tmp_path, 1))
+        requests = [
+            Request(each, GREEDY, lease=lease if number % 2 else None)
+            for number, each in enumerate([*prompts, long])
+        ]
+        found = []
+        for _ in range(2):
+            if at_once:
+                with engine._changed:  # nothing is fed before all are there
+                    streams = [submit(engine, request) for request in requests]
+                found.append([collect(stream)[0] for stream in streams])
+            else:
+                found.append([generate(engine, request)[0] for request in requests])
+        engine.close()
+        return found
+
+    expected = answers(tiny_llama(), at_once=False)
+    passes: list[tuple[int, int]] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        passes.append(tuple(kwargs["input_ids"].shape))
+
+    model = tiny_llama()
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    assert answers(model, at_once=True) == expected
+    prompts_fed = [shape for shape in passes if shape[1] > 1]
+    # 22 tokens at most, of which 16 are stored the second time; of the long one 96.
+    assert prompts_fed == [(4, 22), (1, 100), (4, 6), (1, 4)]
+
+
 def test_one_broken_sequence_leaves_the_others_alive(
     engine: BatchingEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
