@@ -31,6 +31,8 @@ class Lanes:
     """Where the results of each row are [rows, the most lanes of one row]."""
     is_taken: torch.Tensor | None
     """Which of `places` are a row's own [rows, …]; None: all are."""
+    in_order: bool
+    """Whether the first lane is the first row's and nobody else's, the second the second's, …"""
 
     @property
     def is_even(self) -> bool:
@@ -119,10 +121,13 @@ class Columns:
         is_taken = [[number < len(lanes) for number in range(most_lanes)] for lanes in lanes_of]
         at_places = [row for rows in members for row in rows + [0] * (most - len(rows))]
         return Lanes(
-            len(members),
-            torch.tensor(at_places, device=self._device),
-            torch.tensor(places, device=self._device),
-            None if all(map(all, is_taken)) else torch.tensor(is_taken, device=self._device),
+            n=len(members),
+            rows=torch.tensor(at_places, device=self._device),
+            places=torch.tensor(places, device=self._device),
+            is_taken=(
+                None if all(map(all, is_taken)) else torch.tensor(is_taken, device=self._device)
+            ),
+            in_order=members == [[row] for row in range(len(self._rows))],
         )
 
     def use_all(self, own: torch.Tensor) -> None:

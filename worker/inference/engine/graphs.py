@@ -78,7 +78,7 @@ class DecodeGraphs:
         rows, lengths = self._rows, self._rows.lengths
         rows.make_room(len(tokens), max(lengths) + 1)
         self._slots.use(adapters)
-        if self._slots.alone is not None:
+        if self._slots.parts is not None:
             return None
         if self._generation != (generation := (rows.generation, self._slots.generation)):
             self._kept.clear()

@@ -28,12 +28,17 @@ class AdaptedLinear(Adapted):
         """Map `x` [rows, …, in] to [rows, …, out]; without adapters, the base's own tensor."""
         y: torch.Tensor
         slots, buffers = self._slots, self._mine
-        if slots is not None and slots.alone is not None:
-            pair, y = slots.alone.get(self._path), self.base(x)
-            return y if pair is None else _plus_pair(y, x, *pair)
+        if slots is not None and slots.parts is not None:
+            y = self.base(x)
+            for rows, pairs in slots.parts:
+                if (pair := pairs.get(self._path)) is not None:
+                    _add_pair(y[rows], x[rows], *pair)
+            return y
         if slots is None or buffers is None or not slots.active:
             y = self.base(x)
             return y
+        if slots.adds_only:
+            return self._with_low_rank(x, self.base(x), slots, buffers)
         gains = {
             name: _of_rows(slots, buffers.vectors[name], x.dim())
             for name in ("gain_in", "gain", "shift")
@@ -57,11 +62,10 @@ class AdaptedLinear(Adapted):
         if not slots.takes_all and buffers.low_rank.isdisjoint(slots.active):
             return y
         columns = slots.low_rank
+        lanes = columns.lanes
+        if lanes is not None and (lanes.is_even or x.numel() == len(x) * x.shape[-1]):
+            return y.add_(_through_lanes(x, *buffers.by_lane(), lanes).view(y.shape))
         a, b = buffers.a[columns.span], buffers.b[columns.span]
-        x = x.to(a.dtype)
-        n_tokens = x[0].numel() // x.shape[-1]
-        if (lanes := columns.lanes) is not None and (n_tokens == 1 or lanes.is_even):
-            return (y + _through_lanes(x, a, b, lanes)).to(y.dtype)
         own = _times(x, a.T)
         if (mask := columns.mask) is not None:
             # Chosen, not multiplied by 0: what overflows in one row's adapter stays in that row.
@@ -70,15 +74,16 @@ class AdaptedLinear(Adapted):
         return _plus(y, own, b)
 
 
-def _plus_pair(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Return `y` [rows, …, out] with what `a` [1, in, r] and `b` [1, r, out] make of `x` added.
+def _add_pair(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Add what `a` [1, in, r] and `b` [1, r, out] make of `x` [rows, …, in] to `y` [rows, …, out].
 
     A prompt, or one row that decodes, takes two calls and no views of its tensors: with some 200
     modules the calls cost as much as the products of a short prompt.
     """
     if x.dim() == 3 and x.shape[0] == 1 and x.dtype == y.dtype == b.dtype:
-        return y.baddbmm_(torch.bmm(x, a), b)
-    return _plus(y, _times(x, a[0]), b[0])
+        y.baddbmm_(torch.bmm(x, a), b)
+    else:
+        _plus(y, _times(x, a[0]), b[0])
 
 
 def _times(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
@@ -96,21 +101,22 @@ def _plus(y: torch.Tensor, own: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if y.dtype == b.dtype and y.is_contiguous():
         y.view(-1, y.shape[-1]).addmm_(own, b)
         return y
-    return (y + (own @ b).view(y.shape)).to(y.dtype)
+    return y.add_(torch.mm(own, b).view(y.shape))
 
 
 def _through_lanes(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, lanes: Lanes) -> torch.Tensor:
-    """Return x Aᵀ B [rows, …, out] by each row's own range of `a` [C, in] and `b` [C, out]."""
-    rows = x.reshape(len(x), -1, x.shape[-1]).index_select(0, lanes.rows)
-    by_lane = rows.view(lanes.n, -1, x.shape[-1])
-    own = torch.bmm(by_lane, a.view(lanes.n, -1, a.shape[1]).transpose(1, 2))
-    results = torch.bmm(own, b.view(lanes.n, -1, b.shape[1]))
-    results = results.view(len(lanes.rows), -1, b.shape[1]).index_select(0, lanes.places.flatten())
+    """Return x A B [rows, tokens, out] by each row's own lanes of `a` [n, in, w] and `b`."""
+    rows = x.reshape(len(x), -1, x.shape[-1])
+    if lanes.in_order:
+        return torch.bmm(torch.bmm(rows.to(a.dtype), a), b)
+    by_lane = rows.index_select(0, lanes.rows).to(a.dtype).view(lanes.n, -1, x.shape[-1])
+    results = torch.bmm(torch.bmm(by_lane, a), b).view(len(lanes.rows), -1, b.shape[2])
+    results = results.index_select(0, lanes.places.view(-1))
     if lanes.is_taken is not None:
         results = torch.where(lanes.is_taken.view(-1, 1, 1), results, 0.0)
     if lanes.places.shape[1] > 1:
         results = results.view(*lanes.places.shape, *results.shape[1:]).sum(1)
-    return results.view(*x.shape[:-1], b.shape[1])
+    return results
 
 
 def _of_rows(slots: Slots, gains: torch.Tensor, n_dims: int) -> torch.Tensor:

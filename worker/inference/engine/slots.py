@@ -37,6 +37,7 @@ class LayerBuffers:
         self.bottlenecks: dict[str, BottleneckBuffers] = {}
         self._shape = shape
         self._slots = slots
+        self._by_lane: tuple[tuple[slice, int], torch.Tensor, torch.Tensor] | None = None
 
     def put(self, index: int, change: ModuleChange | None) -> None:
         """Make the module's part of slot `index` that of `change`, and nothing where it is None."""
@@ -60,6 +61,18 @@ class LayerBuffers:
                 )
             self.bottlenecks[place].put(index, places.get(place))
 
+    def by_lane(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return Aᵀ [n, in, width] and B [n, width, out] of the lanes of the next pass."""
+        columns = self._slots.low_rank
+        assert columns.lanes is not None
+        kind = columns.span, columns.lanes.n
+        if self._by_lane is None or self._by_lane[0] != kind:
+            assert self.a is not None
+            assert self.b is not None
+            a, b = (each[columns.span].unflatten(0, (kind[1], -1)) for each in (self.a, self.b))
+            self._by_lane = kind, a.transpose(1, 2), b
+        return self._by_lane[1:]
+
     def _put_low_rank(self, index: int, change: ModuleChange | None) -> None:
         self.low_rank.discard(index)
         if self.a is None and (change is None or change.a is None):
@@ -67,6 +80,7 @@ class LayerBuffers:
         size = self._slots.low_rank.size
         if self.a is None or len(self.a) < size:
             self._slots.generation += 1
+            self._by_lane = None
         self.a = _grown(self.a, size, self._shape.in_features, self._slots.like)
         self.b = _grown(self.b, size, self._shape.out_features, self._slots.like)
         mine, rank = self._slots.low_rank.of(index), 0
@@ -103,6 +117,17 @@ def _grown(
     return larger
 
 
+def _parts(pairs_of_rows: Sequence[Pairs | None]) -> list[tuple[slice, Pairs]]:
+    """Return the stretches of rows that have the same pairs, and these."""
+    parts: list[tuple[slice, Pairs]] = []
+    for row, pairs in enumerate(pairs_of_rows):
+        if parts and parts[-1][1] is pairs and parts[-1][0].stop == row:
+            parts[-1] = slice(parts[-1][0].start, row + 1), pairs
+        elif pairs is not None:
+            parts.append((slice(row, row + 1), pairs))
+    return parts
+
+
 class Slots:
     """At most `n_slots` adapters; the base model needs none.
 
@@ -131,9 +156,11 @@ class Slots:
         self.rows: list[int] = []
         """For the next pass, the slot of every row; `n_slots` stands for the base model."""
         self.active: frozenset[int] = frozenset()
-        self.alone: Pairs | None = None
-        """All that the next pass does where all its rows have one adapter of low rank, in host
-        memory: the buffers are then as for the base model, whatever they hold."""
+        self.parts: list[tuple[slice, Pairs]] | None = None
+        """The rows of the next pass that have an adapter, and all that it does to them; None: they
+        go through the buffers. Otherwise those are as for the base model, whatever they hold."""
+        self.adds_only = False
+        """Whether no adapter of the next pass does more than add a product of low rank."""
         self.takes_all = False
         """Whether the next pass multiplies by all columns there are, as `use_all` lets it."""
         self.streams: StreamRows | None = None
@@ -141,8 +168,11 @@ class Slots:
         self._index: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def use(self, adapters: Sequence[AdapterWeights | None]) -> None:
+    def use(self, adapters: Sequence[AdapterWeights | None], *, are_prompts: bool = False) -> None:
         """Set the adapter of every row of the next pass; one that has no slot gets one.
+
+        On a CPU rows of one adapter of low rank take the adapter's own matrices and no copies of
+        them; so do, with `are_prompts`, those of several: each has tokens enough for its products.
 
         Raises:
             ValueError: there are more adapters, with the busy ones, than slots.
@@ -156,10 +186,21 @@ class Slots:
             self._order.remove(places[digest])
             self._order.append(places[digest])
         self.rows = [self.n_slots if each is None else places[each.digest] for each in adapters]
-        self.alone, self.takes_all = None, False
-        if self.like.device.type == "cpu" and len(set(self.rows)) == 1 and distinct:
-            self.alone = next(iter(distinct.values())).pairs
-        if self.alone is not None:
+        self.parts, self.takes_all = None, False
+        self.adds_only = all(each.pairs is not None for each in distinct.values())
+        is_alone = len(set(self.rows)) == 1
+        if (
+            self.like.device.type == "cpu"
+            and distinct
+            and self.adds_only
+            and (are_prompts or is_alone)
+        ):
+            self.parts = _parts(
+                [
+                    None if each is None else each.prompt_pairs if are_prompts else each.pairs
+                    for each in adapters
+                ]
+            )
             self.rows = [self.n_slots] * len(adapters)
         else:
             for digest, adapter in distinct.items():

@@ -110,6 +110,8 @@ class AdapterWeights:
 
     digest: str
     modules: Mapping[str, ModuleChange]
+    prompt_dtype: torch.dtype | None = None
+    """What `prompt_pairs` are held in; None: in what the modules are held in."""
 
     @property
     def rank(self) -> int:
@@ -138,15 +140,25 @@ class AdapterWeights:
             pairs[path] = change.a.T[None], change.b.T[None]
         return pairs
 
+    @cached_property
+    def prompt_pairs(self) -> Pairs | None:
+        """`pairs` in `prompt_dtype`."""
+        if self.pairs is None or self.prompt_dtype is None:
+            return self.pairs
+        dtype = self.prompt_dtype
+        return {path: (a.to(dtype), b.to(dtype)) for path, (a, b) in self.pairs.items()}
+
     @property
     def n_bytes(self) -> int:
-        tensors = (t for change in self.modules.values() for t in change.tensors().values())
-        return sum(tensor.nbytes for tensor in tensors)
+        tensors = [t for change in self.modules.values() for t in change.tensors().values()]
+        tensors += [each for pair in (self.prompt_pairs or {}).values() for each in pair]
+        return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
 
-    def cast(self, dtype: torch.dtype) -> "AdapterWeights":
+    def cast(self, dtype: torch.dtype, prompt_dtype: torch.dtype | None = None) -> "AdapterWeights":
         """Return it with its matrices in `dtype`; gains stay float32: half is coarse near 1.
 
-        Nothing is copied that has the dtype already.
+        Nothing is copied that has the dtype already; `prompt_pairs` are made when they are asked
+        for first.
         """
         modules = {
             path: replace(
@@ -157,4 +169,4 @@ class AdapterWeights:
             )
             for path, change in self.modules.items()
         }
-        return AdapterWeights(self.digest, modules)
+        return AdapterWeights(self.digest, modules, prompt_dtype)

@@ -146,7 +146,7 @@ class VllmEngine:
             except BaseException:
                 self._links.remove(digest)
                 raise
-            return self._pool.admit(ServedAdapter(digest, {}, self._slot_bytes))
+            return self._pool.admit(ServedAdapter(digest, {}, slot_bytes=self._slot_bytes))
 
     async def _load(self, digest: str, path: Path, changes: bool) -> None:
         try:

@@ -74,12 +74,12 @@ def test_logits_are_those_of_peft_alone_and_beside_the_base(
     model = tiny_llama()
     base = logits(model)
     slots, adapter = use(model, tmp_path)
-    assert slots.alone is not None
-    assert slots.alone.keys() == adapter.modules.keys()
+    [(_, pairs)] = slots.parts or []
+    assert pairs.keys() == adapter.modules.keys()
     assert (logits(model) - expected).norm() / expected.norm() < 1e-5
     assert (base - expected).norm() / expected.norm() > 0.05
     slots.use([adapter, None])
-    assert bool(slots.alone is None)
+    assert bool(slots.parts is None)
     with torch.inference_mode():
         both = model(input_ids=IDS.expand(2, -1)).logits
     assert (both[0] - expected).norm() / expected.norm() < 1e-5

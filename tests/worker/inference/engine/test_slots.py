@@ -45,19 +45,31 @@ def test_rows_of_one_adapter_of_low_rank_need_no_copy_until_others_come() -> Non
     slots = make(2)
     one, two = low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)
     slots.use([one, one])
-    assert slots.alone is not None
-    assert slots.alone["x"][1].tolist() == [[[1.0, 1.0]]]
+    [(rows, pairs)] = slots.parts or []
+    assert rows == slice(0, 2)
+    assert pairs["x"][1].tolist() == [[[1.0, 1.0]]]
     assert slots.digests() == ["1"]
     assert slots.layers["x"].a is None
     assert slots.active == frozenset()  # norms and layers are the base's
     slots.use([one, None])
-    assert bool(slots.alone is None)
+    assert bool(slots.parts is None)
     assert own_columns(slots, 0) == [1.0]
     slots.use([two, one])
-    assert bool(slots.alone is None)
+    assert bool(slots.parts is None)
     assert own_columns(slots, 0) == [2.0] * 4
     slots.use([None])
-    assert bool(slots.alone is None)
+    assert bool(slots.parts is None)
+
+
+def test_prompts_take_the_matrices_of_each_row_where_all_adapters_are_of_low_rank() -> None:
+    slots = make(3)
+    one, two = low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)
+    slots.use([one, one, None, two], are_prompts=True)
+    assert slots.parts == [(slice(0, 2), one.pairs), (slice(3, 4), two.pairs)]
+    assert slots.layers["x"].a is None, "there is no copy"
+    slots.use([one, AdapterWeights("3", {"x": ModuleChange(gain=torch.ones(2))})], are_prompts=True)
+    assert bool(slots.parts is None)
+    assert own_columns(slots, 0) == [1.0]
 
 
 def test_a_slot_given_to_another_is_filled_with_it_when_others_come() -> None:
@@ -74,7 +86,7 @@ def test_what_is_more_than_low_rank_is_copied_at_once() -> None:
     slots = make(1)
     low, gain = torch.ones(1, 3), torch.ones(2)
     slots.use([AdapterWeights("1", {"x": ModuleChange(low, torch.ones(2, 1), gain=gain)})])
-    assert bool(slots.alone is None)
+    assert bool(slots.parts is None)
     assert own_columns(slots, 0) == [1.0]
 
 
@@ -151,3 +163,16 @@ def test_gains_are_a_rows_own_and_gone_with_their_adapter() -> None:
         slots.use([low_rank(digest, 1), None])
     assert layer.users["gain"] == set()
     assert layer.vectors["gain"].tolist() == [[1, 1]] * 3
+
+
+def test_prompts_may_take_pairs_in_another_dtype_which_take_memory_of_their_own() -> None:
+    adapter = low_rank("1", 2, 1.0)
+    assert adapter.n_bytes == 4 * (2 * 3 + 2 * 2)
+    both = adapter.cast(torch.float32, torch.bfloat16)
+    assert both.prompt_pairs is not None
+    assert both.prompt_pairs["x"][0].dtype == torch.bfloat16
+    assert both.pairs is not None
+    assert both.pairs["x"][0].dtype == torch.float32
+    assert both.modules["x"].a is adapter.modules["x"].a
+    assert both.n_bytes == adapter.n_bytes * 3 // 2
+    assert adapter.cast(torch.float32, torch.float32).n_bytes == adapter.n_bytes
