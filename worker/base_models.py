@@ -287,6 +287,7 @@ def load_model(
     import torch
     from transformers import BitsAndBytesConfig
 
+    from worker.held import compute_in_float32_, leave_files_
     from worker.int8 import quantise_
 
     if precision not in PRECISIONS:
@@ -304,9 +305,11 @@ def load_model(
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
     if precision != "fp32" and compute_dtype(device) == torch.float32:
-        _compute_in_float32(model)
+        compute_in_float32_(model)
     if precision == "int8":
         quantise_(model, compute_dtype(device))
+    if precision in QUANTISED:
+        leave_files_(model)
     return model
 
 
@@ -320,20 +323,6 @@ def compute_dtype(device: str) -> "torch.dtype":
     on_cpu = torch.device(device).type == "cpu"
     has_products = not on_cpu or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if has_products else torch.float32
-
-
-def _compute_in_float32(model: "PreTrainedModel") -> None:
-    """Hold what is in bfloat16 in float32, and have NF4 weights dequantised to it, in place."""
-    import bitsandbytes as bnb
-    import torch
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            packed: Any = module.weight
-            module.compute_dtype = packed.quant_state.dtype = torch.float32
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype == torch.bfloat16:
-            tensor.data = tensor.data.float()
 
 
 def dequantise_(model: "PreTrainedModel") -> None:

@@ -103,6 +103,7 @@ def lighten_(model: "PreTrainedModel", precision: str, device: str) -> None:
         precision: How the server holds the base.
         device: Where the model is.
     """
+    from worker.held import leave_files_
     from worker.inference.engine.half_linear import hold_in_half_
     from worker.inference.engine.packed_linear import pack_
 
@@ -113,6 +114,7 @@ def lighten_(model: "PreTrainedModel", precision: str, device: str) -> None:
         hold_in_half_(model)
     else:
         pack_(model)
+        leave_files_(model)
 
 
 def _n_bytes(model: "PreTrainedModel") -> int:
