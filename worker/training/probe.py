@@ -35,6 +35,11 @@ PASSES_SECONDS = 45.0
 """About so long the measured passes may take together; a device too slow for the least of `PLANS`
 takes longer."""
 
+MANY_SHAPES = range(20, 60, 4)
+"""Tokens of short passes on a CPU before what is measured: each brings some 50 shapes of products.
+
+What a process keeps of kernels (`MEMORY_ENVIRONMENT`) is then as full as it gets in a job."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -97,6 +102,9 @@ def measure(
         device=device,
     )
     stand = _Stand(task, Trainer(task))
+    if torch.device(device).type == "cpu":
+        for n_tokens in MANY_SHAPES:
+            stand.run(rows.make([n_tokens], 0.5), counts=False)
     plan = _choose_plan(stand, rows, budget, seconds)
     large = budget // plan.divisor
     longest, small = min(large, base.max_length), large // 4

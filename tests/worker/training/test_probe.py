@@ -6,10 +6,11 @@ import pytest
 
 from models.domain.training import Precision
 from tests.worker.training.service import Service
+from worker.launch import MEMORY_ENVIRONMENT
 from worker.training import probe
 from worker.training.loop import TOKENS_PER_MICRO_BATCH
 from worker.training.objectives.base import Example
-from worker.training.probe import PLANS, measure, non_negative_fit
+from worker.training.probe import MANY_SHAPES, PLANS, measure, non_negative_fit
 
 
 def test_a_fit_finds_the_coefficients() -> None:
@@ -53,3 +54,9 @@ def test_a_base_model_is_measured(
     assert max(n_tokens) == budget // plan.divisor
     chosen_by = 64 + budget // 8
     assert sum(n_tokens) <= plan.tokens(budget) + chosen_by
+
+
+def test_kernels_of_as_many_shapes_as_are_kept_are_met_before_memory_is_measured() -> None:
+    shapes_of_a_pass = 50  # of SmolLM2's layers with LoRA, forward and backward
+    kept = int(MEMORY_ENVIRONMENT["ONEDNN_PRIMITIVE_CACHE_CAPACITY"])
+    assert len(set(MANY_SHAPES)) * shapes_of_a_pass >= kept
