@@ -35,7 +35,7 @@ PASSES_SECONDS = 45.0
 """About so long the measured passes may take together; a device too slow for the least of `PLANS`
 takes longer."""
 
-MANY_SHAPES = range(20, 60, 4)
+MANY_SHAPES = range(8, 28, 2)
 """Tokens of short passes on a CPU before what is measured: each brings some 50 shapes of products.
 
 What a process keeps of kernels (`MEMORY_ENVIRONMENT`) is then as full as it gets in a job."""

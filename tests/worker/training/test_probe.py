@@ -53,7 +53,7 @@ def test_a_base_model_is_measured(
     budget = TOKENS_PER_MICRO_BATCH["cpu"]
     assert max(n_tokens) == budget // plan.divisor
     chosen_by = 64 + budget // 8
-    assert sum(n_tokens) <= plan.tokens(budget) + chosen_by
+    assert sum(n_tokens) <= plan.tokens(budget) + chosen_by + sum(MANY_SHAPES)
 
 
 def test_kernels_of_as_many_shapes_as_are_kept_are_met_before_memory_is_measured() -> None:
