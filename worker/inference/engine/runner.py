@@ -79,7 +79,7 @@ class Runner:
         """Feed the next pending tokens; return the logits [vocabulary] once all are fed."""
         cache = sequence.cache or self._start(sequence)
         chunk = sequence.tokens[sequence.n_fed : sequence.n_fed + n_tokens]
-        self.slots.use([_weights(sequence)], are_prompts=len(chunk) > 1)
+        self.slots.use([_weights(sequence)], n_tokens=len(chunk))
         output = self.model(
             input_ids=torch.tensor([chunk], device=self.model.device),
             use_cache=True,
@@ -122,7 +122,8 @@ class Runner:
         config = self.model.config
         cache = joined(caches, config) if behind else DynamicCache(config=config)
         ends = sorted(set(lengths))
-        self.slots.use([_weights(sequence) for sequence in sequences], are_prompts=True)
+        adapters = [_weights(sequence) for sequence in sequences]
+        self.slots.use(adapters, n_tokens=max(lengths))
         output = self.model(
             input_ids=ids.to(self.model.device),
             use_cache=True,

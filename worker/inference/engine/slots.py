@@ -20,6 +20,9 @@ from worker.inference.engine.weights import (
     TwoStreams,
 )
 
+MANY_TOKENS = 128
+"""From so many tokens of a pass on, products in the dtype of the base are faster than in float32."""
+
 
 class LayerBuffers:
     """What all slots make of one module of the base.
@@ -168,11 +171,11 @@ class Slots:
         self._index: torch.Tensor | None = None
 
     @torch.inference_mode()
-    def use(self, adapters: Sequence[AdapterWeights | None], *, are_prompts: bool = False) -> None:
+    def use(self, adapters: Sequence[AdapterWeights | None], *, n_tokens: int = 1) -> None:
         """Set the adapter of every row of the next pass; one that has no slot gets one.
 
         On a CPU rows of one adapter of low rank take the adapter's own matrices and no copies of
-        them; so do, with `are_prompts`, those of several: each has tokens enough for its products.
+        them; so do those of several where each has more `n_tokens` than one.
 
         Raises:
             ValueError: there are more adapters, with the busy ones, than slots.
@@ -188,16 +191,12 @@ class Slots:
         self.rows = [self.n_slots if each is None else places[each.digest] for each in adapters]
         self.parts, self.takes_all = None, False
         self.adds_only = all(each.pairs is not None for each in distinct.values())
-        is_alone = len(set(self.rows)) == 1
-        if (
-            self.like.device.type == "cpu"
-            and distinct
-            and self.adds_only
-            and (are_prompts or is_alone)
-        ):
+        by_row = self.like.device.type == "cpu" and (n_tokens > 1 or len(set(self.rows)) == 1)
+        if by_row and distinct and self.adds_only:
+            are_many = n_tokens * len(adapters) >= MANY_TOKENS
             self.parts = _parts(
                 [
-                    None if each is None else each.prompt_pairs if are_prompts else each.pairs
+                    None if each is None else each.prompt_pairs if are_many else each.pairs
                     for each in adapters
                 ]
             )
