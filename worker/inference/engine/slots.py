@@ -20,9 +20,6 @@ from worker.inference.engine.weights import (
     TwoStreams,
 )
 
-MANY_TOKENS = 128
-"""From so many tokens of a pass on, products in the dtype of the base are faster than in float32."""
-
 
 class LayerBuffers:
     """What all slots make of one module of the base.
@@ -193,10 +190,10 @@ class Slots:
         self.adds_only = all(each.pairs is not None for each in distinct.values())
         by_row = self.like.device.type == "cpu" and (n_tokens > 1 or len(set(self.rows)) == 1)
         if by_row and distinct and self.adds_only:
-            are_many = n_tokens * len(adapters) >= MANY_TOKENS
+            are_prompts = n_tokens > 1
             self.parts = _parts(
                 [
-                    None if each is None else each.prompt_pairs if are_many else each.pairs
+                    None if each is None else each.prompt_pairs if are_prompts else each.pairs
                     for each in adapters
                 ]
             )
