@@ -189,7 +189,8 @@ def test_a_client_that_leaves_frees_its_sequence_and_adapter(
 ) -> None:
     slow_down(tiny_server)
     with client.stream("POST", "/generate", json=body(adapter, **ENDLESS, n=2)) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # held: once it is gone the client has left
+        next(lines)
         assert tiny_server.engine.stats().references[adapter.digest] > 0
     wait_for(lambda: is_idle(tiny_server))
     assert tiny_server.engine.stats().references == {adapter.digest: 0}
