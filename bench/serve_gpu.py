@@ -90,7 +90,7 @@ def measure(model: Any, folder: Path, *, with_graphs: bool) -> dict[str, float]:
     limits = Limits(
         max_running=N_STREAMS, n_slots=N_STREAMS, prefix_tokens=0, adapter_bytes=64 * 2**30
     )
-    record = CudaRecord() if with_graphs else None
+    record = CudaRecord("cuda") if with_graphs else None
     engine = BatchingEngine(model, lambda ids: "x" * len(ids), [], limits=limits, record=record)
     leases = [engine.load(f"{index:064x}", folder) for index in range(N_STREAMS)]
     name = "graphs" if with_graphs else "no_graphs"

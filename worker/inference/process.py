@@ -203,7 +203,7 @@ def _own_engines(
         return Built(engine, own.n_bytes, own.drift)
 
     # Models of their own decide in Python what a pass is: only the base's is always the same.
-    record = CudaRecord() if device != "cpu" and mine.cuda_graphs else None
+    record = CudaRecord(device) if device != "cpu" and mine.cuda_graphs else None
     return build_engine(in_passing_thread(load), info.fingerprint, record), build_own
 
 

@@ -124,14 +124,22 @@ class DecodeGraphs:
 
 
 class CudaRecord:
-    """Records steps as CUDA graphs, all of which share one pool of memory: one runs at a time."""
+    """Records steps as CUDA graphs, all of which share one pool of memory: one runs at a time.
 
-    def __init__(self) -> None:
+    Args:
+        device: Where the model is, which need not be the first GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._device = device
         # A pool lasts as long as a graph that uses it: the first one stays.
         self._first: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, step: Pass, numbers: torch.Tensor) -> Pass:
-        mine = numbers.to("cuda")
+        with torch.cuda.device(self._device):
+            return self._recorded(step, numbers.to(self._device))
+
+    def _recorded(self, step: Pass, mine: torch.Tensor) -> Pass:
         # Once as it is: libraries choose kernels and take memory when they first meet a shape.
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())

@@ -152,5 +152,5 @@ def test_graphs_on_a_gpu_answer_what_kernels_told_one_by_one_answer(tmp_path: Pa
     write_adapters(tmp_path)
     names = [None, *RANKS]
     expected = answers(tmp_path, names, None, "cuda")
-    assert answers(tmp_path, names, CudaRecord(), "cuda") == expected
+    assert answers(tmp_path, names, CudaRecord("cuda"), "cuda") == expected
     assert expected == answers(tmp_path, names, None)

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.worker.inference.tiny import tiny_llama
 from worker.inference.engine.packed_linear import PackedLinear, is_supported, pack_
 
 pytestmark = pytest.mark.skipif(
@@ -32,17 +32,7 @@ def test_products_are_those_of_the_plain_layer(n_in: int, n_out: int, *, bias: b
 
 @torch.inference_mode()
 def test_a_model_answers_as_before_and_a_tied_head_keeps_its_own_weights() -> None:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-    model: Any = LlamaForCausalLM(config).eval()
+    model: Any = tiny_llama(tie_word_embeddings=True)
     model.to(torch.bfloat16)
     ids = torch.randint(0, 256, (2, 9))
     expected = model(ids).logits
