@@ -86,7 +86,7 @@ CLAIMS: dict[str, list[Claim]] = {
     "lokr": [Claim({"r": 4}, rate=0.05, formula=False)],
     "miss": [Claim({"r": 8}, formula=False)],
     "oft": [Claim({"block_size": 8}, formula=False)],
-    "randlora": [Claim({"r": 8}, rate=0.05, formula=False)],
+    "randlora": [Claim({"r": 8}, rate=0.003, formula=False)],
     "adalora": [Claim({"r": 4, "initial_r": 6}, rate=0.05, formula=False)],
     "prompt": [Claim({"n_tokens": 4}, rate=0.1, start=ANYWHERE)],
     "prefix": [Claim({"n_tokens": 4}, rate=0.1, start=ANYWHERE)],
