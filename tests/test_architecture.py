@@ -28,6 +28,7 @@ TESTED_ELSEWHERE = {
     "models/registry/audit.py": "tests/api/keys/test_audit_logs.py",
     "models/registry/permissions.py": "tests/api/openai/test_permissions.py",
     "models/broker.py": "tests/flow/test_recovery.py: with Valkey, doubled, and without any",
+    "worker/inference/engine/kernels/loops.py": "its neighbour operators.py: every loop",
     "api/batch_lines.py": "tests/api/test_batches.py: every code of a faulty line",
     "api/wake.py": "tests/api/test_batches.py",
     "models/registry/batches.py": "tests/api/test_batches.py; PostgreSQL: tests/contract",

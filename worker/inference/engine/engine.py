@@ -143,7 +143,7 @@ class BatchingEngine:
     def load(self, digest: str, directory: Path) -> AdapterLease:
         layers = self._runner.layers
         weights = read_adapter(directory, digest, layers.shapes).weights(layers.read)
-        return self._pool.admit(weights.cast(self._runner.adapter_dtype, self._model.dtype))
+        return self._pool.admit(self._runner.slots.prepare(weights))
 
     def unload(self, digest: str) -> int:
         return self._pool.remove(digest)

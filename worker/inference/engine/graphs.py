@@ -73,13 +73,11 @@ class DecodeGraphs:
         one that could be recorded, because an adapter does more than add a product of low rank,
         or because the model cannot be.
         """
-        if not self._can_record or any(each and each.pairs is None for each in adapters):
+        if not self._can_record or any(each and not each.adds_only for each in adapters):
             return None
         rows, lengths = self._rows, self._rows.lengths
         rows.make_room(len(tokens), max(lengths) + 1)
         self._slots.use(adapters)
-        if self._slots.parts is not None:
-            return None
         if self._generation != (generation := (rows.generation, self._slots.generation)):
             self._kept.clear()
             self._generation = generation

@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from worker.inference.engine.bottlenecks import beside
 from worker.inference.engine.columns import Lanes
+from worker.inference.engine.kernels.operators import add_low_rank_
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.slots import LayerBuffers, Slots
 from worker.inference.engine.weights import BaseLinear
@@ -28,12 +29,6 @@ class AdaptedLinear(Adapted):
         """Map `x` [rows, …, in] to [rows, …, out]; without adapters, the base's own tensor."""
         y: torch.Tensor
         slots, buffers = self._slots, self._mine
-        if slots is not None and slots.parts is not None:
-            y = self.base(x)
-            for rows, pairs in slots.parts:
-                if (pair := pairs.get(self._path)) is not None:
-                    _add_pair(y[rows], x[rows], *pair)
-            return y
         if slots is None or buffers is None or not slots.active:
             y = self.base(x)
             return y
@@ -57,6 +52,9 @@ class AdaptedLinear(Adapted):
     def _with_low_rank(
         self, x: torch.Tensor, y: torch.Tensor, slots: Slots, buffers: LayerBuffers
     ) -> torch.Tensor:
+        if slots.places is not None:
+            number = slots.numbers[self._path]
+            return _added(x, y, slots, number) if slots.is_touched[number] else y
         if buffers.a is None or buffers.b is None:
             return y
         if not slots.takes_all and buffers.low_rank.isdisjoint(slots.active):
@@ -74,16 +72,13 @@ class AdaptedLinear(Adapted):
         return _plus(y, own, b)
 
 
-def _add_pair(y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """Add what `a` [1, in, r] and `b` [1, r, out] make of `x` [rows, …, in] to `y` [rows, …, out].
-
-    A prompt, or one row that decodes, takes two calls and no views of its tensors: with some 200
-    modules the calls cost as much as the products of a short prompt.
-    """
-    if x.dim() == 3 and x.shape[0] == 1 and x.dtype == y.dtype == b.dtype:
-        y.baddbmm_(torch.bmm(x, a), b)
-    else:
-        _plus(y, _times(x, a[0]), b[0])
+def _added(x: torch.Tensor, y: torch.Tensor, slots: Slots, number: int) -> torch.Tensor:
+    """Return `y` with what the rows' adapters make of `x` in module `number`; in place, mostly."""
+    assert slots.places is not None
+    assert slots.compiled is not None
+    sums = y.to(slots.compiled).contiguous()
+    add_low_rank_(sums, x.to(slots.compiled), slots.places, number)
+    return sums.to(y.dtype)
 
 
 def _times(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

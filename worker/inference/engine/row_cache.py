@@ -2,11 +2,14 @@
 
 from collections.abc import Container
 
+import numpy as np
 import torch
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from worker.inference.engine.caches import States, states_of
+from worker.inference.engine.kernels.operators import store_
+from worker.inference.engine.row_attention import Rows, mark
 
 GROWTH = 256
 """Tokens by which rows grow at once: growing copies all rows."""
@@ -26,6 +29,7 @@ class _View:
         self.index = torch.empty(0, dtype=torch.long)
         self.positions = torch.empty(0, dtype=torch.long)
         self.width = 0
+        self.marks: Rows | None = None
 
 
 class _RowLayer(CacheLayerMixin):
@@ -44,10 +48,15 @@ class _RowLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token [n, heads, 1, head size] a row; return the rows up to the width."""
-        view, (keys, values) = self._view, self.buffers()
-        keys[view.index, :, view.positions] = key_states[:, :, 0]
-        values[view.index, :, view.positions] = value_states[:, :, 0]
-        return keys[view.rows, :, : view.width], values[view.rows, :, : view.width]
+        view = self._view
+        keys, values = (each[view.rows, :, : view.width] for each in self.buffers())
+        if view.marks is not None and key_states.dtype == keys.dtype:
+            store_((keys, values), (key_states, value_states), view.marks.lengths)
+            mark(keys, view.marks)
+        else:
+            keys[view.index, :, view.positions] = key_states[:, :, 0]
+            values[view.index, :, view.positions] = value_states[:, :, 0]
+        return keys, values
 
     def buffers(self) -> States:
         assert self.keys is not None
@@ -71,12 +80,14 @@ class RowCache:
         n_reserved: Rows that there is memory for from the first one on, so that it stays in its
             place while sequences come and go.
         n_tokens: Tokens that all reserved rows may have together; long rows are fewer.
+        compiled: Whether the loops of `kernels` write and read the rows that `feed` is given.
     """
 
-    def __init__(self, n_reserved: int = 0, n_tokens: int = 0) -> None:
+    def __init__(self, n_reserved: int = 0, n_tokens: int = 0, *, compiled: bool = False) -> None:
         self.generation = 0
         """Grows whenever memory moves."""
         self._reserved = (n_reserved, n_tokens)
+        self._compiled = compiled
         self._lengths: list[int] = []
         self._view = _View()
         self._layers: list[_RowLayer] = []
@@ -152,13 +163,16 @@ class RowCache:
         width = max(lengths) + 1
         self.make_room(len(self), width)
         device = self._layers[0].buffers()[0].device
-        return self.view(rows, torch.tensor(lengths, device=device), width, dtype)
+        view = self.view(rows, torch.tensor(lengths, device=device), width, dtype)
+        if self._compiled:
+            self._view.marks = Rows(np.array(lengths) + 1, view[2])
+        return view
 
     def view(self, rows: slice, positions: torch.Tensor, width: int, dtype: torch.dtype) -> View:
         """As `feed`, for tokens at `positions` [n] of `rows`, which there has to be room for."""
         view = self._view
-        view.rows, view.width, view.positions = rows, width, positions
-        view.index = torch.arange(rows.start, rows.stop, device=positions.device)
+        view.rows, view.width, view.positions, view.marks = rows, width, positions, None
+        view.index = torch.arange(rows.stop - rows.start, device=positions.device)
         beyond = torch.arange(width, device=positions.device) > positions[:, None]
         mask = torch.zeros(beyond.shape, dtype=dtype, device=positions.device)
         mask.masked_fill_(beyond, torch.finfo(dtype).min)

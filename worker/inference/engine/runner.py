@@ -8,9 +8,11 @@ from transformers import DynamicCache, PreTrainedModel
 from worker.inference.engine.blocks import root_of
 from worker.inference.engine.caches import joined, row_of
 from worker.inference.engine.graphs import DecodeGraphs, Record
+from worker.inference.engine.kernels.operators import compile_, is_supported
 from worker.inference.engine.lora import BaseLayers
 from worker.inference.engine.prefix import BLOCK_TOKENS, PrefixStore
 from worker.inference.engine.prompts import together
+from worker.inference.engine.row_attention import use_compiled_attention_
 from worker.inference.engine.row_cache import RowCache, View, can_share_rows
 from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.sequence import Sequence
@@ -51,16 +53,22 @@ class Runner:
     ) -> None:
         self.model = model
         self.layers = BaseLayers(model)
-        # On a CPU what rows of several adapters go through together stays in float32: its products
-        # of a few rows take half as long there as those in bfloat16.
-        self.adapter_dtype = torch.float32 if model.device.type == "cpu" else model.dtype
-        like = torch.empty(0, dtype=self.adapter_dtype, device=model.device)
-        self.slots = Slots(self.layers.shapes, limits.n_slots, like)
+        on_cpu = model.device.type == "cpu"
+        compiled = model.dtype if on_cpu and not record and is_supported(model.dtype) else None
+        if compiled is not None:
+            compile_(compiled)
+            use_compiled_attention_(model)
+        # Other products of a few rows take half as long in float32 there as in bfloat16.
+        dtype = torch.float32 if on_cpu else model.dtype
+        like = torch.empty(0, dtype=dtype, device=model.device)
+        self.slots = Slots(self.layers.shapes, limits.n_slots, like, compiled)
         self.layers.attach(self.slots)
         self.decoding: list[Sequence] = []
         """Those that share a pass; its index is the row."""
         self._cache_argument = cache_argument(model)
-        self._rows = RowCache(limits.max_running if record else 0, limits.cache_tokens)
+        n_reserved = limits.max_running if record else 0
+        is_compiled = compiled is not None
+        self._rows = RowCache(n_reserved, limits.cache_tokens, compiled=is_compiled)
         self._graphs = record and DecodeGraphs(
             self._step, self._rows, self.slots, record, model.dtype
         )
@@ -79,7 +87,7 @@ class Runner:
         """Feed the next pending tokens; return the logits [vocabulary] once all are fed."""
         cache = sequence.cache or self._start(sequence)
         chunk = sequence.tokens[sequence.n_fed : sequence.n_fed + n_tokens]
-        self.slots.use([_weights(sequence)], n_tokens=len(chunk))
+        self.slots.use([_weights(sequence)])
         output = self.model(
             input_ids=torch.tensor([chunk], device=self.model.device),
             use_cache=True,
@@ -123,7 +131,7 @@ class Runner:
         cache = joined(caches, config) if behind else DynamicCache(config=config)
         ends = sorted(set(lengths))
         adapters = [_weights(sequence) for sequence in sequences]
-        self.slots.use(adapters, n_tokens=max(lengths))
+        self.slots.use(adapters)
         output = self.model(
             input_ids=ids.to(self.model.device),
             use_cache=True,

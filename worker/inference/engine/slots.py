@@ -1,11 +1,14 @@
 """The adapters of the running sequences: one slot each, side by side in every layer's buffers.
 
-A copy into a slot is the only work that the engine's thread does to load an adapter. It is made
-when rows of others first share a pass with it: alone on a CPU, an adapter needs no copy.
+A copy into a slot is the only work that the engine's thread does to load an adapter. On a CPU
+compiled loops take matrices of low rank from where the adapter itself has them, without a copy.
 """
 
 from collections.abc import Mapping, Sequence, Set
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import torch
 
 from worker.inference.engine.bottlenecks import BottleneckBuffers
@@ -16,7 +19,7 @@ from worker.inference.engine.weights import (
     VECTORS,
     AdapterWeights,
     ModuleChange,
-    Pairs,
+    Numbers,
     TwoStreams,
 )
 
@@ -41,7 +44,8 @@ class LayerBuffers:
 
     def put(self, index: int, change: ModuleChange | None) -> None:
         """Make the module's part of slot `index` that of `change`, and nothing where it is None."""
-        self._put_low_rank(index, change)
+        if self._slots.compiled is None:
+            self._put_low_rank(index, change)
         for name, users in self.users.items():
             vector = getattr(change, name) if change is not None else None
             users.discard(index)
@@ -117,17 +121,6 @@ def _grown(
     return larger
 
 
-def _parts(pairs_of_rows: Sequence[Pairs | None]) -> list[tuple[slice, Pairs]]:
-    """Return the stretches of rows that have the same pairs, and these."""
-    parts: list[tuple[slice, Pairs]] = []
-    for row, pairs in enumerate(pairs_of_rows):
-        if parts and parts[-1][1] is pairs and parts[-1][0].stop == row:
-            parts[-1] = slice(parts[-1][0].start, row + 1), pairs
-        elif pairs is not None:
-            parts.append((slice(row, row + 1), pairs))
-    return parts
-
-
 class Slots:
     """At most `n_slots` adapters; the base model needs none.
 
@@ -135,16 +128,28 @@ class Slots:
         shapes: The modules that adapters may change.
         n_slots: How many adapters may take part in a pass.
         like: A tensor of the dtype of the adapters' matrices, on the device of the base model.
+        compiled: The dtype of matrices of low rank, if the loops of `kernels` take them.
     """
 
-    def __init__(self, shapes: Mapping[str, ModuleShape], n_slots: int, like: torch.Tensor) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, ModuleShape],
+        n_slots: int,
+        like: torch.Tensor,
+        compiled: torch.dtype | None = None,
+    ) -> None:
         self.n_slots = n_slots
         self.like = like
+        self.compiled = compiled
+        self.numbers = {path: number for number, path in enumerate(shapes)}
+        """The place of each module in `places`."""
         self.low_rank = Columns(n_slots, like.device)
         self.bottlenecks = Columns(n_slots, like.device)
         self.layers = {path: LayerBuffers(shape, self) for path, shape in shapes.items()}
         self._digests: list[str | None] = [None] * n_slots
         self._is_filled = [False] * n_slots
+        self._holds_more = [False] * n_slots  # than matrices of low rank that are elsewhere
+        self._nothing = np.zeros((len(shapes), 3), np.int64)
         self._streams: list[TwoStreams | None] = [None] * (n_slots + 1)
         self._order: list[int] = list(range(n_slots))  # least recently used first
         self.evictions = 0
@@ -156,9 +161,10 @@ class Slots:
         self.rows: list[int] = []
         """For the next pass, the slot of every row; `n_slots` stands for the base model."""
         self.active: frozenset[int] = frozenset()
-        self.parts: list[tuple[slice, Pairs]] | None = None
-        """The rows of the next pass that have an adapter, and all that it does to them; None: they
-        go through the buffers. Otherwise those are as for the base model, whatever they hold."""
+        self.places: Numbers | None = None
+        """For the next pass, where the matrices of each row's adapter are [rows, modules, 3]."""
+        self.is_touched: list[bool] = []
+        """Which modules have any of them."""
         self.adds_only = False
         """Whether no adapter of the next pass does more than add a product of low rank."""
         self.takes_all = False
@@ -167,46 +173,57 @@ class Slots:
         """The rows of the next pass that run in two streams, if there are any."""
         self._index: torch.Tensor | None = None
 
-    @torch.inference_mode()
-    def use(self, adapters: Sequence[AdapterWeights | None], *, n_tokens: int = 1) -> None:
-        """Set the adapter of every row of the next pass; one that has no slot gets one.
+    def prepare(self, adapter: AdapterWeights) -> AdapterWeights:
+        """Return an adapter as `use` takes it; any thread may do so, once."""
+        if self.compiled is None:
+            return adapter.cast(self.like.dtype)
+        adapter = adapter.cast(self.like.dtype, self.compiled)
+        places = self._nothing.copy()
+        for path, change in adapter.modules.items():
+            if change.a is not None and change.b is not None:
+                places[self.numbers[path]] = change.a.data_ptr(), change.b.data_ptr(), change.rank
+        return replace(adapter, places=places)
 
-        On a CPU rows of one adapter of low rank take the adapter's own matrices and no copies of
-        them; so do those of several where each has more `n_tokens` than one.
+    @torch.inference_mode()
+    def use(self, adapters: Sequence[AdapterWeights | None]) -> None:
+        """Set the adapter of every row of the next pass; one that has no slot gets one.
 
         Raises:
             ValueError: there are more adapters, with the busy ones, than slots.
         """
         distinct = {adapter.digest: adapter for adapter in adapters if adapter is not None}
         kept = self.busy | distinct.keys()
-        places = {digest: i for i, digest in enumerate(self._digests) if digest is not None}
+        slots = {digest: i for i, digest in enumerate(self._digests) if digest is not None}
         for digest, adapter in distinct.items():
-            if digest not in places:
-                places[digest] = self._give(adapter, kept)
-            self._order.remove(places[digest])
-            self._order.append(places[digest])
-        self.rows = [self.n_slots if each is None else places[each.digest] for each in adapters]
-        self.parts, self.takes_all = None, False
-        self.adds_only = all(each.pairs is not None for each in distinct.values())
-        by_row = self.like.device.type == "cpu" and (n_tokens > 1 or len(set(self.rows)) == 1)
-        if by_row and distinct and self.adds_only:
-            are_prompts = n_tokens > 1
-            self.parts = _parts(
-                [
-                    None if each is None else each.prompt_pairs if are_prompts else each.pairs
-                    for each in adapters
-                ]
-            )
-            self.rows = [self.n_slots] * len(adapters)
-        else:
-            for digest, adapter in distinct.items():
-                if not self._is_filled[places[digest]]:
-                    self._fill(places[digest], adapter)
+            if digest not in slots:
+                slots[digest] = self._give(adapter, kept)
+            self._order.remove(slots[digest])
+            self._order.append(slots[digest])
+            if not self._is_filled[slots[digest]]:
+                self._fill(slots[digest], adapter)
+        self.rows = [self.n_slots if each is None else slots[each.digest] for each in adapters]
+        self.takes_all = False
+        self.adds_only = all(each.adds_only for each in distinct.values())
         self.active = frozenset(self.rows) - {self.n_slots}
         self._index = None
-        self.low_rank.use(self.rows, self.active)
+        if self.compiled is not None:
+            self._find(adapters)
+        else:
+            self.low_rank.use(self.rows, self.active)
         self.bottlenecks.use(self.rows, self.active)
         self.streams = StreamRows.of([self._streams[slot] for slot in self.rows], self.like.device)
+
+    def _find(self, adapters: Sequence[AdapterWeights | None]) -> None:
+        """Look up where the matrices of each row are."""
+        places: list[Numbers] = []
+        for adapter in adapters:
+            if adapter is not None and adapter.places is None:
+                raise ValueError(f"Adapter {adapter.digest} was not prepared for these slots.")
+            own = None if adapter is None else adapter.places
+            places.append(self._nothing if own is None else own)
+        self.places = np.stack(places)
+        ranks: Any = self.places[:, :, 2].max(axis=0)
+        self.is_touched = [rank > 0 for rank in ranks.tolist()]
 
     def use_all(self, own: torch.Tensor) -> None:
         """Let the next pass be one that serves any adapters of low rank, as `Columns.use_all`."""
@@ -238,9 +255,13 @@ class Slots:
 
     def _fill(self, index: int, adapter: AdapterWeights) -> None:
         """Copy `adapter` into its slot, in place of what was there."""
+        self._is_filled[index] = True
+        has_more = self.compiled is None or not adapter.adds_only
+        if not has_more and not self._holds_more[index]:
+            return
+        self._holds_more[index] = has_more
         self.low_rank.place(index, adapter.rank)
         self.bottlenecks.place(index, adapter.width)
         for path, layer in self.layers.items():
             layer.put(index, adapter.modules.get(path))
         self._streams[index] = adapter.streams
-        self._is_filled[index] = True

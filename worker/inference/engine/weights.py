@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Variant = Literal["meft1", "meft2", "meft3"]
-Pairs = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
-"""Of one adapter by module path: Aᵀ [1, in, r] and Bᵀ [1, r, out], the scale in it."""
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
 """What has one vector for each adapter, and the number that stands for a row without."""
 
@@ -110,8 +110,8 @@ class AdapterWeights:
 
     digest: str
     modules: Mapping[str, ModuleChange]
-    prompt_dtype: torch.dtype | None = None
-    """What `prompt_pairs` are held in; None: in what the modules are held in."""
+    places: Numbers | None = None
+    """Where the matrices of each module of the base are, as `Slots.prepare` finds them."""
 
     @property
     def rank(self) -> int:
@@ -129,44 +129,33 @@ class AdapterWeights:
         return next((each.streams for each in self.modules.values() if each.streams), None)
 
     @cached_property
-    def pairs(self) -> Pairs | None:
-        """Aᵀ and Bᵀ by module path; None where it does more than add B(A(x))."""
-        pairs = {}
-        for path, change in self.modules.items():
-            if change.streams is not None or change.tensors().keys() != {"a", "b"}:
-                return None
-            assert change.a is not None
-            assert change.b is not None
-            pairs[path] = change.a.T[None], change.b.T[None]
-        return pairs
-
-    @cached_property
-    def prompt_pairs(self) -> Pairs | None:
-        """`pairs` in `prompt_dtype`."""
-        if self.pairs is None or self.prompt_dtype is None:
-            return self.pairs
-        dtype = self.prompt_dtype
-        return {path: (a.to(dtype), b.to(dtype)) for path, (a, b) in self.pairs.items()}
+    def adds_only(self) -> bool:
+        """Whether it does no more than add B(A(x))."""
+        return all(
+            change.streams is None and change.tensors().keys() == {"a", "b"}
+            for change in self.modules.values()
+        )
 
     @property
     def n_bytes(self) -> int:
         tensors = [t for change in self.modules.values() for t in change.tensors().values()]
-        tensors += [each for pair in (self.prompt_pairs or {}).values() for each in pair]
         return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
 
-    def cast(self, dtype: torch.dtype, prompt_dtype: torch.dtype | None = None) -> "AdapterWeights":
+    def cast(self, dtype: torch.dtype, low_rank: torch.dtype | None = None) -> "AdapterWeights":
         """Return it with its matrices in `dtype`; gains stay float32: half is coarse near 1.
 
-        Nothing is copied that has the dtype already; `prompt_pairs` are made when they are asked
-        for first.
+        Nothing is copied that has the dtype already.
+
+        Args:
+            dtype: Of bottlenecks, and of A and B unless `low_rank` is another.
+            low_rank: Of A and B, which then are stored as A and Bᵀ.
         """
-        modules = {
-            path: replace(
-                change,
-                a=None if change.a is None else change.a.to(dtype),
-                b=None if change.b is None else change.b.to(dtype),
-                bottlenecks={name: each.cast(dtype) for name, each in change.bottlenecks.items()},
-            )
-            for path, change in self.modules.items()
-        }
-        return AdapterWeights(self.digest, modules, prompt_dtype)
+        modules = {}
+        for path, change in self.modules.items():
+            a = None if change.a is None else change.a.to(low_rank or dtype)
+            b = None if change.b is None else change.b.to(low_rank or dtype)
+            if low_rank is not None and a is not None and b is not None:
+                a, b = a.contiguous(), b.T.contiguous().T
+            bottlenecks = {name: each.cast(dtype) for name, each in change.bottlenecks.items()}
+            modules[path] = replace(change, a=a, b=b, bottlenecks=bottlenecks)
+        return AdapterWeights(self.digest, modules)

@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from worker.inference.engine.bottlenecks import beside
+from worker.inference.engine.kernels.operators import is_supported, rescale
 from worker.inference.engine.slots import LayerBuffers, Slots
 from worker.transformer_blocks import (
     Call,
@@ -59,11 +60,21 @@ class Adapted(nn.Module):
 class AdaptedNorm(Adapted):
     """A norm with the weight and bias of each row's adapter, or the base's."""
 
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__(base)
+        self._epsilon: float | None = None
+
+    def attach(self, slots: Slots, path: str) -> None:
+        super().attach(slots, path)
+        self._epsilon = rms_epsilon(self.base) if slots.compiled is not None else None
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` [rows, …, d] to the same shape; without adapters, the base's own tensor."""
         own = {name: self._own(name, x.dim()) for name in ("weight", "bias") if self._users(name)}
         base: Any = self.base
         if not own:
+            if self._epsilon is not None and x.dtype == base.weight.dtype:
+                return rescale(x, base.weight, self._epsilon)
             return base(x)
         weight: torch.Tensor = own.get("weight", base.weight)
         bias: torch.Tensor | None = own.get("bias", getattr(base, "bias", None))
@@ -162,3 +173,17 @@ def is_norm(module: nn.Module) -> bool:
         and weight.dim() == 1
         and not list(module.children())
     )
+
+
+def rms_epsilon(norm: nn.Module) -> float | None:
+    """Return ε where `norm` is what `rescale` computes, which is tried; None where it is not."""
+    weight = norm.get_parameter("weight")
+    epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(epsilon, float) or not is_supported(weight.dtype):
+        return None
+    x = torch.linspace(-1, 3, 2 * len(weight)).view(2, -1).to(weight.dtype)
+    with torch.inference_mode():
+        expected, found = norm(x), rescale(x, weight, epsilon)
+    nearly = 4 * torch.finfo(weight.dtype).eps
+    is_same = found.dtype == expected.dtype and torch.allclose(found, expected, nearly, nearly)
+    return epsilon if is_same else None

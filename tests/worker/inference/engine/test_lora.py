@@ -62,9 +62,13 @@ CONFIGS = {
 }
 
 
+COMPILED = pytest.mark.parametrize("compiled", [None, torch.float32], ids=["by torch", "compiled"])
+
+
+@COMPILED
 @pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS.keys())
 def test_logits_are_those_of_peft_alone_and_beside_the_base(
-    options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], tmp_path: Path, compiled: torch.dtype | None
 ) -> None:
     peft_model = get_peft_model(tiny_llama(), LoraConfig(r=4, lora_alpha=12, **options)).eval()
     randomise(peft_model)
@@ -73,25 +77,25 @@ def test_logits_are_those_of_peft_alone_and_beside_the_base(
 
     model = tiny_llama()
     base = logits(model)
-    slots, adapter = use(model, tmp_path)
-    [(_, pairs)] = slots.parts or []
-    assert pairs.keys() == adapter.modules.keys()
+    slots, adapter = use(model, tmp_path, compiled)
     assert (logits(model) - expected).norm() / expected.norm() < 1e-5
     assert (base - expected).norm() / expected.norm() > 0.05
     slots.use([adapter, None])
-    assert bool(slots.parts is None)
     with torch.inference_mode():
         both = model(input_ids=IDS.expand(2, -1)).logits
     assert (both[0] - expected).norm() / expected.norm() < 1e-5
     torch.testing.assert_close(both[1:], base)
 
 
-def use(model: PreTrainedModel, directory: Path) -> tuple[Slots, AdapterWeights]:
+def use(
+    model: PreTrainedModel, directory: Path, compiled: torch.dtype | None = None
+) -> tuple[Slots, AdapterWeights]:
     """Wrap `model` and let every row of the next pass use the adapter in `directory`."""
     layers = BaseLayers(model)
-    slots = Slots(layers.shapes, 1, torch.empty(0, dtype=model.dtype))
+    slots = Slots(layers.shapes, 1, torch.empty(0, dtype=model.dtype), compiled)
     layers.attach(slots)
     adapter = read_adapter(directory, "d" * 40, layers.shapes).weights(layers.read)
+    adapter = slots.prepare(adapter)
     slots.use([adapter])
     return slots, adapter
 
@@ -103,10 +107,13 @@ ROWS = ["base", "2", "0", "2", "1", "2", "base"]
     "ranks", [(4, 4, 4), (4, 8, 16), (2, 3, 8)], ids=["one rank", "other ranks", "odd ranks"]
 )
 @pytest.mark.parametrize("n_tokens", [1, 5])
-def test_rows_of_one_pass_are_what_they_are_alone(ranks: tuple[int, ...], n_tokens: int) -> None:
+@COMPILED
+def test_rows_of_one_pass_are_what_they_are_alone(
+    ranks: tuple[int, ...], n_tokens: int, compiled: torch.dtype | None
+) -> None:
     model = tiny_llama()
     layers = BaseLayers(model)
-    slots = Slots(layers.shapes, 3, torch.empty(0))
+    slots = Slots(layers.shapes, 3, torch.empty(0), compiled)
     layers.attach(slots)
     draw = torch.Generator().manual_seed(5)
     adapters: dict[str, AdapterWeights | None] = {"base": None}
@@ -119,7 +126,7 @@ def test_rows_of_one_pass_are_what_they_are_alone(ranks: tuple[int, ...], n_toke
             for path, shape in layers.shapes.items()
             if shape.kind == "linear" and not shape.is_output
         }
-        adapters[str(name)] = AdapterWeights(str(name), changes)
+        adapters[str(name)] = slots.prepare(AdapterWeights(str(name), changes))
     ids = torch.randint(256, (len(ROWS), n_tokens), generator=draw)
     with torch.inference_mode():
         slots.use([adapters[name] for name in ("0", "1", "2")])

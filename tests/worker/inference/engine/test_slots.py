@@ -6,7 +6,7 @@ import torch
 from worker.inference.engine.columns import GRAIN
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.slots import Slots
-from worker.inference.engine.weights import AdapterWeights, ModuleChange
+from worker.inference.engine.weights import AdapterWeights, Bottleneck, ModuleChange
 
 SHAPES = {"x": ModuleShape(3, 2), "y": ModuleShape(3, 2)}
 
@@ -41,54 +41,57 @@ def test_adapters_of_any_rank_stand_side_by_side_and_each_row_sees_its_own() -> 
     assert own_columns(slots, 0) == []
 
 
-def test_rows_of_one_adapter_of_low_rank_need_no_copy_until_others_come() -> None:
-    slots = make(2)
-    one, two = low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)
-    slots.use([one, one])
-    [(rows, pairs)] = slots.parts or []
-    assert rows == slice(0, 2)
-    assert pairs["x"][1].tolist() == [[[1.0, 1.0]]]
-    assert slots.digests() == ["1"]
+def compiled(n_slots: int, dtype: torch.dtype = torch.float32) -> Slots:
+    return Slots(SHAPES, n_slots, torch.empty(0), dtype)
+
+
+def test_compiled_loops_are_told_where_each_row_has_its_matrices_and_nothing_is_copied() -> None:
+    slots = compiled(2, torch.bfloat16)
+    one, two = (slots.prepare(each) for each in (low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)))
+    slots.use([two, None, one, two])
+    assert slots.places is not None
+    assert slots.places.shape == (4, len(SHAPES), 3)
+    a, b = two.modules["x"].a, two.modules["x"].b
+    assert a is not None
+    assert b is not None
+    assert a.dtype == b.dtype == torch.bfloat16
+    assert b.T.is_contiguous()
+    assert slots.places[0].tolist() == [[a.data_ptr(), b.data_ptr(), 4], [0, 0, 0]]
+    assert slots.places[1].tolist() == [[0, 0, 0]] * 2
+    assert slots.places[2, 0, 2] == 1
+    assert (slots.places[3] == slots.places[0]).all()
+    assert slots.is_touched == [True, False]
     assert slots.layers["x"].a is None
-    assert slots.active == frozenset()  # norms and layers are the base's
-    slots.use([one, None])
-    assert bool(slots.parts is None)
-    assert own_columns(slots, 0) == [1.0]
-    slots.use([two, one])
-    assert bool(slots.parts is None)
-    assert own_columns(slots, 0) == [2.0] * 4
-    slots.use([None])
-    assert bool(slots.parts is None)
 
 
-def test_prompts_take_the_matrices_of_each_row_where_all_adapters_are_of_low_rank() -> None:
-    slots = make(3)
-    one, two = low_rank("1", 1, 1.0), low_rank("2", 4, 2.0)
-    one, two = one.cast(torch.float32, torch.bfloat16), two.cast(torch.float32, torch.bfloat16)
-    slots.use([one, one, None, two], n_tokens=2)
-    assert slots.parts == [(slice(0, 2), one.prompt_pairs), (slice(3, 4), two.prompt_pairs)]
-    assert slots.layers["x"].a is None, "there is no copy"
-    slots.use([one, AdapterWeights("3", {"x": ModuleChange(gain=torch.ones(2))})], n_tokens=2)
-    assert bool(slots.parts is None)
-    assert own_columns(slots, 0) == [1.0]
+def test_places_are_those_of_the_weights_given_whatever_had_their_digest_before() -> None:
+    slots = compiled(1)
+    for _ in range(2):
+        adapter = slots.prepare(low_rank("1", 2))
+        slots.use([adapter])
+        a = adapter.modules["x"].a
+        assert a is not None
+        assert slots.places is not None
+        assert slots.places[0, 0, 0] == a.data_ptr()
 
 
-def test_a_slot_given_to_another_is_filled_with_it_when_others_come() -> None:
-    slots = make(1)
-    slots.use([low_rank("1", 2, 1.0), None])
-    three = low_rank("3", 2, 3.0)
-    slots.use([three])
-    assert own_columns(slots, 0) == []
-    slots.use([three, None])
-    assert own_columns(slots, 0) == [3.0] * 2
+def test_compiled_slots_refuse_weights_that_were_not_prepared() -> None:
+    with pytest.raises(ValueError, match="was not prepared"):
+        compiled(1).use([low_rank("1", 1)])
 
 
-def test_what_is_more_than_low_rank_is_copied_at_once() -> None:
-    slots = make(1)
-    low, gain = torch.ones(1, 3), torch.ones(2)
-    slots.use([AdapterWeights("1", {"x": ModuleChange(low, torch.ones(2, 1), gain=gain)})])
-    assert bool(slots.parts is None)
-    assert own_columns(slots, 0) == [1.0]
+def test_what_is_more_than_low_rank_is_copied_and_gone_with_its_adapter() -> None:
+    slots = compiled(1)
+    change = ModuleChange(torch.ones(1, 3), torch.ones(2, 1), gain=torch.tensor([2.0, 3.0]))
+    slots.use([slots.prepare(AdapterWeights("1", {"x": change}))])
+    assert not slots.adds_only
+    layer = slots.layers["x"]
+    assert layer.vectors["gain"].tolist() == [[2, 3], [1, 1]]
+    assert layer.a is None
+    slots.use([slots.prepare(low_rank("2", 1))])
+    assert bool(slots.adds_only)
+    assert layer.users["gain"] == set()
+    assert layer.vectors["gain"].tolist() == [[1, 1]] * 2
 
 
 def test_only_the_columns_of_the_pass_are_looked_at() -> None:
@@ -166,14 +169,13 @@ def test_gains_are_a_rows_own_and_gone_with_their_adapter() -> None:
     assert layer.vectors["gain"].tolist() == [[1, 1]] * 3
 
 
-def test_prompts_may_take_pairs_in_another_dtype_which_take_memory_of_their_own() -> None:
-    adapter = low_rank("1", 2, 1.0)
-    assert adapter.n_bytes == 4 * (2 * 3 + 2 * 2)
-    both = adapter.cast(torch.float32, torch.bfloat16)
-    assert both.prompt_pairs is not None
-    assert both.prompt_pairs["x"][0].dtype == torch.bfloat16
-    assert both.pairs is not None
-    assert both.pairs["x"][0].dtype == torch.float32
-    assert both.modules["x"].a is adapter.modules["x"].a
-    assert both.n_bytes == adapter.n_bytes * 3 // 2
-    assert adapter.cast(torch.float32, torch.float32).n_bytes == adapter.n_bytes
+def test_matrices_of_low_rank_have_a_dtype_of_their_own_and_no_second_copy() -> None:
+    down, up = ((torch.ones(2, 2), torch.ones(2)) for _ in range(2))
+    bottleneck = Bottleneck(*down, *up, activation="relu")
+    low = low_rank("1", 2).modules["x"]
+    adapter = AdapterWeights("1", {"x": low, "y": ModuleChange(bottlenecks={"p": bottleneck})})
+    cast = adapter.cast(torch.float32, torch.bfloat16)
+    assert {each.dtype for each in cast.modules["x"].tensors().values()} == {torch.bfloat16}
+    assert {each.dtype for each in cast.modules["y"].tensors().values()} == {torch.float32}
+    assert cast.n_bytes == 2 * (2 * 3 + 2 * 2) + 4 * 2 * (4 + 2)
+    assert adapter.cast(torch.float32).n_bytes == adapter.n_bytes

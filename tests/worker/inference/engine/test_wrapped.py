@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tests.worker.inference.engine.test_runner import greedy
 from tests.worker.inference.test_own_model import write_adapter
@@ -16,6 +19,7 @@ from tests.worker.inference.tiny import collect, submit, tiny_llama
 from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.params import Sampling
 from worker.inference.engine.pool import AdapterLease
+from worker.inference.engine.wrapped import rms_epsilon
 
 # peft 0.21.2 reads an attribute that transformers 5.24 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -66,3 +70,18 @@ def test_a_batch_of_every_method_gives_each_row_what_it_gets_alone(tmp_path: Pat
     found = {key: [ord(c) - 256 for c in collect(stream)[0]] for key, stream in streams.items()}
     engine.close()
     assert found == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_that_loops_compute_are_known_by_trying_them(dtype: torch.dtype) -> None:
+    def drawn(norm: torch.nn.Module) -> torch.nn.Module:
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter)
+        return norm.to(dtype).requires_grad_(False)
+
+    assert rms_epsilon(drawn(LlamaRMSNorm(24, 1e-5))) == 1e-5
+    assert rms_epsilon(drawn(torch.nn.RMSNorm(24, 1e-6))) == 1e-6
+    assert rms_epsilon(drawn(GemmaRMSNorm(24))) is None, "its weights are off by one"
+    assert rms_epsilon(drawn(torch.nn.LayerNorm(24, bias=False))) is None, "it centres"
+    assert rms_epsilon(drawn(torch.nn.RMSNorm(24))) is None, "its epsilon is that of its dtype"
+    assert rms_epsilon(LlamaRMSNorm(24).half()) is None

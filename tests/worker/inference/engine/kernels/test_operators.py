@@ -1,0 +1,203 @@
+"""The compiled loops compute what PyTorch does in float64, for any sizes, within their dtype."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from worker.inference.engine.kernels.operators import (
+    add_low_rank_,
+    attend,
+    compile_,
+    is_supported,
+    rescale,
+    store_,
+)
+from worker.inference.engine.weights import Numbers
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+THREADS = pytest.mark.parametrize("n_threads", [1, 2, 3])
+
+
+@pytest.fixture(autouse=True)
+def draws() -> Iterator[None]:
+    n_threads = torch.get_num_threads()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(n_threads)
+
+
+def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
+    """What was summed in float32 is off by its last rounding only."""
+    error = (found.double() - exact).norm() / exact.norm()
+    assert float(error) < (3e-3 if found.dtype == torch.bfloat16 else 1e-6)
+
+
+def test_the_dtypes_of_bases_on_a_cpu_are_supported_and_others_are_not() -> None:
+    assert is_supported(torch.bfloat16)
+    assert is_supported(torch.float32)
+    assert not is_supported(torch.float16)
+    compile_(torch.float32)
+
+
+class Matrices:
+    """Of some rows' adapters, by rank; rank 0 is none."""
+
+    def __init__(self, ranks: list[int], sizes: tuple[int, int], dtype: torch.dtype) -> None:
+        n_in, n_out = sizes
+        self.a = [torch.randn(rank, n_in).to(dtype) for rank in ranks]
+        self.b = [torch.randn(rank, n_out).to(dtype) for rank in ranks]
+
+    def places(self, n_modules: int, module: int) -> Numbers:
+        places = np.zeros((len(self.a), n_modules, 3), np.int64)
+        for row, (a, b) in enumerate(zip(self.a, self.b, strict=True)):
+            if len(a):
+                places[row, module] = a.data_ptr(), b.data_ptr(), len(a)
+        return places
+
+    def added(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        pairs = zip(self.a, self.b, strict=True)
+        return torch.stack(
+            [
+                y[row].double() + x[row].double() @ a.double().T @ b.double()
+                for row, (a, b) in enumerate(pairs)
+            ]
+        )
+
+
+@DTYPES
+@THREADS
+@pytest.mark.parametrize("n_tokens", [1, 2, 15, 16, 17, 50])
+@pytest.mark.parametrize("ranks", [[4, 0, 16, 1], [3], [70, 6]], ids=str)
+def test_each_row_gets_what_its_own_matrices_make_of_it(
+    ranks: list[int], n_tokens: int, n_threads: int, dtype: torch.dtype
+) -> None:
+    torch.set_num_threads(n_threads)
+    matrices = Matrices(ranks, (33, 70), dtype)
+    x = torch.randn(len(ranks), n_tokens, 33).to(dtype)
+    y = torch.randn(len(ranks), n_tokens, 70).to(dtype)
+    exact = matrices.added(y, x)
+    add_low_rank_(y, x, matrices.places(5, 2), 2)
+    assert_near(y, exact)
+
+
+def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it() -> None:
+    matrices = Matrices([8, 4, 16, 8, 2], (64, 96), torch.bfloat16)
+    x, y = (torch.randn(5, 1, size).bfloat16() for size in (64, 96))
+    alone = y.clone()
+    places = matrices.places(1, 0)
+    add_low_rank_(y, x, places, 0)
+    for row in range(5):
+        add_low_rank_(alone[row : row + 1], x[row : row + 1], places[row : row + 1].copy(), 0)
+    assert torch.equal(y, alone)
+
+
+def test_what_overflows_stays_in_its_row_and_a_row_without_an_adapter_is_left_alone() -> None:
+    matrices = Matrices([2, 0, 2], (8, 8), torch.bfloat16)
+    matrices.a[0].fill_(float("nan"))
+    matrices.b[2].fill_(float("inf"))
+    x, y = torch.ones(3, 1, 8).bfloat16(), torch.ones(3, 1, 8).bfloat16()
+    add_low_rank_(y, x, matrices.places(1, 0), 0)
+    assert y[0].isnan().all()
+    assert torch.equal(y[1], torch.ones(1, 8).bfloat16())
+    assert not y[2].isfinite().any()
+
+
+def test_rows_that_lie_apart_in_memory_are_read_where_they_are() -> None:
+    matrices = Matrices([4, 4], (16, 24), torch.float32)
+    x = torch.randn(3, 2, 16).transpose(0, 1)
+    y = torch.randn(2, 3, 24)
+    exact = matrices.added(y, x)
+    add_low_rank_(y, x, matrices.places(1, 0), 0)
+    assert_near(y, exact)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (torch.zeros(2, 1, 4), torch.zeros(3, 1, 4)),
+        (torch.zeros(6, 4), torch.zeros(6, 4)),
+        (torch.zeros(3, 1, 4), torch.zeros(3, 1, 4).bfloat16()),
+        (torch.zeros(3, 2, 4), torch.zeros(2, 3, 4).transpose(0, 1)),
+    ],
+    ids=["fewer rows", "tokens for rows", "another dtype", "not contiguous"],
+)
+def test_tensors_that_do_not_go_together_are_refused(x: torch.Tensor, y: torch.Tensor) -> None:
+    matrices = Matrices([1, 1, 1], (4, 4), torch.float32)
+    with pytest.raises(ValueError, match="do not go with"):
+        add_low_rank_(y, x, matrices.places(1, 0), 0)
+
+
+@DTYPES
+@THREADS
+@pytest.mark.parametrize("n_tokens", [1, 2, 31])
+def test_a_norm_is_llamas_own(n_tokens: int, n_threads: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(n_threads)
+    norm: Any = LlamaRMSNorm(50, eps=1e-5).requires_grad_(False)
+    norm.weight.normal_()
+    norm.to(dtype)
+    x = torch.randn(2, n_tokens, 50).to(dtype) * 7
+    found = rescale(x, norm.weight, 1e-5)
+    assert found.shape == x.shape
+    if dtype == torch.bfloat16:
+        assert torch.equal(found, norm(x))
+    torch.testing.assert_close(found, norm(x))
+
+
+def test_a_norm_of_a_row_that_is_not_finite_is_not_finite() -> None:
+    x = torch.ones(3, 1, 8).bfloat16()
+    x[1, 0, 3] = float("nan")
+    found = rescale(x, torch.ones(8).bfloat16(), 1e-5)
+    assert found[1].isnan().all()
+    assert found[[0, 2]].isfinite().all()
+
+
+@DTYPES
+@THREADS
+@pytest.mark.parametrize(("n_heads", "n_shared"), [(4, 4), (9, 3), (8, 1)])
+def test_each_row_attends_to_its_own_tokens(
+    n_heads: int, n_shared: int, n_threads: int, dtype: torch.dtype
+) -> None:
+    torch.set_num_threads(n_threads)
+    lengths, d, width = np.array([1, 40, 7, 64]), 16, 64
+    kept = [torch.randn(5, n_shared, 2 * width, d).to(dtype) for _ in range(2)]
+    keys, values = (each[1:5, :, :width] for each in kept)
+    for row, length in enumerate(lengths):  # past its end a row holds what was there before
+        keys[row, :, length:] = values[row, :, length:] = float("nan")
+    query = torch.randn(4, n_heads, 1, d).to(dtype)
+    found = attend(query, keys, values, lengths, 0.3)
+    assert found.shape == (4, 1, n_heads, d)
+    for row, length in enumerate(lengths):
+        own_keys, own_values = (
+            each[row, :, :length].double().repeat_interleave(n_heads // n_shared, 0)
+            for each in (keys, values)
+        )
+        asked = query[row].double()
+        exact = scaled_dot_product_attention(asked, own_keys, own_values, scale=0.3)
+        assert_near(found[row, 0], exact[:, 0])
+
+
+def test_scores_far_apart_are_as_sure_as_they_are() -> None:
+    keys = torch.tensor([-1e4, 0.0, 1e4]).view(1, 1, 3, 1)
+    values = torch.tensor([1.0, 2.0, 3.0]).view(1, 1, 3, 1)
+    found = attend(torch.ones(1, 1, 1, 1), keys, values, np.array([3]), 1.0)
+    assert found.item() == 3.0
+
+
+@DTYPES
+def test_a_token_is_stored_as_the_last_of_its_row_and_nothing_else_changes(
+    dtype: torch.dtype,
+) -> None:
+    buffers = [torch.randn(3, 2, 10, 4).to(dtype) for _ in range(2)]
+    expected = [each.clone() for each in buffers]
+    keys, values = (each[1:, :, :8] for each in buffers)
+    tokens = [torch.randn(2, 1, 2, 4).to(dtype).transpose(1, 2) for _ in range(2)]
+    store_((keys, values), (tokens[0], tokens[1]), np.array([3, 8]))
+    for before, token in zip(expected, tokens, strict=True):
+        before[1, :, 2], before[2, :, 7] = token[0, :, 0], token[1, :, 0]
+    assert torch.equal(buffers[0], expected[0])
+    assert torch.equal(buffers[1], expected[1])

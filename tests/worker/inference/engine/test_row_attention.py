@@ -1,0 +1,88 @@
+"""Attention by compiled loops: to marked rows only, and to nothing that says more than the mark."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from worker.inference.engine import row_attention
+from worker.inference.engine.row_attention import NAME, Rows, mark, use_compiled_attention_
+
+LENGTHS = [2, 5]
+
+
+def make(implementation: str = "sdpa") -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attn_implementation=implementation,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def states() -> tuple[Any, ...]:
+    """A module, a query, keys, values, and a mask of rows of `LENGTHS`."""
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, 1, 8)
+    keys, values = torch.randn(2, 2, 2, 6, 8)
+    mask = torch.zeros(2, 1, 1, 6)
+    for row, length in enumerate(LENGTHS):
+        mask[row, ..., length:] = torch.finfo(torch.float32).min
+    return make().model.layers[0].self_attn, query, keys, values, mask
+
+
+def test_marked_rows_are_attended_to_as_torch_does(monkeypatch: Any) -> None:
+    use_compiled_attention_(make())
+    module, query, keys, values, mask = states()
+    expected, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=0.5)
+    monkeypatch.setattr(row_attention, "sdpa_attention_forward", None)
+    mark(keys, Rows(np.array(LENGTHS), mask))
+    attention = AttentionInterface()[NAME]
+    found, _ = attention(module, query, keys, values, mask, scaling=0.5, dropout=0.0)
+    torch.testing.assert_close(found, expected)
+    expected, _ = attention(module, query, keys, values, mask, scaling=8**-0.5)
+    found, _ = attention(module, query, keys, values, mask)
+    torch.testing.assert_close(found, expected)
+
+
+def test_what_is_not_marked_or_says_more_is_left_to_torch() -> None:
+    use_compiled_attention_(make())
+    attention = AttentionInterface()[NAME]
+    module, query, keys, values, mask = states()
+    bias = torch.randn(2, 4, 1, 6)
+    wrong = Rows(np.array([1, 1]), mask)  # told from the mask, were it looked at
+    unmarked = keys.clone()
+    mark(keys, wrong)
+    for asked, given, added in (
+        (unmarked, mask, None),
+        (keys, mask + bias[:, :1], None),
+        (keys, mask, bias),
+    ):
+        expected, _ = sdpa_attention_forward(
+            module, query, unmarked, values, given, scaling=0.5, position_bias=added
+        )
+        found, _ = attention(module, query, asked, values, given, scaling=0.5, position_bias=added)
+        torch.testing.assert_close(found, expected)
+
+
+def test_only_a_model_that_attends_by_torchs_kernel_is_changed() -> None:
+    model, eager = make(), make("eager")
+    use_compiled_attention_(model)
+    use_compiled_attention_(eager)
+    assert model.config._attn_implementation == NAME
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_a_prompt_is_the_same_with_either() -> None:
+    model = make()
+    ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        expected = model(input_ids=ids).logits
+        use_compiled_attention_(model)
+        assert torch.equal(model(input_ids=ids).logits, expected)

@@ -1,0 +1,88 @@
+"""Compiled loops on the threads that PyTorch itself has.
+
+A second pool of threads would wait for the cores on which the first one's still look for work:
+where PyTorch computes by GNU's OpenMP, the loops are run by the same library, and so by the same
+threads. Elsewhere the calling thread runs them alone.
+"""
+
+import ctypes
+import os
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, Final
+
+import llvmlite.binding
+import numpy as np
+import torch  # loads the library
+from numba import cfunc, types
+
+OPTIONS: Final[dict[str, Any]] = {
+    # Sums in any order, so that they are made side by side; all else is as in IEEE 754.
+    "fastmath": {"reassoc", "contract", "nsz"},
+    "error_model": "numpy",
+}
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _team() -> ctypes.PyDLL | None:
+    # Python's own lock stays held: a loop is over before another thread could use it.
+    try:
+        return ctypes.PyDLL("libgomp.so.1", mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except (AttributeError, OSError):  # another system, or another library
+        return None
+
+
+_library = _team()
+if _library is not None:
+    _run = _library.GOMP_parallel
+    _run.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    _run.restype = None
+    _member: Any = _library.omp_get_thread_num
+    _size: Any = _library.omp_get_num_threads
+else:
+    _number = ctypes.CFUNCTYPE(ctypes.c_int)
+    _member, _size = _number(lambda: 0), _number(lambda: 1)
+for _name, _function in (("tunery_member", _member), ("tunery_size", _size)):
+    llvmlite.binding.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
+
+_alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+
+member: Any = types.ExternalFunction("tunery_member", types.int32())
+"""Inside of a loop: which of its threads this is."""
+size: Any = types.ExternalFunction("tunery_size", types.int32())
+"""Inside of a loop: how many threads it has."""
+
+
+class Loop:
+    """A function of the address of its numbers, 64 bits each; compiled when first asked for.
+
+    What was compiled is kept beside its file for later processes. Where nothing can be kept, each
+    compiles anew, which takes seconds.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    @cached_property
+    def address(self) -> int:
+        return int(self._compiled.address)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        signature = types.void(types.voidptr)
+        try:
+            return cfunc(signature, cache=True, **OPTIONS)(self._function)
+        except RuntimeError as error:
+            if "no locator available" not in str(error):
+                raise
+            return cfunc(signature, **OPTIONS)(self._function)
+
+    def __call__(self, numbers: Numbers, n_tasks: int) -> None:
+        """Run with `numbers`, on as many threads as PyTorch has here if it has `n_tasks` > 1."""
+        if _library is None:
+            _alone(self.address)(numbers.ctypes.data)
+        else:
+            # Two numbers of threads only: with fewer of them, the library lets the others go.
+            n_threads = torch.get_num_threads() if n_tasks > 1 else 1
+            _run(self.address, numbers.ctypes.data, n_threads, 0)
