@@ -21,9 +21,10 @@ def make(implementation: str = "sdpa") -> LlamaForCausalLM:
         num_hidden_layers=1,
         num_attention_heads=4,
         num_key_value_heads=2,
-        attn_implementation=implementation,
     )
-    return LlamaForCausalLM(config).eval()
+    model = LlamaForCausalLM(config).eval()
+    model.set_attn_implementation(implementation)
+    return model
 
 
 def states() -> tuple[Any, ...]:
