@@ -53,7 +53,7 @@ class AdaptedLinear(Adapted):
         self, x: torch.Tensor, y: torch.Tensor, slots: Slots, buffers: LayerBuffers
     ) -> torch.Tensor:
         if slots.places is not None:
-            number = slots.numbers[self._path]
+            number = slots.numbers[self.path]
             return _added(x, y, slots, number) if slots.is_touched[number] else y
         if buffers.a is None or buffers.b is None:
             return y
@@ -77,7 +77,7 @@ def _added(x: torch.Tensor, y: torch.Tensor, slots: Slots, number: int) -> torch
     assert slots.places is not None
     assert slots.compiled is not None
     sums = y.to(slots.compiled).contiguous()
-    add_low_rank_(sums, x.to(slots.compiled), slots.places, number)
+    add_low_rank_([(sums, number)], x.to(slots.compiled), slots.places)
     return sums.to(y.dtype)
 
 
@@ -153,6 +153,10 @@ class BaseLayers:
             self.shapes[path] = ModuleShape(width, width, kind="layer")
             self._wrapped[path] = AdaptedLayer(layer, is_first=number == 0)
             model.set_submodule(path, self._wrapped[path])
+
+    @property
+    def transformer_layers(self) -> list[AdaptedLayer]:
+        return [each for each in self._wrapped.values() if isinstance(each, AdaptedLayer)]
 
     def attach(self, slots: Slots) -> None:
         for path, wrapped in self._wrapped.items():

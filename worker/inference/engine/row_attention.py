@@ -36,12 +36,12 @@ def use_compiled_attention_(model: PreTrainedModel) -> None:
     Models whose attention does not go through the interface of transformers stay as they are.
     """
     if model.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _attention)
+        AttentionInterface.register(NAME, attention)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
 
 
-def _attention(
+def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -7,6 +7,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from worker.inference.engine.blocks import root_of
 from worker.inference.engine.caches import joined, row_of
+from worker.inference.engine.fused_layer import fuse_
 from worker.inference.engine.graphs import DecodeGraphs, Record
 from worker.inference.engine.kernels.operators import compile_, is_supported
 from worker.inference.engine.lora import BaseLayers
@@ -63,6 +64,8 @@ class Runner:
         like = torch.empty(0, dtype=dtype, device=model.device)
         self.slots = Slots(self.layers.shapes, limits.n_slots, like, compiled)
         self.layers.attach(self.slots)
+        if compiled is not None:
+            fuse_(self.layers.transformer_layers, self.slots)
         self.decoding: list[Sequence] = []
         """Those that share a pass; its index is the row."""
         self._cache_argument = cache_argument(model)

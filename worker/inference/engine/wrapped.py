@@ -1,5 +1,6 @@
 """Norms and Transformer layers of the base model, wrapped once; linear layers: `engine.lora`."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,11 @@ from worker.transformer_blocks import (
 )
 
 
+Fused = Callable[
+    [torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None, Any], torch.Tensor
+]
+
+
 class Adapted(nn.Module):
     """A module of the base, whose attributes it shows, and what the slots make of it.
 
@@ -34,7 +40,7 @@ class Adapted(nn.Module):
         self.base = base
         self._slots: Slots | None = None
         self._mine: LayerBuffers | None = None
-        self._path = ""
+        self.path = ""
 
     def __getattr__(self, name: str) -> Any:
         """Models ask their layers for facts, such as the kind of attention."""
@@ -47,7 +53,7 @@ class Adapted(nn.Module):
 
     def attach(self, slots: Slots, path: str) -> None:
         """Let `slots` decide what is changed; before that the module is the base's own."""
-        self._slots, self._mine, self._path = slots, slots.layers[path], path
+        self._slots, self._mine, self.path = slots, slots.layers[path], path
 
     def _users(self, name: str) -> bool:
         """Whether a row of this pass has a vector of this name here."""
@@ -62,19 +68,20 @@ class AdaptedNorm(Adapted):
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
-        self._epsilon: float | None = None
+        self.epsilon: float | None = None
+        """That of the base's norm, where `rescale` is what it computes."""
 
     def attach(self, slots: Slots, path: str) -> None:
         super().attach(slots, path)
-        self._epsilon = rms_epsilon(self.base) if slots.compiled is not None else None
+        self.epsilon = rms_epsilon(self.base) if slots.compiled is not None else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` [rows, …, d] to the same shape; without adapters, the base's own tensor."""
         own = {name: self._own(name, x.dim()) for name in ("weight", "bias") if self._users(name)}
         base: Any = self.base
         if not own:
-            if self._epsilon is not None and x.dtype == base.weight.dtype:
-                return rescale(x, base.weight, self._epsilon)
+            if self.epsilon is not None and x.dtype == base.weight.dtype:
+                return rescale(x, base.weight, self.epsilon)
             return base(x)
         weight: torch.Tensor = own.get("weight", base.weight)
         bias: torch.Tensor | None = own.get("bias", getattr(base, "bias", None))
@@ -103,6 +110,8 @@ class AdaptedLayer(Adapted):
     def __init__(self, base: nn.Module, *, is_first: bool) -> None:
         super().__init__(base)
         self._is_first = is_first
+        self.fused: Fused | None = None
+        """Computes the same, for passes whose adapters only add products of low rank."""
         self._returns_tuple = False
         self._attends_only = False
         base.register_forward_hook(self._note_form)
@@ -114,9 +123,14 @@ class AdaptedLayer(Adapted):
         attention_projection(base).register_forward_hook(self._after_attention)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        streams = self._slots.streams if self._slots is not None else None
+        slots = self._slots
+        streams = slots.streams if slots is not None else None
         if streams is None:
-            return self.base(*args, **kwargs)
+            if self.fused is None or slots is None or not slots.adds_only or len(args) != 1:
+                return self.base(*args, **kwargs)
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            mask, turns = kwargs.get("attention_mask"), kwargs["position_embeddings"]
+            return self.fused(args[0], turns, mask, cache)
         hidden, *others = args if args else [kwargs.pop("hidden_states")]
         call = Call(tuple(others), kwargs)
         hidden = streams.enter(hidden, self._couple, is_first=self._is_first)

@@ -1,19 +1,37 @@
 """The compiled loops as operators on tensors of a CPU, in bfloat16 or float32."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from worker.inference.engine.caches import States
-from worker.inference.engine.kernels import loops
-from worker.inference.engine.kernels.team import Numbers
+from worker.inference.engine.kernels import attention, layers, low_rank
+from worker.inference.engine.kernels.team import Loop, Numbers
 
-_ADD_LOW_RANK = {
-    torch.bfloat16: loops.add_low_rank_bfloat16,
-    torch.float32: loops.add_low_rank_float32,
-}
-_RESCALE = {torch.bfloat16: loops.rescale_bfloat16, torch.float32: loops.rescale_float32}
-_STORE = {torch.bfloat16: loops.store_bfloat16, torch.float32: loops.store_float32}
-_ATTEND = {torch.bfloat16: loops.attend_bfloat16, torch.float32: loops.attend_float32}
+_Loops = dict[torch.dtype, Loop]
+
+
+def _loops(bfloat16: Loop, float32: Loop) -> _Loops:
+    return {torch.bfloat16: bfloat16, torch.float32: float32}
+
+
+_ADD_LOW_RANK = _loops(low_rank.add_low_rank_bfloat16, low_rank.add_low_rank_float32)
+_RESCALE = _loops(layers.rescale_bfloat16, layers.rescale_float32)
+_ADD_AND_RESCALE = _loops(layers.add_and_rescale_bfloat16, layers.add_and_rescale_float32)
+_GATE = _loops(layers.gate_bfloat16, layers.gate_float32)
+_ROTATE = _loops(layers.rotate_bfloat16, layers.rotate_float32)
+_STORE = _loops(attention.store_bfloat16, attention.store_float32)
+_ATTEND = _loops(attention.attend_bfloat16, attention.attend_float32)
+_ALL = (
+    _ADD_LOW_RANK,
+    _RESCALE,
+    _ADD_AND_RESCALE,
+    _GATE,
+    _ROTATE,
+    _STORE,
+    _ATTEND,
+)
 
 
 def is_supported(dtype: torch.dtype) -> bool:
@@ -22,41 +40,51 @@ def is_supported(dtype: torch.dtype) -> bool:
 
 def compile_(dtype: torch.dtype) -> None:
     """Compile what tensors of `dtype` need, rather than in the middle of an answer."""
-    for loop in (_ADD_LOW_RANK[dtype], _RESCALE[dtype], _STORE[dtype], _ATTEND[dtype]):
-        loop.address  # noqa: B018
+    for loops in _ALL:
+        loops[dtype].address  # noqa: B018
 
 
-def add_low_rank_(y: torch.Tensor, x: torch.Tensor, places: Numbers, module: int) -> None:
-    """Add what the adapter of each row makes of `x` [rows, …, in] to `y` [rows, …, out], in place.
+def add_low_rank_(
+    parts: Sequence[tuple[torch.Tensor, int]], x: torch.Tensor, places: Numbers
+) -> None:
+    """Add what the adapter of each row makes of `x` [rows, …, in] to outputs, in place.
 
     Args:
-        y: Contiguous, in the dtype of the matrices.
-        x: Of the same dtype.
+        parts: At most 4 outputs [rows, …, out] of modules that take `x`, and which modules they
+            are. Of an output each token is contiguous, and tokens follow at equal distances.
+        x: Of the dtype of the matrices, as the outputs.
         places: [rows, modules, 3]: where A [r, in] and Bᵀ [r, out] are, and r; 0 where a row has
             none.
-        module: Which of the modules this is.
 
     Raises:
         ValueError: the tensors are of other rows or another dtype.
     """
     x = x.contiguous()
     n_rows, n_modules, _ = places.shape
-    if len(x) != n_rows or len(y) != n_rows or x.dtype != y.dtype or not y.is_contiguous():
-        raise ValueError(f"{len(x)} rows of {x.dtype} do not go with {n_rows} of {y.dtype}.")
     n_tokens = x.numel() // (n_rows * x.shape[-1])
-    numbers = np.array(
-        (
-            y.data_ptr(),
-            x.data_ptr(),
-            x.shape[-1],
-            y.shape[-1],
-            n_rows,
-            n_tokens,
-            places.ctypes.data + module * places.strides[1],
-            3 * n_modules,
-        )
-    )
-    _ADD_LOW_RANK[y.dtype](numbers, n_rows * -(-n_tokens // loops.TOKENS))
+    numbers = [
+        *(x.data_ptr(), x.shape[-1], n_rows, n_tokens),
+        *(places.ctypes.data, 3 * n_modules, len(parts)),
+    ]
+    for y, module in parts:
+        if y.shape[:-1] != x.shape[:-1] or len(y) != n_rows or y.dtype != x.dtype:
+            raise ValueError(f"{len(x)} rows of {x.dtype} do not go with {n_rows} of {y.dtype}.")
+        numbers += (y.data_ptr(), _by_token(y), y.shape[-1], module)
+    _ADD_LOW_RANK[x.dtype](np.array(numbers), n_rows * n_tokens)
+
+
+def _by_token(x: torch.Tensor) -> int:
+    """Return by how many elements the next token of `x` [rows, …, d] is further on.
+
+    Raises:
+        ValueError: they do not follow at equal distances.
+    """
+    if x.is_contiguous():
+        return x.shape[-1]
+    flat = x.flatten(0, -2)  # a copy where distances differ
+    if flat.data_ptr() != x.data_ptr() or flat.stride(1) != 1:
+        raise ValueError("The tokens of a tensor do not follow at equal distances.")
+    return flat.stride(0)
 
 
 def rescale(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -69,6 +97,74 @@ def rescale(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tens
     numbers.view(np.float64)[5] = epsilon
     _RESCALE[x.dtype](numbers, n_tokens)
     return y
+
+
+def add_and_rescale(
+    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return `x` + `z` [..., d], and `rescale` of the sum."""
+    x, z = x.contiguous(), z.contiguous()
+    total, y = torch.empty_like(x), torch.empty_like(x)
+    d = x.shape[-1]
+    n_tokens = x.numel() // d
+    tensors = (y, total, x, z, weight)
+    numbers = np.array([*(each.data_ptr() for each in tensors), n_tokens, d, 0])
+    numbers.view(np.float64)[7] = epsilon
+    _ADD_AND_RESCALE[x.dtype](numbers, n_tokens)
+    return total, y
+
+
+def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Return silu(`gate`) · `value` [..., d] (SwiGLU, arXiv 2002.05202, eq. 6), rounded once.
+
+    Raises:
+        ValueError: the tokens of one do not follow at equal distances.
+    """
+    y = gate.new_empty(gate.shape)
+    n_tokens = y.numel() // y.shape[-1]
+    pointers = (y.data_ptr(), gate.data_ptr(), value.data_ptr())
+    numbers = np.array([*pointers, n_tokens, y.shape[-1], _by_token(gate), _by_token(value)])
+    _GATE[y.dtype](numbers, n_tokens)
+    return y
+
+
+def rotated(
+    projected: Sequence[torch.Tensor], cosines: torch.Tensor, sines: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return queries, keys and values, head by head, with positions in the first two.
+
+    Args:
+        projected: Queries, keys and values [rows, tokens, heads · d].
+        cosines: Of each position [rows or 1, tokens, d] (RoPE, arXiv 2104.09864, eq. 34, with
+            halves for pairs).
+        sines: The same.
+
+    Returns:
+        [rows, heads, tokens, d] of each.
+
+    Raises:
+        ValueError: the tokens of one do not follow at equal distances.
+    """
+    cosines, sines = cosines.contiguous(), sines.contiguous()
+    n_rows, n_tokens, _ = projected[0].shape
+    d = cosines.shape[-1]
+    heads = [each.shape[-1] // d for each in projected]
+    results = [
+        each.new_empty(n_rows, n_own, n_tokens, d)
+        for each, n_own in zip(projected, heads, strict=True)
+    ]
+    numbers = np.array(
+        [
+            *(each.data_ptr() for each in (*results, *projected)),
+            *(_by_token(each) for each in projected),
+            *(cosines.data_ptr(), sines.data_ptr()),
+            cosines.stride(0) if len(cosines) > 1 else 0,
+            *(n_rows, n_tokens, heads[0], heads[1], d),
+        ]
+    )
+    _ROTATE[projected[0].dtype](numbers, n_rows * n_tokens)
+    queries, keys, values = results
+    return queries, keys, values
 
 
 def store_(rows: States, tokens: States, lengths: Numbers) -> None:

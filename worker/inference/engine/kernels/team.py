@@ -9,12 +9,14 @@ import ctypes
 import os
 from collections.abc import Callable
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import llvmlite.binding
 import numpy as np
 import torch  # loads the library
-from numba import cfunc, types
+import xxhash
+from numba import cfunc, config, types
 
 OPTIONS: Final[dict[str, Any]] = {
     # Sums in any order, so that they are made side by side; all else is as in IEEE 754.
@@ -23,6 +25,15 @@ OPTIONS: Final[dict[str, Any]] = {
 }
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def _digest() -> str:
+    """Return what tells these files from what they were: Numba looks at one of them only."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return xxhash.xxh64_hexdigest(b"".join(file.read_bytes() for file in files))
+
+
+config.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / _digest())
 
 
 def _team() -> ctypes.PyDLL | None:
@@ -57,8 +68,8 @@ size: Any = types.ExternalFunction("tunery_size", types.int32())
 class Loop:
     """A function of the address of its numbers, 64 bits each; compiled when first asked for.
 
-    What was compiled is kept beside its file for later processes. Where nothing can be kept, each
-    compiles anew, which takes seconds.
+    What was compiled is kept beside these files, as long as they stay as they are, for later
+    processes. Where nothing can be kept, each compiles anew, which takes seconds.
     """
 
     def __init__(self, function: Callable[..., None]) -> None:

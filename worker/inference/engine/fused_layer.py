@@ -1,0 +1,161 @@
+"""A Transformer layer of Llama's kind in a dozen calls, where it is a hundred in transformers.
+
+A step of decoding is so little work that what it costs are its calls. A layer is taken over only
+after it was tried: its parts have Llama's names, and on numbers it makes the same of them. It goes
+through the same seams, ``cache.update`` and the attention of `row_attention`.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.inference.engine.kernels.operators import (
+    add_and_rescale,
+    add_low_rank_,
+    gated,
+    rescale,
+    rotated,
+)
+from worker.inference.engine.lora import AdaptedLinear
+from worker.inference.engine.row_attention import NAME, attention
+from worker.inference.engine.slots import Slots
+from worker.inference.engine.wrapped import AdaptedLayer, AdaptedNorm
+
+PARTS = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+"""What a layer consists of, and nothing else."""
+TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+"""How far, relatively, what it adds may be from what the layer itself does."""
+_TRIED_TOKENS = 5
+
+logger = logging.getLogger(__name__)
+
+
+class _Products:
+    """Linear layers that take the same numbers, and what the rows' adapters add to each."""
+
+    def __init__(self, layers: Sequence[AdaptedLinear], slots: Slots) -> None:
+        self._slots = slots
+        self._products: list[Callable[[torch.Tensor], torch.Tensor]] = [
+            layer.base.forward for layer in layers
+        ]
+        self._numbers = [slots.numbers[layer.path] for layer in layers]
+
+    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
+        outputs = [product(x) for product in self._products]
+        slots = self._slots
+        if slots.places is not None:
+            pairs = zip(outputs, self._numbers, strict=True)
+            parts = [(y, number) for y, number in pairs if slots.is_touched[number]]
+            if parts:
+                add_low_rank_(parts, x, slots.places)
+        return outputs
+
+
+class FusedLayer:
+    """What `layer` makes of the hidden states, for adapters that only add products of low rank.
+
+    Raises:
+        ValueError: it is not of Llama's kind; the message says why.
+    """
+
+    def __init__(self, layer: nn.Module, slots: Slots) -> None:
+        for path, names in PARTS.items():
+            found = {name for name, _ in layer.get_submodule(path).named_children()}
+            if found != names:
+                raise ValueError(f"{path or 'the layer'} consists of {', '.join(sorted(found))}")
+        module: Any = layer
+        self._attention: Any = module.self_attn
+        if self._attention.config._attn_implementation != NAME:
+            raise ValueError("its attention is another")
+        mlp = module.mlp
+        self._heads = _Products(
+            [self._attention.q_proj, self._attention.k_proj, self._attention.v_proj], slots
+        )
+        self._output = _Products([self._attention.o_proj], slots)
+        self._gates = _Products([mlp.gate_proj, mlp.up_proj], slots)
+        self._down = _Products([mlp.down_proj], slots)
+        self._before, self._between = (
+            _norm(each) for each in (module.input_layernorm, module.post_attention_layernorm)
+        )
+        self._index: int = self._attention.layer_idx
+        self._scale: float = self._attention.scaling
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        turns: tuple[torch.Tensor, torch.Tensor],
+        mask: torch.Tensor | None,
+        cache: Any,
+    ) -> torch.Tensor:
+        """Map hidden states [rows, tokens, d] to such.
+
+        Args:
+            x: The hidden states.
+            turns: Cosines and sines of the tokens' positions.
+            mask: What to add to scores, as the layer takes it.
+            cache: Where keys and values are put, or None.
+        """
+        query, keys, values = rotated(self._heads(rescale(x, *self._before)), *turns)
+        if cache is not None:
+            keys, values = cache.update(keys, values, self._index)
+        found, _ = attention(self._attention, query, keys, values, mask, scaling=self._scale)
+        (found,) = self._output(found.reshape(*x.shape[:-1], -1))
+        x, normal = add_and_rescale(x, found, *self._between)
+        gate, value = self._gates(normal)
+        (found,) = self._down(gated(gate, value))
+        return x + found
+
+
+def _norm(norm: AdaptedNorm) -> tuple[torch.Tensor, float]:
+    if norm.epsilon is None:
+        raise ValueError("its norm is another")
+    weight: torch.Tensor = norm.base.get_parameter("weight")
+    return weight, norm.epsilon
+
+
+@torch.inference_mode()
+def fuse_(layers: Sequence[AdaptedLayer], slots: Slots) -> int:
+    """Let each of `layers` that can be go through a `FusedLayer`; return how many do."""
+    n_fused = 0
+    for layer in layers:
+        try:
+            fused = FusedLayer(layer.base, slots)
+            _try(layer.base, fused)
+        except ValueError as error:
+            logger.info("A layer stays as it is: %s.", error)
+            continue
+        layer.fused = fused
+        n_fused += 1
+    return n_fused
+
+
+def _try(layer: nn.Module, fused: FusedLayer) -> None:
+    """Compare both on numbers.
+
+    Raises:
+        ValueError: they differ.
+    """
+    attention: Any = layer.get_submodule("self_attn")
+    draw = torch.Generator().manual_seed(0)
+    weight = next(layer.parameters())
+    x = torch.randn(2, _TRIED_TOKENS, attention.config.hidden_size, generator=draw)
+    x = x.to(weight.dtype)
+    angles = torch.rand(1, _TRIED_TOKENS, attention.head_dim // 2, generator=draw) * 6
+    angles = torch.cat((angles, angles), -1)
+    turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    expected = layer(x, attention_mask=None, position_embeddings=turns)
+    if not isinstance(expected, torch.Tensor):
+        raise ValueError("it returns more than hidden states")
+    found = fused(x, turns, None, None)
+    # In float64: what a layer adds may be small beside what it is added to.
+    exact, own = expected.double() - x, found.double() - x
+    error = float((own - exact).norm() / exact.norm())
+    if not error <= TOLERANCE[x.dtype]:
+        raise ValueError(f"tried on numbers, it differs by {error:.1e}")

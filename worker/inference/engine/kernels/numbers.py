@@ -1,0 +1,128 @@
+"""What all loops are made of: numbers of either kind as float32, and sums of products.
+
+An element is bfloat16, held as uint16, or float32. Everything is computed in float32.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+from worker.inference.engine.kernels.team import OPTIONS
+
+
+def _pointer(context: Any, address: Any) -> Any:
+    """Make a pointer of a number."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+pointer: Any = intrinsic(_pointer)
+
+
+def get(array: Any, i: Any) -> Any:
+    """Return an element in float32; uint16 is bfloat16."""
+    raise NotImplementedError
+
+
+@overload(get)
+def _get_of(array: Any, i: Any) -> Any:
+    def get(array: Any, i: Any) -> Any:
+        return array[i]
+
+    def get_widened(array: Any, i: Any) -> Any:
+        return np.uint32(np.uint32(array[i]) << np.uint32(16)).view(np.float32)
+
+    return get_widened if array.dtype == types.uint16 else get
+
+
+def put(array: Any, i: Any, value: Any) -> None:
+    """Set an element, rounded to the nearest, of two to the even one."""
+    raise NotImplementedError
+
+
+@overload(put)
+def _put_of(array: Any, i: Any, value: Any) -> Any:
+    def put(array: Any, i: Any, value: Any) -> None:
+        array[i] = value
+
+    def put_rounded(array: Any, i: Any, value: Any) -> None:
+        bits = np.float32(value).view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        # NaNs stay such: those that arithmetic makes, and those of bfloat16, have no low bits.
+        array[i] = np.uint16((bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+    return put_rounded if array.dtype == types.uint16 else put
+
+
+@njit(**OPTIONS)
+def copy(source: Any, target: Any) -> None:
+    for i in range(target.shape[0]):
+        put(target, i, get(source, i))
+
+
+@njit(**OPTIONS)
+def product(x: Any, row: Any) -> Any:
+    total = np.float32(0)
+    for i in range(x.shape[0]):
+        total += x[i] * get(row, i)
+    return total
+
+
+@njit(**OPTIONS)
+def products_of_two(x: Any, a: Any, r: int, h: Any) -> None:
+    """Set four numbers a row of `h` to products of `x` [2, …] with rows of `a`, from row `r` on."""
+    x0, x1, a0, a1, a2, a3 = x[0], x[1], a[r], a[r + 1], a[r + 2], a[r + 3]
+    h0 = h1 = h2 = h3 = k0 = k1 = k2 = k3 = np.float32(0)
+    for i in range(x0.shape[0]):
+        value, other, b0, b1, b2, b3 = x0[i], x1[i], a0[i], a1[i], a2[i], a3[i]
+        h0 += value * b0
+        h1 += value * b1
+        h2 += value * b2
+        h3 += value * b3
+        k0 += other * b0
+        k1 += other * b1
+        k2 += other * b2
+        k3 += other * b3
+    h[0, r], h[0, r + 1], h[0, r + 2], h[0, r + 3] = h0, h1, h2, h3
+    h[1, r], h[1, r + 1], h[1, r + 2], h[1, r + 3] = k0, k1, k2, k3
+
+
+@njit(**OPTIONS)
+def add(y: Any, row: Any, share: Any) -> None:
+    for i in range(y.shape[0]):
+        y[i] += share * get(row, i)
+
+
+@njit(**OPTIONS)
+def add_to_two(y0: Any, y1: Any, b: Any, r: int, h: Any) -> None:
+    """Add to `y0` and `y1` four rows of `b`, from row `r` on, times four numbers a row of `h`."""
+    b0, b1, b2, b3 = b[r], b[r + 1], b[r + 2], b[r + 3]
+    h0, h1, h2, h3 = h[0, r], h[0, r + 1], h[0, r + 2], h[0, r + 3]
+    k0, k1, k2, k3 = h[1, r], h[1, r + 1], h[1, r + 2], h[1, r + 3]
+    for i in range(y0.shape[0]):
+        c0, c1, c2, c3 = b0[i], b1[i], b2[i], b3[i]
+        y0[i] += h0 * c0 + h1 * c1 + h2 * c2 + h3 * c3
+        y1[i] += k0 * c0 + k1 * c1 + k2 * c2 + k3 * c3
+
+
+@njit(**OPTIONS)
+def exp(x: Any) -> Any:
+    """Return e^x within 2 of its last bits, for x <= 0; vectorised, which the library's is not."""
+    x = max(x, np.float32(-87.0))
+    whole = np.floor(x * np.float32(1.4426950408889634) + np.float32(0.5))
+    # ln 2 in two parts (Cody and Waite 1980), so that the difference is exact.
+    rest = x - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)
+    value = np.float32(1.9875691500e-4)
+    value = value * rest + np.float32(1.3981999507e-3)
+    value = value * rest + np.float32(8.3334519073e-3)
+    value = value * rest + np.float32(4.1665795894e-2)
+    value = value * rest + np.float32(1.6666665459e-1)
+    value = value * rest + np.float32(5.0000001201e-1)
+    value = value * rest * rest + rest + np.float32(1)
+    return value * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
