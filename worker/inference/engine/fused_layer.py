@@ -6,7 +6,7 @@ through the same seams, ``cache.update`` and the attention of `row_attention`.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from worker.inference.engine.kernels.operators import (
     rotated,
 )
 from worker.inference.engine.lora import AdaptedLinear
+from worker.inference.engine.packed_linear import Joint, JointPart, PackedLinear
 from worker.inference.engine.row_attention import NAME, attention
 from worker.inference.engine.slots import Slots
 from worker.inference.engine.wrapped import AdaptedLayer, AdaptedNorm
@@ -40,15 +41,32 @@ logger = logging.getLogger(__name__)
 class _Products:
     """Linear layers that take the same numbers, and what the rows' adapters add to each."""
 
-    def __init__(self, layers: Sequence[AdaptedLinear], slots: Slots) -> None:
+    def __init__(self, modules: Sequence[nn.Module], slots: Slots) -> None:
         self._slots = slots
-        self._products: list[Callable[[torch.Tensor], torch.Tensor]] = [
-            layer.base.forward for layer in layers
-        ]
+        self._layers = layers = [each for each in modules if isinstance(each, AdaptedLinear)]
+        if len(layers) < len(modules):
+            raise ValueError("something else is in place of a linear layer")
         self._numbers = [slots.numbers[layer.path] for layer in layers]
+        self._joint: Joint | None = None
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        outputs = [product(x) for product in self._products]
+    def join_(self) -> None:
+        """Compute them as one product from now on, if they are packed."""
+        packed = [each.base for each in self._layers if isinstance(each.base, PackedLinear)]
+        if (
+            len(packed) < max(2, len(self._layers))
+            or len({each.bias is None for each in packed}) > 1
+        ):
+            return
+        self._joint = Joint(packed)
+        for number, layer in enumerate(self._layers):
+            layer.base = JointPart(self._joint, number, packed[number])
+
+    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        outputs: Sequence[torch.Tensor]
+        if self._joint is not None:
+            outputs = self._joint(x)
+        else:
+            outputs = [layer.base.forward(x) for layer in self._layers]
         slots = self._slots
         if slots.places is not None:
             pairs = zip(outputs, self._numbers, strict=True)
@@ -112,9 +130,14 @@ class FusedLayer:
         (found,) = self._down(gated(gate, value))
         return x + found
 
+    def join_(self) -> None:
+        """Compute the products of the same numbers as one, where they are packed."""
+        self._heads.join_()
+        self._gates.join_()
 
-def _norm(norm: AdaptedNorm) -> tuple[torch.Tensor, float]:
-    if norm.epsilon is None:
+
+def _norm(norm: nn.Module) -> tuple[torch.Tensor, float]:
+    if not isinstance(norm, AdaptedNorm) or norm.epsilon is None:
         raise ValueError("its norm is another")
     weight: torch.Tensor = norm.base.get_parameter("weight")
     return weight, norm.epsilon
@@ -131,6 +154,7 @@ def fuse_(layers: Sequence[AdaptedLayer], slots: Slots) -> int:
         except ValueError as error:
             logger.info("A layer stays as it is: %s.", error)
             continue
+        fused.join_()
         layer.fused = fused
         n_fused += 1
     return n_fused
@@ -144,9 +168,8 @@ def _try(layer: nn.Module, fused: FusedLayer) -> None:
     """
     attention: Any = layer.get_submodule("self_attn")
     draw = torch.Generator().manual_seed(0)
-    weight = next(layer.parameters())
-    x = torch.randn(2, _TRIED_TOKENS, attention.config.hidden_size, generator=draw)
-    x = x.to(weight.dtype)
+    weight = layer.get_submodule("input_layernorm").get_parameter("base.weight")
+    x = torch.randn(2, _TRIED_TOKENS, len(weight), generator=draw).to(weight.dtype)
     angles = torch.rand(1, _TRIED_TOKENS, attention.head_dim // 2, generator=draw) * 6
     angles = torch.cat((angles, angles), -1)
     turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)

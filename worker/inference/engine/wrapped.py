@@ -20,7 +20,6 @@ from worker.transformer_blocks import (
     is_bert_like,
 )
 
-
 Fused = Callable[
     [torch.Tensor, tuple[torch.Tensor, torch.Tensor], torch.Tensor | None, Any], torch.Tensor
 ]
@@ -126,11 +125,12 @@ class AdaptedLayer(Adapted):
         slots = self._slots
         streams = slots.streams if slots is not None else None
         if streams is None:
-            if self.fused is None or slots is None or not slots.adds_only or len(args) != 1:
+            turns = kwargs.get("position_embeddings")
+            is_plain = slots is not None and slots.adds_only and len(args) == 1
+            if self.fused is None or not is_plain or turns is None:
                 return self.base(*args, **kwargs)
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
-            mask, turns = kwargs.get("attention_mask"), kwargs["position_embeddings"]
-            return self.fused(args[0], turns, mask, cache)
+            return self.fused(args[0], turns, kwargs.get("attention_mask"), cache)
         hidden, *others = args if args else [kwargs.pop("hidden_states")]
         call = Call(tuple(others), kwargs)
         hidden = streams.enter(hidden, self._couple, is_first=self._is_first)

@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from tests.worker.inference.tiny import tiny_llama
-from worker.inference.engine.packed_linear import PackedLinear, is_supported, pack_
+from worker.inference.engine.packed_linear import (
+    Joint,
+    JointPart,
+    PackedLinear,
+    is_supported,
+    pack_,
+)
 
 pytestmark = pytest.mark.skipif(
     not is_supported(), reason="oneDNN packs no weights in bfloat16 for this processor"
@@ -47,3 +53,47 @@ def test_layers_in_float32_stay_as_they_are() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16))
     assert pack_(model) == 1
     assert type(model[0]) is nn.Linear
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [False, True])
+def test_joint_layers_give_each_what_it_had_alone_asked_for_together_or_one_by_one(
+    *, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    plain = [nn.Linear(32, n, bias=bias, dtype=torch.bfloat16) for n in (48, 16, 24)]
+    packed = [PackedLinear(each) for each in plain]
+    joint = Joint(packed)
+    parts = [JointPart(joint, number, each) for number, each in enumerate(packed)]
+    for each, part in zip(plain, parts, strict=True):
+        assert torch.equal(part.weight, each.weight)
+    x, other = torch.randn(2, 3, 5, 32).bfloat16()
+    for found, each in zip(joint(x), plain, strict=True):
+        torch.testing.assert_close(found, each(x))
+    torch.testing.assert_close(parts[1](x), plain[1](x))
+    torch.testing.assert_close(parts[1](other), plain[1](other))
+    torch.testing.assert_close(parts[0](other), plain[0](other))
+    torch.testing.assert_close(parts[2](x), plain[2](x))
+    torch.testing.assert_close(parts[2](x), plain[2](x))
+
+
+@torch.inference_mode()
+def test_one_by_one_joint_layers_multiply_once_and_keep_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed = [PackedLinear(nn.Linear(8, 8, dtype=torch.bfloat16)) for _ in range(3)]
+    joint = Joint(packed)
+    calls: list[torch.Tensor] = []
+    forward = joint.whole.forward
+
+    def counted(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return forward(x)
+
+    monkeypatch.setattr(joint.whole, "forward", counted)
+    x = torch.ones(1, 8).bfloat16()
+    for number in range(3):
+        joint.part(x, number)
+    assert len(calls) == 1
+    assert joint._input is None
+    assert not joint._outputs

@@ -33,7 +33,8 @@ def _digest() -> str:
     return xxhash.xxh64_hexdigest(b"".join(file.read_bytes() for file in files))
 
 
-config.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / _digest())
+_settings: Any = config
+_settings.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / _digest())
 
 
 def _team() -> ctypes.PyDLL | None:

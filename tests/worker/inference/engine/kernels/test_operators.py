@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from worker.inference.engine.kernels.operators import (
+    add_and_rescale,
     add_low_rank_,
     attend,
     compile_,
+    gated,
     is_supported,
     rescale,
+    rotated,
     store_,
 )
 from worker.inference.engine.weights import Numbers
@@ -81,7 +84,7 @@ def test_each_row_gets_what_its_own_matrices_make_of_it(
     x = torch.randn(len(ranks), n_tokens, 33).to(dtype)
     y = torch.randn(len(ranks), n_tokens, 70).to(dtype)
     exact = matrices.added(y, x)
-    add_low_rank_(y, x, matrices.places(5, 2), 2)
+    add_low_rank_([(y, 2)], x, matrices.places(5, 2))
     assert_near(y, exact)
 
 
@@ -90,9 +93,10 @@ def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it() -> None:
     x, y = (torch.randn(5, 1, size).bfloat16() for size in (64, 96))
     alone = y.clone()
     places = matrices.places(1, 0)
-    add_low_rank_(y, x, places, 0)
+    add_low_rank_([(y, 0)], x, places)
     for row in range(5):
-        add_low_rank_(alone[row : row + 1], x[row : row + 1], places[row : row + 1].copy(), 0)
+        own = slice(row, row + 1)
+        add_low_rank_([(alone[own], 0)], x[own], places[own].copy())
     assert torch.equal(y, alone)
 
 
@@ -101,7 +105,7 @@ def test_what_overflows_stays_in_its_row_and_a_row_without_an_adapter_is_left_al
     matrices.a[0].fill_(float("nan"))
     matrices.b[2].fill_(float("inf"))
     x, y = torch.ones(3, 1, 8).bfloat16(), torch.ones(3, 1, 8).bfloat16()
-    add_low_rank_(y, x, matrices.places(1, 0), 0)
+    add_low_rank_([(y, 0)], x, matrices.places(1, 0))
     assert y[0].isnan().all()
     assert torch.equal(y[1], torch.ones(1, 8).bfloat16())
     assert not y[2].isfinite().any()
@@ -112,7 +116,7 @@ def test_rows_that_lie_apart_in_memory_are_read_where_they_are() -> None:
     x = torch.randn(3, 2, 16).transpose(0, 1)
     y = torch.randn(2, 3, 24)
     exact = matrices.added(y, x)
-    add_low_rank_(y, x, matrices.places(1, 0), 0)
+    add_low_rank_([(y, 0)], x, matrices.places(1, 0))
     assert_near(y, exact)
 
 
@@ -122,14 +126,37 @@ def test_rows_that_lie_apart_in_memory_are_read_where_they_are() -> None:
         (torch.zeros(2, 1, 4), torch.zeros(3, 1, 4)),
         (torch.zeros(6, 4), torch.zeros(6, 4)),
         (torch.zeros(3, 1, 4), torch.zeros(3, 1, 4).bfloat16()),
-        (torch.zeros(3, 2, 4), torch.zeros(2, 3, 4).transpose(0, 1)),
+        (torch.zeros(3, 2, 4), torch.zeros(3, 1, 4)),
     ],
-    ids=["fewer rows", "tokens for rows", "another dtype", "not contiguous"],
+    ids=["fewer rows", "tokens for rows", "another dtype", "fewer tokens"],
 )
 def test_tensors_that_do_not_go_together_are_refused(x: torch.Tensor, y: torch.Tensor) -> None:
     matrices = Matrices([1, 1, 1], (4, 4), torch.float32)
     with pytest.raises(ValueError, match="do not go with"):
-        add_low_rank_(y, x, matrices.places(1, 0), 0)
+        add_low_rank_([(y, 0)], x, matrices.places(1, 0))
+
+
+@DTYPES
+@pytest.mark.parametrize("n_tokens", [1, 7])
+def test_parts_of_one_tensor_are_added_to_side_by_side(n_tokens: int, dtype: torch.dtype) -> None:
+    sizes = (24, 8, 16)
+    whole = torch.randn(2, n_tokens, sum(sizes)).to(dtype)
+    x = torch.randn(2, n_tokens, 12).to(dtype)
+    several = [Matrices([4, 0], (12, sizes[0]), dtype), Matrices([3, 5], (12, sizes[2]), dtype)]
+    parts = whole.split(sizes, -1)
+    exact = whole.double()
+    exact[..., :24] = several[0].added(parts[0], x)
+    exact[..., 32:] = several[1].added(parts[2], x)
+    places = several[0].places(4, 3) + several[1].places(4, 1)
+    add_low_rank_([(parts[0], 3), (parts[1], 0), (parts[2], 1)], x, places)
+    assert_near(whole, exact)
+
+
+def test_tokens_at_unequal_distances_are_refused() -> None:
+    matrices = Matrices([1, 1, 1], (4, 4), torch.float32)
+    y = torch.zeros(2, 3, 4).transpose(0, 1)
+    with pytest.raises(ValueError, match="equal distances"):
+        add_low_rank_([(y, 0)], torch.zeros(3, 2, 4), matrices.places(1, 0))
 
 
 @DTYPES
@@ -146,6 +173,53 @@ def test_a_norm_is_llamas_own(n_tokens: int, n_threads: int, dtype: torch.dtype)
     if dtype == torch.bfloat16:
         assert torch.equal(found, norm(x))
     torch.testing.assert_close(found, norm(x))
+
+
+@DTYPES
+@THREADS
+def test_a_sum_and_its_norm_are_those_of_torch(n_threads: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(n_threads)
+    norm: Any = LlamaRMSNorm(40, eps=1e-6).requires_grad_(False).to(dtype)
+    x, z = torch.randn(2, 3, 5, 40).to(dtype)
+    total, found = add_and_rescale(x, z, norm.weight, 1e-6)
+    assert torch.equal(total, x + z)
+    torch.testing.assert_close(found, norm(total))
+
+
+@DTYPES
+@THREADS
+def test_gates_are_those_of_float64_far_out_too(n_threads: int, dtype: torch.dtype) -> None:
+    torch.set_num_threads(n_threads)
+    both = (torch.randn(3, 5, 48) * 30).to(dtype)
+    both[0, 0, :3] = torch.tensor([-1e4, 0.0, 1e4])
+    gate, value = both.chunk(2, -1)
+    found = gated(gate, value)
+    assert found.is_contiguous()
+    assert_near(found, torch.nn.functional.silu(gate.double()) * value.double())
+    both[1, 1, 0] = float("nan")
+    assert torch.nonzero(gated(gate, value).isnan()).tolist() == [[1, 1, 0]]
+
+
+@DTYPES
+@THREADS
+@pytest.mark.parametrize("n_positions", [1, 3], ids=["one for all rows", "each row its own"])
+@pytest.mark.parametrize("joint", [False, True])
+def test_positions_are_put_in_as_llama_does(
+    n_positions: int, n_threads: int, dtype: torch.dtype, *, joint: bool
+) -> None:
+    torch.set_num_threads(n_threads)
+    heads, d, n_tokens = (4, 2, 2), 6, 5
+    whole = torch.randn(3, n_tokens, sum(heads) * d).to(dtype)
+    parts = whole.split([n * d for n in heads], -1)
+    angles = torch.rand(n_positions, n_tokens, d // 2).repeat(1, 1, 2) * 6
+    turns = angles.cos().to(dtype), angles.sin().to(dtype)
+    found = rotated(parts if joint else [each.contiguous() for each in parts], *turns)
+    apart = [each.unflatten(-1, (-1, d)).transpose(1, 2).double() for each in parts]
+    turned = apply_rotary_pos_emb(apart[0], apart[1], *(each.double() for each in turns))
+    for mine, exact in zip(found[:2], turned, strict=True):
+        assert mine.is_contiguous()
+        assert_near(mine, exact)
+    assert torch.equal(found[2].double(), apart[2])
 
 
 def test_a_norm_of_a_row_that_is_not_finite_is_not_finite() -> None:
