@@ -65,11 +65,10 @@ def real(
     settings = settings_in(root, base_model_cache)
     # The numbers of the NF4 base in float32, in which an answer does not depend on its company.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_linear, "pack_", lambda model: 0)
+        patch.setattr(packed_linear, "pack_", torch.nn.Module.float)
         service, info = build_service(settings)
     engine = service.engine
     assert isinstance(engine, BatchingEngine)
-    torch.nn.Module.float(engine._model)
     template = service._renderer.template_sha256
     store = open_store(settings.storage)
     refs = [

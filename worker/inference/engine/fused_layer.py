@@ -68,11 +68,11 @@ class _Products:
         else:
             outputs = [layer.base.forward(x) for layer in self._layers]
         slots = self._slots
-        if slots.places is not None:
+        if slots.places is not None and slots.compiled is not None:
             pairs = zip(outputs, self._numbers, strict=True)
             parts = [(y, number) for y, number in pairs if slots.is_touched[number]]
             if parts:
-                add_low_rank_(parts, x, slots.places)
+                add_low_rank_(parts, x, slots.places, slots.compiled)
         return outputs
 
 

@@ -77,7 +77,7 @@ def _added(x: torch.Tensor, y: torch.Tensor, slots: Slots, number: int) -> torch
     assert slots.places is not None
     assert slots.compiled is not None
     sums = y.to(slots.compiled).contiguous()
-    add_low_rank_([(sums, number)], x.to(slots.compiled), slots.places)
+    add_low_rank_([(sums, number)], x.to(slots.compiled), slots.places, slots.compiled)
     return sums.to(y.dtype)
 
 

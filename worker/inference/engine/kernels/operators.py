@@ -45,16 +45,20 @@ def compile_(dtype: torch.dtype) -> None:
 
 
 def add_low_rank_(
-    parts: Sequence[tuple[torch.Tensor, int]], x: torch.Tensor, places: Numbers
+    parts: Sequence[tuple[torch.Tensor, int]],
+    x: torch.Tensor,
+    places: Numbers,
+    dtype: torch.dtype,
 ) -> None:
     """Add what the adapter of each row makes of `x` [rows, …, in] to outputs, in place.
 
     Args:
         parts: At most 4 outputs [rows, …, out] of modules that take `x`, and which modules they
             are. Of an output each token is contiguous, and tokens follow at equal distances.
-        x: Of the dtype of the matrices, as the outputs.
+        x: What they take.
         places: [rows, modules, 3]: where A [r, in] and Bᵀ [r, out] are, and r; 0 where a row has
             none.
+        dtype: Of the matrices, and so of `x` and the outputs.
 
     Raises:
         ValueError: the tensors are of other rows or another dtype.
@@ -67,8 +71,11 @@ def add_low_rank_(
         *(places.ctypes.data, 3 * n_modules, len(parts)),
     ]
     for y, module in parts:
-        if y.shape[:-1] != x.shape[:-1] or len(y) != n_rows or y.dtype != x.dtype:
-            raise ValueError(f"{len(x)} rows of {x.dtype} do not go with {n_rows} of {y.dtype}.")
+        if y.shape[:-1] != x.shape[:-1] or len(y) != n_rows or {x.dtype, y.dtype} != {dtype}:
+            raise ValueError(
+                f"Adapters of {n_rows} rows in {dtype} do not go with {tuple(x.shape)} in "
+                f"{x.dtype} and {tuple(y.shape)} in {y.dtype}."
+            )
         numbers += (y.data_ptr(), _by_token(y), y.shape[-1], module)
     _ADD_LOW_RANK[x.dtype](np.array(numbers), n_rows * n_tokens)
 

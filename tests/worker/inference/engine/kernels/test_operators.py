@@ -84,7 +84,7 @@ def test_each_row_gets_what_its_own_matrices_make_of_it(
     x = torch.randn(len(ranks), n_tokens, 33).to(dtype)
     y = torch.randn(len(ranks), n_tokens, 70).to(dtype)
     exact = matrices.added(y, x)
-    add_low_rank_([(y, 2)], x, matrices.places(5, 2))
+    add_low_rank_([(y, 2)], x, matrices.places(5, 2), dtype)
     assert_near(y, exact)
 
 
@@ -93,10 +93,10 @@ def test_a_row_is_the_same_to_the_bit_whatever_stands_beside_it() -> None:
     x, y = (torch.randn(5, 1, size).bfloat16() for size in (64, 96))
     alone = y.clone()
     places = matrices.places(1, 0)
-    add_low_rank_([(y, 0)], x, places)
+    add_low_rank_([(y, 0)], x, places, torch.bfloat16)
     for row in range(5):
         own = slice(row, row + 1)
-        add_low_rank_([(alone[own], 0)], x[own], places[own].copy())
+        add_low_rank_([(alone[own], 0)], x[own], places[own].copy(), torch.bfloat16)
     assert torch.equal(y, alone)
 
 
@@ -105,7 +105,7 @@ def test_what_overflows_stays_in_its_row_and_a_row_without_an_adapter_is_left_al
     matrices.a[0].fill_(float("nan"))
     matrices.b[2].fill_(float("inf"))
     x, y = torch.ones(3, 1, 8).bfloat16(), torch.ones(3, 1, 8).bfloat16()
-    add_low_rank_([(y, 0)], x, matrices.places(1, 0))
+    add_low_rank_([(y, 0)], x, matrices.places(1, 0), x.dtype)
     assert y[0].isnan().all()
     assert torch.equal(y[1], torch.ones(1, 8).bfloat16())
     assert not y[2].isfinite().any()
@@ -116,7 +116,7 @@ def test_rows_that_lie_apart_in_memory_are_read_where_they_are() -> None:
     x = torch.randn(3, 2, 16).transpose(0, 1)
     y = torch.randn(2, 3, 24)
     exact = matrices.added(y, x)
-    add_low_rank_([(y, 0)], x, matrices.places(1, 0))
+    add_low_rank_([(y, 0)], x, matrices.places(1, 0), x.dtype)
     assert_near(y, exact)
 
 
@@ -127,13 +127,14 @@ def test_rows_that_lie_apart_in_memory_are_read_where_they_are() -> None:
         (torch.zeros(6, 4), torch.zeros(6, 4)),
         (torch.zeros(3, 1, 4), torch.zeros(3, 1, 4).bfloat16()),
         (torch.zeros(3, 2, 4), torch.zeros(3, 1, 4)),
+        (torch.zeros(3, 1, 4).bfloat16(), torch.zeros(3, 1, 4).bfloat16()),
     ],
-    ids=["fewer rows", "tokens for rows", "another dtype", "fewer tokens"],
+    ids=["fewer rows", "tokens for rows", "another output", "fewer tokens", "other matrices"],
 )
 def test_tensors_that_do_not_go_together_are_refused(x: torch.Tensor, y: torch.Tensor) -> None:
     matrices = Matrices([1, 1, 1], (4, 4), torch.float32)
     with pytest.raises(ValueError, match="do not go with"):
-        add_low_rank_([(y, 0)], x, matrices.places(1, 0))
+        add_low_rank_([(y, 0)], x, matrices.places(1, 0), torch.float32)
 
 
 @DTYPES
@@ -148,7 +149,7 @@ def test_parts_of_one_tensor_are_added_to_side_by_side(n_tokens: int, dtype: tor
     exact[..., :24] = several[0].added(parts[0], x)
     exact[..., 32:] = several[1].added(parts[2], x)
     places = several[0].places(4, 3) + several[1].places(4, 1)
-    add_low_rank_([(parts[0], 3), (parts[1], 0), (parts[2], 1)], x, places)
+    add_low_rank_([(parts[0], 3), (parts[1], 0), (parts[2], 1)], x, places, dtype)
     assert_near(whole, exact)
 
 
@@ -156,7 +157,7 @@ def test_tokens_at_unequal_distances_are_refused() -> None:
     matrices = Matrices([1, 1, 1], (4, 4), torch.float32)
     y = torch.zeros(2, 3, 4).transpose(0, 1)
     with pytest.raises(ValueError, match="equal distances"):
-        add_low_rank_([(y, 0)], torch.zeros(3, 2, 4), matrices.places(1, 0))
+        add_low_rank_([(y, 0)], torch.zeros(3, 2, 4), matrices.places(1, 0), torch.float32)
 
 
 @DTYPES
