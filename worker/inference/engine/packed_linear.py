@@ -23,6 +23,7 @@ class PackedLinear(nn.Linear):
         bias = None if linear.bias is None else linear.bias.detach()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
+        self._product = torch.ops.mkldnn._linear_pointwise.default
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -32,9 +33,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` bfloat16 [..., in] to bfloat16 [..., out]."""
-        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
-            x, self._packed, self.bias, "none", [], ""
-        )
+        y: torch.Tensor = self._product(x, self._packed, self.bias, "none", [], "")
         return y
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from worker.inference.engine.errors import GenerationError
+from worker.inference.engine.kernels.operators import is_supported, largest
 from worker.inference.engine.params import Constraint, Sampling, TokenLogprobs
 
 _SEEDS = 2**63
@@ -25,9 +26,12 @@ class Peak(NamedTuple):
 
 def peaks(logits: torch.Tensor) -> list[Peak]:
     """Return the peak of each row of `logits` [n, vocabulary]: one look for all of them."""
-    largest = logits.max(dim=-1)
-    pairs = zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
-    return [Peak(value, token) for value, token in pairs]
+    if logits.device.type == "cpu" and is_supported(logits.dtype):
+        values, tokens = largest(logits)
+    else:
+        found = logits.max(dim=-1)
+        values, tokens = found.values.tolist(), found.indices.tolist()
+    return [Peak(*each) for each in zip(values, tokens, strict=True)]
 
 
 class Sampler:

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.inference.engine.kernels.numbers import copy, exp, get, pointer
+from worker.inference.engine.kernels.numbers import copy, exp, get, largest_of, pointer
 from worker.inference.engine.kernels.team import OPTIONS, Loop, member, size
 
 
@@ -40,18 +40,9 @@ def _score(q: Any, k: Any) -> Any:
     return total
 
 
-@njit(fastmath={"reassoc", "nsz", "nnan"}, error_model="numpy")
-def _largest(scores: Any) -> Any:
-    """Return the largest; where one is no number any of them, as what follows is none either."""
-    largest = scores[0]
-    for i in range(scores.shape[0]):
-        largest = max(largest, scores[i])
-    return largest
-
-
 @njit(**OPTIONS)
 def _softmax(scores: Any) -> None:
-    largest = _largest(scores)
+    largest = largest_of(scores)
     total = np.float32(0)
     for i in range(scores.shape[0]):
         scores[i] = exp(scores[i] - largest)

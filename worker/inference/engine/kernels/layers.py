@@ -5,8 +5,11 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.inference.engine.kernels.numbers import copy, exp, get, pointer, put
+from worker.inference.engine.kernels.numbers import copy, exp, get, largest_of, pointer, put
 from worker.inference.engine.kernels.team import OPTIONS, Loop, member, size
+
+STRETCH = 1024
+"""Numbers whose largest is found at a time."""
 
 
 @njit(**OPTIONS)
@@ -146,6 +149,33 @@ def _rotate_token(x: Any, cosine: Any, sine: Any, y: Any) -> None:
         put(y, j, get(x, j) * get(cosine, j) + get(x, i) * get(sine, j))
 
 
+@njit(**OPTIONS)
+def _largest(address: Any, kind: Any) -> None:
+    """Find the largest number of each row, and where it first is.
+
+    Args:
+        address: Of these numbers: where x [rows, d], the numbers in float32 and the places in int64
+            are; rows; d.
+        kind: As in `_add_low_rank`.
+    """
+    numbers = carray(address, (5,), np.int64)
+    n_rows, d = numbers[3], numbers[4]
+    rows = carray(pointer(numbers[0]), (n_rows, d), kind)
+    values = carray(pointer(numbers[1]), (n_rows,), np.float32)
+    places = carray(pointer(numbers[2]), (n_rows,), np.int64)
+    for row in range(member(), n_rows, size()):
+        found, at = largest_of(rows[row, :STRETCH]), 0
+        for start in range(STRETCH, d, STRETCH):
+            value = largest_of(rows[row, start : start + STRETCH])
+            # What is not below is above, or one of them is NaN, which then stays.
+            if not value <= found and found == found:
+                found, at = value, start
+        values[row] = found
+        while at < d - 1 and get(rows[row], at) != found:
+            at += 1
+        places[row] = at
+
+
 @Loop
 def rescale_bfloat16(address: Any) -> None:
     _rescale(address, np.uint16)
@@ -184,3 +214,13 @@ def rotate_bfloat16(address: Any) -> None:
 @Loop
 def rotate_float32(address: Any) -> None:
     _rotate(address, np.float32)
+
+
+@Loop
+def largest_bfloat16(address: Any) -> None:
+    _largest(address, np.uint16)
+
+
+@Loop
+def largest_float32(address: Any) -> None:
+    _largest(address, np.float32)

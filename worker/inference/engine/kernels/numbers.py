@@ -126,3 +126,20 @@ def exp(x: Any) -> Any:
     value = value * rest + np.float32(5.0000001201e-1)
     value = value * rest * rest + rest + np.float32(1)
     return value * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(fastmath={"reassoc", "nsz", "nnan"}, error_model="numpy")
+def _largest_number(x: Any) -> Any:
+    largest = get(x, 0)
+    for i in range(x.shape[0]):
+        largest = max(largest, get(x, i))
+    return largest
+
+
+@njit(**OPTIONS)
+def largest_of(x: Any) -> Any:
+    """Return the largest number; NaN where one is. In two ways through, which are vectorised."""
+    n_none = 0
+    for i in range(x.shape[0]):
+        n_none += get(x, i) != get(x, i)
+    return np.float32(np.nan) if n_none else _largest_number(x)

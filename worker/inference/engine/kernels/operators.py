@@ -21,6 +21,7 @@ _RESCALE = _loops(layers.rescale_bfloat16, layers.rescale_float32)
 _ADD_AND_RESCALE = _loops(layers.add_and_rescale_bfloat16, layers.add_and_rescale_float32)
 _GATE = _loops(layers.gate_bfloat16, layers.gate_float32)
 _ROTATE = _loops(layers.rotate_bfloat16, layers.rotate_float32)
+_LARGEST = _loops(layers.largest_bfloat16, layers.largest_float32)
 _STORE = _loops(attention.store_bfloat16, attention.store_float32)
 _ATTEND = _loops(attention.attend_bfloat16, attention.attend_float32)
 _ALL = (
@@ -29,6 +30,7 @@ _ALL = (
     _ADD_AND_RESCALE,
     _GATE,
     _ROTATE,
+    _LARGEST,
     _STORE,
     _ATTEND,
 )
@@ -84,14 +86,19 @@ def _by_token(x: torch.Tensor) -> int:
     """Return by how many elements the next token of `x` [rows, …, d] is further on.
 
     Raises:
-        ValueError: they do not follow at equal distances.
+        ValueError: they do not follow at equal distances, or its numbers not each other.
     """
     if x.is_contiguous():
         return x.shape[-1]
-    flat = x.flatten(0, -2)  # a copy where distances differ
-    if flat.data_ptr() != x.data_ptr() or flat.stride(1) != 1:
-        raise ValueError("The tokens of a tensor do not follow at equal distances.")
-    return flat.stride(0)
+    by_token = x.stride(-2) if x.shape[-2] > 1 or x.dim() == 2 else x.stride(-3)
+    expected = by_token
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size > 1 and stride != expected:
+            raise ValueError("The tokens of a tensor do not follow at equal distances.")
+        expected *= size
+    if x.stride(-1) != 1:
+        raise ValueError("The numbers of a token do not follow each other.")
+    return by_token
 
 
 def rescale(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -172,6 +179,18 @@ def rotated(
     _ROTATE[projected[0].dtype](numbers, n_rows * n_tokens)
     queries, keys, values = results
     return queries, keys, values
+
+
+def largest(x: torch.Tensor) -> tuple[list[float], list[int]]:
+    """Return the largest number of each row of `x` [n, d], and where it first is.
+
+    It is NaN where any number of the row is; the place then says nothing.
+    """
+    x = x.contiguous()
+    values, places = np.empty(len(x), np.float32), np.empty(len(x), np.int64)
+    numbers = np.array([x.data_ptr(), values.ctypes.data, places.ctypes.data, *x.shape])
+    _LARGEST[x.dtype](numbers, len(x))
+    return values.tolist(), places.tolist()
 
 
 def store_(rows: States, tokens: States, lengths: Numbers) -> None:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Final
 
 import llvmlite.binding
@@ -27,14 +28,26 @@ OPTIONS: Final[dict[str, Any]] = {
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def _digest() -> str:
-    """Return what tells these files from what they were: Numba looks at one of them only."""
+def _cache() -> str:
+    """Return where compiled loops of just these files are kept; nothing, if they cannot be.
+
+    Numba itself would look at the one file that a loop is in.
+    """
     files = sorted(Path(__file__).parent.glob("*.py"))
-    return xxhash.xxh64_hexdigest(b"".join(file.read_bytes() for file in files))
+    digest = xxhash.xxh64_hexdigest(b"".join(file.read_bytes() for file in files))
+    for parent in (Path(__file__).parent / "__pycache__", Path("~/.cache/tunery/loops")):
+        try:
+            folder = parent.expanduser() / digest
+            folder.mkdir(parents=True, exist_ok=True)
+            TemporaryFile(dir=folder).close()
+        except (OSError, RuntimeError):  # not to be written to; nobody's home
+            continue
+        return str(folder)
+    return ""
 
 
 _settings: Any = config
-_settings.CACHE_DIR = str(Path(__file__).parent / "__pycache__" / _digest())
+_settings.CACHE_DIR = _cache()
 
 
 def _team() -> ctypes.PyDLL | None:

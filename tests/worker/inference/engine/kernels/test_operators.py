@@ -16,6 +16,7 @@ from worker.inference.engine.kernels.operators import (
     compile_,
     gated,
     is_supported,
+    largest,
     rescale,
     rotated,
     store_,
@@ -276,3 +277,31 @@ def test_a_token_is_stored_as_the_last_of_its_row_and_nothing_else_changes(
         before[1, :, 2], before[2, :, 7] = token[0, :, 0], token[1, :, 0]
     assert torch.equal(buffers[0], expected[0])
     assert torch.equal(buffers[1], expected[1])
+
+
+@DTYPES
+@THREADS
+@pytest.mark.parametrize("d", [1, 5, 1024, 5000])
+def test_the_largest_of_each_row_is_found_where_it_first_is(
+    d: int, n_threads: int, dtype: torch.dtype
+) -> None:
+    torch.set_num_threads(n_threads)
+    x = torch.randn(7, d).to(dtype)  # in bfloat16 several are equal
+    x[1] = -3.0
+    x[2, d // 2] = float("inf")
+    x[3] = float("-inf")
+    values, places = largest(x)
+    found = x.max(-1)
+    assert values == found.values.tolist()
+    assert places == [int((row == row.max()).nonzero()[0]) for row in x]
+
+
+@DTYPES
+@pytest.mark.parametrize("at", [0, 1023, 1024, 4999])
+def test_one_nan_makes_the_largest_of_its_row_nan(at: int, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 5000).to(dtype)
+    x[1, at] = float("nan")
+    x[1, 2500] = float("inf")
+    values, places = largest(x)
+    assert np.isnan(values).tolist() == [False, True, False]
+    assert all(0 <= place < 5000 for place in places)
