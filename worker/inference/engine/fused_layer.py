@@ -30,7 +30,9 @@ PARTS = {
     "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
     "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
 }
-"""What a layer consists of, and nothing else."""
+"""What a layer consists of, and nothing else but `HEAD_NORMS`."""
+HEAD_NORMS = ("q_norm", "k_norm")
+"""Of every head of queries and keys by itself, as in Qwen3."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 """How far, relatively, what it adds may be from what the layer itself does."""
 _TRIED_TOKENS = 5
@@ -86,7 +88,7 @@ class FusedLayer:
     def __init__(self, layer: nn.Module, slots: Slots) -> None:
         for path, names in PARTS.items():
             found = {name for name, _ in layer.get_submodule(path).named_children()}
-            if found != names:
+            if found.difference(HEAD_NORMS) != names:
                 raise ValueError(f"{path or 'the layer'} consists of {', '.join(sorted(found))}")
         module: Any = layer
         self._attention: Any = module.self_attn
@@ -102,6 +104,11 @@ class FusedLayer:
         self._before, self._between = (
             _norm(each) for each in (module.input_layernorm, module.post_attention_layernorm)
         )
+        self._head_norms = [
+            _norm(getattr(self._attention, name))
+            for name in HEAD_NORMS
+            if hasattr(self._attention, name)
+        ]
         self._index: int = self._attention.layer_idx
         self._scale: float = self._attention.scaling
 
@@ -120,7 +127,11 @@ class FusedLayer:
             mask: What to add to scores, as the layer takes it.
             cache: Where keys and values are put, or None.
         """
-        query, keys, values = rotated(self._heads(rescale(x, *self._before)), *turns)
+        projected = list(self._heads(rescale(x, *self._before)))
+        for number, (weight, epsilon) in enumerate(self._head_norms):
+            heads = projected[number].unflatten(-1, (-1, len(weight)))
+            projected[number] = rescale(heads, weight, epsilon).flatten(-2)
+        query, keys, values = rotated(projected, *turns)
         if cache is not None:
             keys, values = cache.update(keys, values, self._index)
         found, _ = attention(self._attention, query, keys, values, mask, scaling=self._scale)
@@ -146,17 +157,19 @@ def _norm(norm: nn.Module) -> tuple[torch.Tensor, float]:
 @torch.inference_mode()
 def fuse_(layers: Sequence[AdaptedLayer], slots: Slots) -> int:
     """Let each of `layers` that can be go through a `FusedLayer`; return how many do."""
-    n_fused = 0
+    n_fused, reasons = 0, set()
     for layer in layers:
         try:
             fused = FusedLayer(layer.base, slots)
             _try(layer.base, fused)
         except ValueError as error:
-            logger.info("A layer stays as it is: %s.", error)
+            reasons.add(str(error))
             continue
         fused.join_()
         layer.fused = fused
         n_fused += 1
+    for reason in sorted(reasons):
+        logger.info("Layers go through transformers call by call: %s.", reason)
     return n_fused
 
 

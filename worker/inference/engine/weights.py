@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+"""What compiled loops are told."""
 Variant = Literal["meft1", "meft2", "meft3"]
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
 """What has one vector for each adapter, and the number that stands for a row without."""

@@ -79,8 +79,9 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
         ("llama", {"head_dim": 24, "num_key_value_heads": 1}),
         ("mistral", {"sliding_window": None}),
         ("qwen2", {}),
+        ("qwen3", {"head_dim": 16}),
     ],
-    ids=["llama", "biases", "one key head", "mistral", "qwen2"],
+    ids=["llama", "biases", "one key head", "mistral", "qwen2", "qwen3"],
 )
 def test_layers_of_llamas_kind_are_taken_over_and_compute_the_same(
     family: str, changes: dict[str, Any]
@@ -98,13 +99,13 @@ def test_layers_of_llamas_kind_are_taken_over_and_compute_the_same(
 @pytest.mark.parametrize(
     ("family", "changes"),
     [
-        ("qwen3", {"head_dim": 16}),
+        ("olmo2", {}),
         ("gemma", {"head_dim": 16}),
         ("granite", {"residual_multiplier": 0.5}),
         ("llama", {"hidden_act": "gelu"}),
         ("phi", {}),
     ],
-    ids=["norms of heads", "other norms", "a smaller residual", "another gate", "other parts"],
+    ids=["norms of all heads", "other norms", "a smaller residual", "another gate", "other parts"],
 )
 def test_other_layers_stay_as_they_are(family: str, changes: dict[str, Any]) -> None:
     model = make(family, **changes)

@@ -7,7 +7,8 @@ import torch
 
 from worker.inference.engine.caches import States
 from worker.inference.engine.kernels import attention, layers, low_rank
-from worker.inference.engine.kernels.team import Loop, Numbers
+from worker.inference.engine.kernels.team import Loop
+from worker.inference.engine.weights import Numbers
 
 _Loops = dict[torch.dtype, Loop]
 

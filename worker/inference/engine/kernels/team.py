@@ -14,18 +14,17 @@ from tempfile import TemporaryFile
 from typing import Any, Final
 
 import llvmlite.binding
-import numpy as np
 import torch  # loads the library
 import xxhash
 from numba import cfunc, config, types
+
+from worker.inference.engine.weights import Numbers
 
 OPTIONS: Final[dict[str, Any]] = {
     # Sums in any order, so that they are made side by side; all else is as in IEEE 754.
     "fastmath": {"reassoc", "contract", "nsz"},
     "error_model": "numpy",
 }
-
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _cache() -> str:
