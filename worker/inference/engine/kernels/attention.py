@@ -5,7 +5,15 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.inference.engine.kernels.numbers import copy, exp, get, largest_of, pointer
+from worker.inference.engine.kernels.numbers import (
+    add,
+    add_four,
+    copy,
+    exp,
+    largest_of,
+    pointer,
+    product,
+)
 from worker.inference.engine.kernels.team import OPTIONS, Loop, member, size
 
 
@@ -33,14 +41,6 @@ def _store(address: Any, kind: Any) -> None:
 
 
 @njit(**OPTIONS)
-def _score(q: Any, k: Any) -> Any:
-    total = np.float32(0)
-    for i in range(q.shape[0]):
-        total += q[i] * get(k, i)
-    return total
-
-
-@njit(**OPTIONS)
 def _softmax(scores: Any) -> None:
     largest = largest_of(scores)
     total = np.float32(0)
@@ -50,12 +50,6 @@ def _softmax(scores: Any) -> None:
     share = np.float32(1) / total
     for i in range(scores.shape[0]):
         scores[i] *= share
-
-
-@njit(**OPTIONS)
-def _add_times(total: Any, share: Any, v: Any) -> None:
-    for i in range(total.shape[0]):
-        total[i] += share * get(v, i)
 
 
 @njit(**OPTIONS)
@@ -96,10 +90,12 @@ def _attend(address: Any, kind: Any) -> None:
                 total[i] = 0
             own = scores[:n]
             for token in range(n):
-                own[token] = _score(query, keys[token])
+                own[token] = product(query, keys[token])
             _softmax(own)
-            for token in range(n):
-                _add_times(total, own[token], values[token])
+            for token in range(0, n - 3, 4):
+                add_four(total, values, token, own)
+            for token in range(n - n % 4, n):
+                add(total, values[token], own[token])
             copy(total, outputs[row, head])
 
 
