@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -87,3 +88,32 @@ def test_a_prompt_is_the_same_with_either() -> None:
         expected = model(input_ids=ids).logits
         use_compiled_attention_(model)
         assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+SIZES = [(64, 64), (20, 64), (2, 399), (64, 400)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "n_tokens", "width"),
+    # Where something is stored transformers gives a mask.
+    [("none", 64, 64), *((kind, *each) for kind in ("bool", "float", "rows") for each in SIZES)],
+)
+def test_prompts_are_attended_to_as_torch_does(kind: str, n_tokens: int, width: int) -> None:
+    use_compiled_attention_(make())
+    module = make().model.layers[0].self_attn
+    torch.manual_seed(0)
+    query = torch.randn(2, 4, n_tokens, 8)
+    keys, values = torch.randn(2, 2, 2, width, 8)
+    seen = torch.ones(n_tokens, width, dtype=torch.bool).tril(width - n_tokens)[None, None]
+    if kind == "rows":
+        seen = seen.repeat(2, 1, 1, 1)
+        seen[1, :, :, :5] = False
+        seen[1, :, :, width - n_tokens] = True
+    lowest = torch.finfo(torch.float32).min
+    mask = {
+        "none": None,
+        "float": torch.zeros(seen.shape).masked_fill(~seen, lowest),
+    }.get(kind, seen)
+    expected, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=0.4)
+    found, _ = AttentionInterface()[NAME](module, query, keys, values, mask, scaling=0.4)
+    torch.testing.assert_close(found, expected)

@@ -11,7 +11,7 @@ from worker.inference.engine.kernels.numbers import (
     copy,
     pointer,
     product,
-    products_of_two,
+    products_of_four,
 )
 from worker.inference.engine.kernels.team import OPTIONS, Loop, member, size
 
@@ -36,7 +36,7 @@ def _add_low_rank(address: Any, kind: Any) -> None:
     n_blocks = max((n_tokens + TOKENS - 1) // TOKENS, min(n_tokens, size() // n_rows))
     n_each = (n_tokens + n_blocks - 1) // n_blocks
     all_x = carray(pointer(numbers[0]), (n_rows * n_tokens, n_in), kind)
-    x = np.zeros((n_each + 1, n_in), np.float32)
+    x = np.zeros((n_each + 3, n_in), np.float32)  # the last ones are nobody's
     for task in range(member(), n_rows * n_blocks, size()):
         row, first = task // n_blocks, (task % n_blocks) * n_each
         n = min(n_each, n_tokens - first)
@@ -53,14 +53,14 @@ def _add_low_rank(address: Any, kind: Any) -> None:
                 b = carray(pointer(place[1]), (place[2], n_out), kind)
                 all_y = carray(pointer(y), (n_rows * n_tokens * by_token,), kind)
                 at = (row * n_tokens + first) * by_token
-                _add_to_part(all_y[at:], by_token, x[: n + 1], a, b)
+                _add_to_part(all_y[at:], by_token, x[: n + 3], a, b)
 
 
 @njit(**OPTIONS)
 def _add_to_part(y: Any, by_token: int, x: Any, a: Any, b: Any) -> None:
-    """Add `x` [tokens and one more, in] times A, times B, to the tokens that `y` begins with."""
-    n_tokens, rank, n_in, n_out = x.shape[0] - 1, a.shape[0], a.shape[1], b.shape[1]
-    sums = np.empty((2, n_out), np.float32)
+    """Add `x` [tokens and three more, in] times A, times B, to the tokens that `y` begins with."""
+    n_tokens, rank, n_in, n_out = x.shape[0] - 3, a.shape[0], a.shape[1], b.shape[1]
+    sums = np.empty((4, n_out), np.float32)
     if n_tokens == 1:
         copy(y[:n_out], sums[0])
         for r in range(rank):
@@ -70,20 +70,23 @@ def _add_to_part(y: Any, by_token: int, x: Any, a: Any, b: Any) -> None:
     rounded = (rank + 3) // 4 * 4
     a32 = np.zeros((rounded, n_in), np.float32)
     b32 = np.zeros((rounded, n_out), np.float32)
-    h = np.empty((2, rounded), np.float32)
+    h = np.empty((4, rounded), np.float32)
     for r in range(rank):
         copy(a[r], a32[r])
         copy(b[r], b32[r])
-    for token in range(0, n_tokens, 2):
-        n_both = min(2, n_tokens - token)
-        for i in range(n_both):
+    for token in range(0, n_tokens, 4):
+        n = min(4, n_tokens - token)
+        for i in range(n):
             at = (token + i) * by_token
             copy(y[at : at + n_out], sums[i])
         for r in range(0, rounded, 4):
-            products_of_two(x[token : token + 2], a32, r, h)
+            products_of_four(x[token : token + 4], a32, r, h)
         for r in range(0, rounded, 4):
             add_to_two(sums[0], sums[1], b32, r, h)
-        for i in range(n_both):
+        if n > 2:
+            for r in range(0, rounded, 4):
+                add_to_two(sums[2], sums[3], b32, r, h[2:])
+        for i in range(n):
             at = (token + i) * by_token
             copy(sums[i], y[at : at + n_out])
 

@@ -75,22 +75,24 @@ def product(x: Any, row: Any) -> Any:
 
 
 @njit(**OPTIONS)
-def products_of_two(x: Any, a: Any, r: int, h: Any) -> None:
-    """Set four numbers a row of `h` to products of `x` [2, …] with rows of `a`, from row `r` on."""
-    x0, x1, a0, a1, a2, a3 = x[0], x[1], a[r], a[r + 1], a[r + 2], a[r + 3]
-    h0 = h1 = h2 = h3 = k0 = k1 = k2 = k3 = np.float32(0)
-    for i in range(x0.shape[0]):
-        value, other, b0, b1, b2, b3 = x0[i], x1[i], a0[i], a1[i], a2[i], a3[i]
-        h0 += value * b0
-        h1 += value * b1
-        h2 += value * b2
-        h3 += value * b3
-        k0 += other * b0
-        k1 += other * b1
-        k2 += other * b2
-        k3 += other * b3
+def products_of_four(x: Any, a: Any, r: int, h: Any) -> None:
+    """Set four numbers of each of four rows of `h` to products of `x` [4, …] with rows of `a`, from
+    row `r` on: sixteen sums stay in registers.
+    """
+    x0, x1, x2, x3, a0, a1, a2, a3 = x[0], x[1], x[2], x[3], a[r], a[r + 1], a[r + 2], a[r + 3]
+    h0 = h1 = h2 = h3 = i0 = i1 = i2 = i3 = np.float32(0)
+    j0 = j1 = j2 = j3 = k0 = k1 = k2 = k3 = np.float32(0)
+    for n in range(x0.shape[0]):
+        b0, b1, b2, b3 = a0[n], a1[n], a2[n], a3[n]
+        y0, y1, y2, y3 = x0[n], x1[n], x2[n], x3[n]
+        h0, h1, h2, h3 = h0 + y0 * b0, h1 + y0 * b1, h2 + y0 * b2, h3 + y0 * b3
+        i0, i1, i2, i3 = i0 + y1 * b0, i1 + y1 * b1, i2 + y1 * b2, i3 + y1 * b3
+        j0, j1, j2, j3 = j0 + y2 * b0, j1 + y2 * b1, j2 + y2 * b2, j3 + y2 * b3
+        k0, k1, k2, k3 = k0 + y3 * b0, k1 + y3 * b1, k2 + y3 * b2, k3 + y3 * b3
     h[0, r], h[0, r + 1], h[0, r + 2], h[0, r + 3] = h0, h1, h2, h3
-    h[1, r], h[1, r + 1], h[1, r + 2], h[1, r + 3] = k0, k1, k2, k3
+    h[1, r], h[1, r + 1], h[1, r + 2], h[1, r + 3] = i0, i1, i2, i3
+    h[2, r], h[2, r + 1], h[2, r + 2], h[2, r + 3] = j0, j1, j2, j3
+    h[3, r], h[3, r + 1], h[3, r + 2], h[3, r + 3] = k0, k1, k2, k3
 
 
 @njit(**OPTIONS)
