@@ -13,8 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from worker.inference.engine.kernels import Numbers
 from worker.inference.engine.kernels.operators import attend
-from worker.inference.engine.weights import Numbers
 
 NAME = "tunery_rows"
 EXPLICIT = range(40, 400)
@@ -53,10 +53,18 @@ def attention(
     attention_mask: torch.Tensor | None,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
+    """Attend as ``sdpa_attention_forward`` of transformers does, which takes all that is unusual.
+
+    Returns:
+        [rows, tokens, heads, d], and no weights.
+
+    Raises:
+        ValueError: scores are to be capped.
+    """
     scale = options.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     is_usual = (
-        options.get("position_bias") is None
+        not any(options.get(name) is not None for name in ("position_bias", "softcap"))
         and query.dtype == key.dtype
         and query.shape[-1] == value.shape[-1]
     )
@@ -65,7 +73,10 @@ def attention(
     if is_usual and rows and _is_same(attention_mask, rows.mask):
         return attend(query, key, value, rows.lengths, scale), None
     if is_usual and query.shape[2] > 1 and key.shape[2] in EXPLICIT:
-        return _explicitly(query, key, value, attention_mask, scale), None
+        is_causal = options.get("is_causal")
+        is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask is not None or (is_causal and query.shape[2] == key.shape[2]):
+            return _explicitly(query, key, value, attention_mask, scale), None
     output: torch.Tensor
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     return output, None

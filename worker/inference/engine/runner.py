@@ -70,8 +70,7 @@ class Runner:
         """Those that share a pass; its index is the row."""
         self._cache_argument = cache_argument(model)
         n_reserved = limits.max_running if record else 0
-        is_compiled = compiled is not None
-        self._rows = RowCache(n_reserved, limits.cache_tokens, compiled=is_compiled)
+        self._rows = RowCache(n_reserved, limits.cache_tokens, compiled=compiled is not None)
         self._graphs = record and DecodeGraphs(
             self._step, self._rows, self.slots, record, model.dtype
         )

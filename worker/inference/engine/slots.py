@@ -13,13 +13,13 @@ import torch
 
 from worker.inference.engine.bottlenecks import BottleneckBuffers
 from worker.inference.engine.columns import Columns
+from worker.inference.engine.kernels import Numbers
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.streams import StreamRows
 from worker.inference.engine.weights import (
     VECTORS,
     AdapterWeights,
     ModuleChange,
-    Numbers,
     TwoStreams,
 )
 

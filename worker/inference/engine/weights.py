@@ -3,13 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-import numpy as np
 import torch
 
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
-"""What compiled loops are told."""
+from worker.inference.engine.kernels import Numbers
+
 Variant = Literal["meft1", "meft2", "meft3"]
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
 """What has one vector for each adapter, and the number that stands for a row without."""

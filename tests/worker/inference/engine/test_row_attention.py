@@ -5,9 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from tests.worker.inference.tiny import tiny_llama
 from worker.inference.engine import row_attention
 from worker.inference.engine.row_attention import NAME, Rows, mark, use_compiled_attention_
 
@@ -15,15 +16,7 @@ LENGTHS = [2, 5]
 
 
 def make(implementation: str = "sdpa") -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = tiny_llama(hidden_size=32, num_hidden_layers=1)
     model.set_attn_implementation(implementation)
     return model
 
@@ -116,4 +109,30 @@ def test_prompts_are_attended_to_as_torch_does(kind: str, n_tokens: int, width: 
     }.get(kind, seen)
     expected, _ = sdpa_attention_forward(module, query, keys, values, mask, scaling=0.4)
     found, _ = AttentionInterface()[NAME](module, query, keys, values, mask, scaling=0.4)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 64])
+def test_what_torch_refuses_is_refused_and_not_left_out(n_tokens: int) -> None:
+    """Scores that are capped (Gemma 2) would be others, and nobody would know."""
+    use_compiled_attention_(make())
+    module, query, keys, values, mask = states()
+    if n_tokens > 1:
+        query, mask = torch.randn(2, 4, n_tokens, 8), None
+        keys, values = torch.randn(2, 2, 2, n_tokens, 8)
+    else:
+        mark(keys, Rows(np.array(LENGTHS), mask))
+    with pytest.raises(ValueError, match="softcap"):
+        AttentionInterface()[NAME](module, query, keys, values, mask, softcap=50.0)
+
+
+@pytest.mark.parametrize("how", ["asked", "of the module"])
+def test_tokens_that_may_look_ahead_do(how: str) -> None:
+    use_compiled_attention_(make())
+    module = make().model.layers[0].self_attn
+    query, keys, values = (torch.randn(2, n, 64, 8) for n in (4, 2, 2))
+    options: dict[str, Any] = {"is_causal": False} if how == "asked" else {}
+    module.is_causal = how == "asked"
+    expected, _ = sdpa_attention_forward(module, query, keys, values, None, **options)
+    found, _ = AttentionInterface()[NAME](module, query, keys, values, None, **options)
     torch.testing.assert_close(found, expected)

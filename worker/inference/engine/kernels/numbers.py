@@ -26,8 +26,8 @@ pointer: Any = intrinsic(_pointer)
 
 
 def get(array: Any, i: Any) -> Any:
-    """Return an element in float32; uint16 is bfloat16."""
-    raise NotImplementedError
+    """Return an element in float32; uint16 is bfloat16. Inside of loops Numba takes `_get_of`."""
+    raise NotImplementedError("only loops, which are compiled, read elements")
 
 
 @overload(get)
@@ -42,8 +42,8 @@ def _get_of(array: Any, i: Any) -> Any:
 
 
 def put(array: Any, i: Any, value: Any) -> None:
-    """Set an element, rounded to the nearest, of two to the even one."""
-    raise NotImplementedError
+    """Set an element, rounded to the nearest, of two to the even one. Numba takes `_put_of`."""
+    raise NotImplementedError("only loops, which are compiled, set elements")
 
 
 @overload(put)

@@ -6,9 +6,8 @@ import numpy as np
 import torch
 
 from worker.inference.engine.caches import States
-from worker.inference.engine.kernels import attention, layers, low_rank
+from worker.inference.engine.kernels import Numbers, attention, layers, low_rank
 from worker.inference.engine.kernels.team import Loop
-from worker.inference.engine.weights import Numbers
 
 _Loops = dict[torch.dtype, Loop]
 

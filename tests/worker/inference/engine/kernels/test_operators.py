@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from worker.inference.engine.kernels import Numbers
 from worker.inference.engine.kernels.operators import (
     add_and_rescale,
     add_low_rank_,
@@ -21,7 +22,6 @@ from worker.inference.engine.kernels.operators import (
     rotated,
     store_,
 )
-from worker.inference.engine.weights import Numbers
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 THREADS = pytest.mark.parametrize("n_threads", [1, 2, 3])
