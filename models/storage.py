@@ -167,17 +167,21 @@ class LocalStore:
             raise ObjectNotFoundError(key) from None
 
     def stream(self, key: str) -> Iterator[bytes]:
-        try:
-            file = self._path(key).open("rb")
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise ObjectNotFoundError(key) from None
-
         def read() -> Iterator[bytes]:
+            try:
+                file = self._path(key).open("rb")
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                raise ObjectNotFoundError(key) from None
             with file:
+                yield b""
                 while chunk := file.read(CHUNK):
                     yield chunk
 
-        return read()
+        chunks = read()
+        # Begun here: a missing object shows at once, and only a generator that has begun closes
+        # its file when the reader goes away before the first chunk.
+        next(chunks)
+        return chunks
 
     def list(self, prefix: str) -> list[ObjectInfo]:
         found = []

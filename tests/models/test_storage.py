@@ -1,11 +1,13 @@
 """One contract for every object store, kept by files on disk and by a real S3 server."""
 
+import gc
 import hashlib
 import os
 import stat
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,6 +237,17 @@ def test_an_interrupted_write_leaves_no_object(store: ObjectStore, n_chunks: int
     with pytest.raises(ConnectionAbortedError):
         store.put("a/old", broken())
     assert store.get("a/old") == b"old"
+
+
+def test_a_stream_that_nobody_reads_leaves_no_file_open(store: ObjectStore) -> None:
+    """Else a client that goes away before the first chunk leaves the file to the collector."""
+    store.put("unread", b"data")
+    with warnings.catch_warnings(record=True) as complaints:
+        warnings.simplefilter("always", ResourceWarning)
+        store.stream("unread")
+        gc.collect()
+    assert complaints == []
+    assert not any(file.path.endswith("unread") for file in psutil.Process().open_files())
 
 
 def test_streams_a_large_object_in_bounded_memory(store: ObjectStore) -> None:
