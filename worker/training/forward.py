@@ -176,7 +176,7 @@ class PackedForward:
     def _hidden_states(self, batch: Batch, rows: Layout) -> torch.Tensor:
         with layout.active(rows), self._around():
             output = _backbone(self._model)(**self._inputs(batch), use_cache=False)
-        hidden: torch.Tensor = output.last_hidden_state[0]
+        hidden: torch.Tensor = output.last_hidden_state.squeeze(0)
         return hidden
 
     def cross_entropies(
@@ -259,7 +259,13 @@ def choose_forward(
         return padded, f"{type(error).__name__}: {error}"
     finally:
         model.train(was_training)
-    log.info("packed_forward", groups=done.n_groups, norms=done.n_norms, missed=len(done.missed))
+    log.info(
+        "packed_forward",
+        groups=done.n_groups,
+        norms=done.n_norms,
+        fused=done.n_fused,
+        missed=len(done.missed),
+    )
     return packed, None
 
 

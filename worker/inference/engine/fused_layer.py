@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from worker.inference.engine.kernels.operators import (
+from worker.inference.engine.lora import AdaptedLinear
+from worker.inference.engine.packed_linear import Joint, JointPart, PackedLinear
+from worker.inference.engine.row_attention import NAME, attention
+from worker.inference.engine.slots import Slots
+from worker.inference.engine.wrapped import AdaptedLayer, AdaptedNorm
+from worker.kernels.operators import (
     add_and_rescale,
     add_low_rank_,
     gated,
     rescale,
     rotated,
 )
-from worker.inference.engine.lora import AdaptedLinear
-from worker.inference.engine.packed_linear import Joint, JointPart, PackedLinear
-from worker.inference.engine.row_attention import NAME, attention
-from worker.inference.engine.slots import Slots
-from worker.inference.engine.wrapped import AdaptedLayer, AdaptedNorm
 
 PARTS = {
     "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},

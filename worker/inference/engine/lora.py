@@ -10,11 +10,11 @@ from transformers.pytorch_utils import Conv1D
 
 from worker.inference.engine.bottlenecks import beside
 from worker.inference.engine.columns import Lanes
-from worker.inference.engine.kernels.operators import add_low_rank_
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.slots import LayerBuffers, Slots
 from worker.inference.engine.weights import BaseLinear
 from worker.inference.engine.wrapped import Adapted, AdaptedLayer, AdaptedNorm, is_norm
+from worker.kernels.operators import add_low_rank_
 from worker.transformer_blocks import (
     UnknownLayersError,
     feed_forward_of,

@@ -13,8 +13,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from worker.inference.engine.kernels import Numbers
-from worker.inference.engine.kernels.operators import attend
+from worker.kernels import Numbers
+from worker.kernels.operators import attend
 
 NAME = "tunery_rows"
 EXPLICIT = range(40, 400)

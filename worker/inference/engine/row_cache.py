@@ -8,8 +8,8 @@ from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from worker.inference.engine.caches import States, states_of
-from worker.inference.engine.kernels.operators import store_
 from worker.inference.engine.row_attention import Rows, mark
+from worker.kernels.operators import store_
 
 GROWTH = 256
 """Tokens by which rows grow at once: growing copies all rows."""

@@ -9,7 +9,6 @@ from worker.inference.engine.blocks import root_of
 from worker.inference.engine.caches import joined, row_of
 from worker.inference.engine.fused_layer import fuse_
 from worker.inference.engine.graphs import DecodeGraphs, Record
-from worker.inference.engine.kernels.operators import compile_, is_supported
 from worker.inference.engine.lora import BaseLayers
 from worker.inference.engine.prefix import BLOCK_TOKENS, PrefixStore
 from worker.inference.engine.prompts import together
@@ -19,6 +18,7 @@ from worker.inference.engine.scheduler import Limits
 from worker.inference.engine.sequence import Sequence
 from worker.inference.engine.slots import Slots
 from worker.inference.engine.weights import AdapterWeights
+from worker.kernels.operators import compile_, is_supported
 
 
 def cache_argument(model: PreTrainedModel) -> str:

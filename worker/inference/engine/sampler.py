@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 
 from worker.inference.engine.errors import GenerationError
-from worker.inference.engine.kernels.operators import is_supported, largest
 from worker.inference.engine.params import Constraint, Sampling, TokenLogprobs
+from worker.kernels.operators import is_supported, largest
 
 _SEEDS = 2**63
 _FIRST_LOOK = 512

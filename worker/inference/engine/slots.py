@@ -13,7 +13,6 @@ import torch
 
 from worker.inference.engine.bottlenecks import BottleneckBuffers
 from worker.inference.engine.columns import Columns
-from worker.inference.engine.kernels import Numbers
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.streams import StreamRows
 from worker.inference.engine.weights import (
@@ -22,6 +21,7 @@ from worker.inference.engine.weights import (
     ModuleChange,
     TwoStreams,
 )
+from worker.kernels import Numbers
 
 
 class LayerBuffers:

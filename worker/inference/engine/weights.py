@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from worker.inference.engine.kernels import Numbers
+from worker.kernels import Numbers
 
 Variant = Literal["meft1", "meft2", "meft3"]
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}

@@ -9,8 +9,8 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from worker.inference.engine.bottlenecks import beside
-from worker.inference.engine.kernels.operators import is_supported, rescale
 from worker.inference.engine.slots import LayerBuffers, Slots
+from worker.kernels.operators import is_supported, rescale
 from worker.transformer_blocks import (
     Call,
     attention_block,

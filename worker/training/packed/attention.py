@@ -8,15 +8,24 @@ all rows go through one call of the flash kernel for rows of different lengths. 
 """
 
 import inspect
-import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from worker.kernels.operators import is_supported
+from worker.kernels.training import (
+    Rows,
+    Turns,
+    causal_softmax_,
+    causal_softmax_back_,
+    join_heads,
+    split_heads,
+)
 from worker.training.packed import layout, pool
-from worker.training.packed.layout import Bucket, Layout
+from worker.training.packed.layout import Layout
 
 NAME = "tunery_packed"
 EXPLICIT_UP_TO = 1024
@@ -96,6 +105,7 @@ def packed_attention(  # noqa: PLR0913 - the interface of transformers
     windowed = sliding_window is not None and rows.longest > sliding_window
     if (
         query.device.type == "cpu"
+        and is_supported(query.dtype)
         and rows.longest <= EXPLICIT_UP_TO
         and is_causal
         and not windowed
@@ -183,36 +193,8 @@ def _window_mask(n: int, window: int | None, device: torch.device) -> torch.Tens
     return ones.tril() & ones.triu(1 - window) if window is not None else ones.tril()
 
 
-@lru_cache(maxsize=64)
-def _future(size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return [size, size] with −∞ where a position would see a later one, else 0."""
-    return torch.full((size, size), -math.inf, dtype=dtype).triu_(1)
-
-
-def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return the probabilities [S·K, G·n, n] of scaled queries [S·K, G·n, D], keys [S·K, n, D]."""
-    n = keys.shape[1]
-    scores = _bmm(queries, keys.transpose(1, 2))
-    by_query = scores.view(len(keys), -1, n, n)
-    by_query.add_(_future(n, scores.dtype))
-    # The kernel computes in float32 whatever the dtype is.
-    return torch.softmax(by_query, -1, out=pool.empty(scores, *by_query.shape)).view_as(scores)
-
-
-def _bmm(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the products [N, I, J] of one [N, I, K] and other [N, K, J]."""
-    return torch.bmm(one, other, out=pool.empty(one, *one.shape[:2], other.shape[2]))
-
-
 class _ExplicitAttention(torch.autograd.Function):
-    """softmax(s·QKᵀ)·V for buckets of rows; the G = H / K queries of a key head are one product.
-
-    The probabilities, which of all that is kept would grow with the square of a row's length, are
-    made again in the backward pass.
-
-    The spare places at the end of a bucket's shorter rows need no mask: they come after all that is
-    real, so no real position sees them, and their own results are left out.
-    """
+    """`attend` as a node of the graph, for queries [1, H, T, D], keys and values [1, K, T, D]."""
 
     @staticmethod
     def forward(
@@ -221,67 +203,103 @@ class _ExplicitAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float,
-        buckets: list[Bucket],
+        buckets: list[Rows],
     ) -> torch.Tensor:
-        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        n_tokens, n_heads, width = query.shape
-        n_keys = key.shape[1]
-        output = pool.empty(query, n_tokens, n_heads, width)
-        saved = []
-        for bucket in buckets:
-            queries = _heads_first(query, bucket, n_keys).mul_(scale)
-            keys, values = (_heads_first(each, bucket, n_keys) for each in (key, value))
-            _tokens_first(_bmm(_shares(queries, keys), values), bucket, output)
-            saved += [queries, keys, values]
+        projected = [each[0].transpose(0, 1) for each in (query, key, value)]
+        output = pool.empty(query, *projected[0].shape)
+        saved = attend(projected, None, scale, buckets, output)
         ctx.save_for_backward(*saved)
-        ctx.scale, ctx.buckets, ctx.n_keys = scale, buckets, n_keys
+        ctx.scale, ctx.buckets = scale, buckets
         return output[None]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        saved, n_keys = ctx.saved_tensors, ctx.n_keys
-        gradient = gradient[0]
-        n_tokens, n_heads, width = gradient.shape
-        to_query = pool.empty(gradient, n_tokens, n_heads, width)
-        to_key, to_value = (pool.empty(gradient, n_tokens, n_keys, width) for _ in range(2))
-        for index, bucket in enumerate(ctx.buckets):
-            queries, keys, values = saved[3 * index : 3 * index + 3]
-            shares = _shares(queries, keys)
-            outer = _heads_first(gradient, bucket, n_keys, spare=0.0)
-            _tokens_first(_bmm(shares.transpose(1, 2), outer), bucket, to_value)
-            to_shares = _bmm(outer, values.transpose(1, 2))
-            to_scores = torch._softmax_backward_data(
-                to_shares, shares, -1, shares.dtype, grad_input=pool.empty(shares, *shares.shape)
-            )
-            back = _bmm(to_scores, keys).mul_(ctx.scale)
-            _tokens_first(back, bucket, to_query)
-            _tokens_first(_bmm(to_scores.transpose(1, 2), queries), bucket, to_key)
-        heads_first = (each.transpose(0, 1)[None] for each in (to_query, to_key, to_value))
-        return (*heads_first, None, None)
+        saved = ctx.saved_tensors  # once: a pass that runs again gives them out once
+        n_tokens, n_heads, width = gradient.shape[1:]
+        n_keys = saved[1].shape[1]
+        to_projected = [
+            pool.empty(gradient, n_tokens, heads, width) for heads in (n_heads, n_keys, n_keys)
+        ]
+        attend_back(gradient[0].contiguous(), saved, None, ctx.scale, ctx.buckets, to_projected)
+        return (*(each.transpose(0, 1)[None] for each in to_projected), None, None)
 
 
-def _heads_first(
-    x: torch.Tensor, bucket: Bucket, n_keys: int, *, spare: float | None = None
-) -> torch.Tensor:
-    """Return a copy [S·K, G·n, D] of the rows of a bucket from x [T, K·G, D]."""
-    width = x.shape[-1]
-    rows = x[bucket.start : bucket.end]
-    if len(bucket.spare):
-        rows = pool.empty(x, len(bucket.gather), *x.shape[1:])
-        torch.index_select(x, 0, bucket.gather, out=rows)
-        if spare is not None:
-            rows.index_fill_(0, bucket.spare, spare)
-    split = rows.view(bucket.n_rows, bucket.n, n_keys, -1, width).permute(0, 2, 3, 1, 4)
-    return pool.copy(split).view(bucket.n_rows * n_keys, -1, width)
+def attend(
+    projected: Sequence[torch.Tensor],
+    turns: Turns | None,
+    scale: float,
+    buckets: list[Rows],
+    output: torch.Tensor,
+) -> list[torch.Tensor]:
+    """Compute softmax(s·QKᵀ)·V of each row; the G = H / K queries of a key head are one product.
+
+    The probabilities, which of all that is kept would grow with the square of a row's length, are
+    made again in the backward pass. Places after the ends of a bucket's shorter rows hold 0 and
+    need no mask: they come after all that is real, so that nothing real sees them.
+
+    Args:
+        projected: Queries [T, H, D], keys and values [T, K, D].
+        turns: Positions that are put into queries and keys, or None if they are there.
+        scale: s.
+        buckets: All rows, in groups.
+        output: [T, H, D], is filled.
+
+    Returns:
+        For each bucket of S rows the scaled queries [S, H, n, D], keys and values [S, K, n, D], as
+        `attend_back` needs them.
+    """
+    saved = []
+    for rows in buckets:
+        factors, places = (scale, 1.0, 1.0), (turns, turns, None)
+        queries, keys, values = (
+            split_heads(x, rows, place, factor, out=_heads(x, rows))
+            for x, place, factor in zip(projected, places, factors, strict=True)
+        )
+        saved += [queries, keys, values]
+        results = _bmm(_shares(queries, keys), _by_key(values, values))
+        join_heads(results.view_as(queries), rows, None, 1.0, out=output)
+    return saved
 
 
-def _tokens_first(x: torch.Tensor, bucket: Bucket, out: torch.Tensor) -> None:
-    """Write x [S·K, G·n, D] to the tokens of the bucket in out [T, K·G, D]."""
-    split = x.view(bucket.n_rows, -1, bucket.n, out.shape[-1])
-    split = split.transpose(1, 2)
-    target = out[bucket.start : bucket.end]
-    if len(bucket.spare):
-        rows = pool.copy(split).view(-1, *out.shape[1:])
-        torch.index_select(rows, 0, bucket.real, out=target)
-    else:
-        target.view(split.shape).copy_(split)
+def attend_back(
+    gradient: torch.Tensor,
+    saved: Sequence[torch.Tensor],
+    turns: Turns | None,
+    scale: float,
+    buckets: list[Rows],
+    to_projected: Sequence[torch.Tensor],
+) -> None:
+    """Fill `to_projected`, shaped as queries, keys and values, from the gradient [T, H, D]."""
+    to_query, to_key, to_value = to_projected
+    for index, rows in enumerate(buckets):
+        queries, keys, values = saved[3 * index : 3 * index + 3]
+        shares = _shares(queries, keys)
+        outer = split_heads(gradient, rows, None, 1.0, out=_heads(gradient, rows))
+        outer = _by_key(outer, values)
+        join_heads(
+            _bmm(shares.transpose(1, 2), outer).view_as(values), rows, None, 1.0, out=to_value
+        )
+        to_scores = causal_softmax_back_(_bmm(outer, _by_key(values, values).mT), shares)
+        back = _bmm(to_scores, _by_key(keys, keys)).view_as(queries)
+        join_heads(back, rows, turns, scale, out=to_query)
+        back = _bmm(to_scores.mT, _by_key(queries, keys)).view_as(keys)
+        join_heads(back, rows, turns, 1.0, out=to_key)
+
+
+def _heads(tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
+    return pool.empty(tokens, len(rows), tokens.shape[1], rows.n, tokens.shape[2])
+
+
+def _by_key(x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return x [S, K·G, n, D] as [S·K, G·n, D], as many as `keys` [S, K, n, D] has heads."""
+    return x.view(keys.shape[0] * keys.shape[1], -1, keys.shape[3])
+
+
+def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return the probabilities [S·K, G·n, n] of scaled queries [S, H, n, D], keys [S, K, n, D]."""
+    return causal_softmax_(_bmm(_by_key(queries, keys), _by_key(keys, keys).mT))
+
+
+def _bmm(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Return the products [N, I, J] of one [N, I, K] and other [N, K, J]."""
+    return torch.bmm(one, other, out=pool.empty(one, *one.shape[:2], other.shape[2]))

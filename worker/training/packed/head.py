@@ -10,12 +10,14 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from worker.kernels.operators import is_supported
+from worker.kernels.training import cross_entropy_
 from worker.training.packed import pool
 
-CHUNK_BYTES = 24 << 20
-"""About what the logits of one chunk take: from 32 MiB on, the heap gives each new pages."""
+CHUNK_BYTES = 48 << 20
+"""About what the logits of one chunk take: the fewer chunks, the fewer times the head is read."""
 BLOCK_BYTES = 16 << 20
-"""About what the float32 probabilities made at a time take; what fits a cache is faster."""
+"""About what the float32 probabilities take that are made at a time on a GPU."""
 
 
 def summed_cross_entropy(
@@ -75,10 +77,17 @@ def log_probabilities(
         logits = functional.linear(rows, weight, bias)
         return -functional.cross_entropy(logits.float(), labels, reduction="none")
 
-    n_rows = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    n_rows = _rows_of_chunk(len(hidden), weight)
     chunks = zip(hidden.split(n_rows), targets.split(n_rows), strict=True)
     found = [checkpoint(of_chunk, rows, labels, use_reentrant=False) for rows, labels in chunks]
     return torch.cat(found)
+
+
+def _rows_of_chunk(n: int, weight: torch.Tensor) -> int:
+    """Return how many of `n` rows make a chunk, so that all chunks are about equal."""
+    most = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    n_chunks = max(1, -(-n // most))
+    return -(-n // n_chunks) or 1
 
 
 class _SummedCrossEntropies(torch.autograd.Function):
@@ -94,26 +103,17 @@ class _SummedCrossEntropies(torch.autograd.Function):
         weight, bias = head
         to_hidden = torch.empty_like(hidden) if wants_gradient else None
         losses, hits = [], []
-        n_rows = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
-        n_block = max(8, BLOCK_BYTES // (4 * weight.shape[0]))
+        n_rows = _rows_of_chunk(len(hidden), weight)
         for start in range(0, hidden.shape[0], n_rows):
             rows = hidden[start : start + n_rows]
             logits = pool.empty(rows, len(rows), len(weight))
             torch.mm(rows, weight.t(), out=logits)
             if bias is not None:
                 logits.add_(bias)
-            wanted = targets[start : start + n_rows, None]
-            for block, labels in zip(logits.split(n_block), wanted.split(n_block), strict=True):
-                top, best = block.max(-1, keepdim=True)
-                wide = pool.copy(block, torch.float32)
-                shares = torch.softmax(wide, -1, out=pool.empty(wide, *wide.shape))
-                # −log p(label) = z(best) − z(label) − log p(best), and p(best) never underflows.
-                margin = top.float() - block.gather(1, labels).float()
-                losses.append(margin - shares.gather(1, best).log())
-                hits.append(best == labels)
-                if to_hidden is not None:
-                    shares.scatter_add_(1, labels, torch.full_like(margin, -1.0))
-                    block.copy_(shares)  # what is left of the logits is their gradient
+            labels = targets[start : start + n_rows]
+            loss, hit = _losses_(logits, labels, wants_gradient=wants_gradient)
+            losses.append(loss)
+            hits.append(hit)
             if to_hidden is not None:
                 torch.mm(logits, weight, out=to_hidden[start : start + n_rows])
         if to_hidden is not None:
@@ -131,3 +131,28 @@ class _SummedCrossEntropies(torch.autograd.Function):
         scaled = [run * g for run, g in zip(runs, gradient.to(to_hidden.dtype), strict=True)]
         to_all = scaled[0] if len(scaled) == 1 else torch.cat(scaled)
         return to_all, None, None, None, None
+
+
+def _losses_(
+    logits: torch.Tensor, labels: torch.Tensor, *, wants_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the losses, float32 [n], and hits, bool [n], of logits [n, V] and their labels [n].
+
+    With `wants_gradient`, the gradient takes the place of the logits.
+    """
+    if logits.device.type == "cpu" and is_supported(logits.dtype):
+        return cross_entropy_(logits, labels, wants_gradient=wants_gradient)
+    losses, hits = [], []
+    n_block = max(8, BLOCK_BYTES // (4 * logits.shape[1]))
+    wanted = labels[:, None]
+    for block, own in zip(logits.split(n_block), wanted.split(n_block), strict=True):
+        top, best = block.max(-1, keepdim=True)
+        shares = torch.softmax(block.float(), -1)
+        # −log p(label) = z(best) − z(label) − log p(best), and p(best) never underflows.
+        margin = top.float() - block.gather(1, own).float()
+        losses.append(margin - shares.gather(1, best).log())
+        hits.append(best == own)
+        if wants_gradient:
+            shares.scatter_add_(1, own, torch.full_like(margin, -1.0))
+            block.copy_(shares)  # what is left of the logits is their gradient
+    return torch.cat(losses)[:, 0], torch.cat(hits)[:, 0]

@@ -9,6 +9,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from worker.kernels.training import Rows
+
 ALIKE = 0.85
 """Rows share a bucket if the shorter has at least this share of the longest's tokens."""
 
@@ -24,24 +26,6 @@ class Segment:
     end: int
     adapter: str
     generator: torch.Generator | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Neighbouring rows of about one length, side by side in [rows, n].
-
-    Tokens ``[start, end)`` of the batch. `gather` are the S·n indices of tokens, a row's last token
-    repeated where it is shorter than `n`; `real` are the places among them that hold a token of
-    their own, in order, and `spare` the others.
-    """
-
-    start: int
-    end: int
-    n_rows: int
-    n: int
-    gather: torch.Tensor
-    real: torch.Tensor
-    spare: torch.Tensor
 
 
 class Layout:
@@ -71,8 +55,8 @@ class Layout:
         return found
 
     @cached_property
-    def buckets(self) -> list[Bucket]:
-        """The rows in groups of about equal length, in order; indices are on the CPU."""
+    def buckets(self) -> list[Rows]:
+        """The rows in groups of about equal length, in order, the longest of each first."""
         groups: list[list[tuple[int, int]]] = []
         longest = 0
         for span in self.spans:
@@ -82,24 +66,7 @@ class Layout:
             else:
                 groups.append([span])
                 longest = length
-        return [_bucket(spans) for spans in groups]
-
-
-def _bucket(spans: list[tuple[int, int]]) -> Bucket:
-    n = spans[0][1] - spans[0][0]
-    starts = torch.tensor([start for start, _ in spans])[:, None]
-    ends = torch.tensor([end for _, end in spans])[:, None]
-    places = starts + torch.arange(n)
-    is_real = (places < ends).flatten()
-    return Bucket(
-        spans[0][0],
-        spans[-1][1],
-        len(spans),
-        n,
-        torch.minimum(places, ends - 1).flatten(),
-        is_real.nonzero()[:, 0],
-        (~is_real).nonzero()[:, 0],
-    )
+        return [Rows(spans) for spans in groups]
 
 
 _current: ContextVar[Layout] = ContextVar("packed_layout")

@@ -6,27 +6,24 @@ backward pass, and where x needs no gradient (below the first adapter) none is c
 a batch may belong to different adapters.
 """
 
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch import nn
 
+from worker.kernels import operators
+from worker.kernels.training import gated_back
 from worker.training.dropout import Drop, draw_seed, seeded
 from worker.training.packed import layout, pool
 from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.layout import Segment
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One adapter's matrices of one layer: A [r, inputs], B [outputs, r], float32."""
-
-    a: nn.Parameter
-    b: nn.Parameter
-    scale: float
-    dropout: float
+from worker.training.packed.products import (
+    Column,
+    Pair,
+    Part,
+    matrix_gradients,
+    multiply,
+    send_back,
+)
 
 
 class LinearGroup:
@@ -42,7 +39,7 @@ class LinearGroup:
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         """Return [..., all outputs] for x [..., inputs] under the active layout."""
-        parts, parameters = self._parts(x, training)
+        parts, parameters = self.parts(x, training=training)
         output: torch.Tensor = _Product.apply(x, self.weights, parts, *parameters)
         return output
 
@@ -52,34 +49,25 @@ class LinearGroup:
         The gated feed-forward of arXiv 2002.05202. Its activation is made again in the backward
         pass instead of being kept.
         """
-        parts, parameters = self._parts(both, training)
+        parts, parameters = self.parts(both, training=training)
         output: torch.Tensor = _GatedProduct.apply(both, self.weights, parts, *parameters)
         return output
 
-    def _parts(self, like: torch.Tensor, training: bool) -> tuple[list["_Part"], list[Any]]:
+    def parts(self, like: torch.Tensor, *, training: bool) -> tuple[list[Part], list[Any]]:
         """Return what each segment is multiplied with, and the parameters behind it."""
         parts, parameters = [], []
         for segment in layout.current().segments:
             columns = self._columns.get(segment.adapter)  # others may have matrices here
             if not columns:
                 continue
-            a = [column.pair.a for column in columns]
-            b = [column.pair.b for column in columns]
-            # A fused optimizer changes weights without telling, so no cast outlives its pass.
-            parts.append(
-                _Part(
-                    slice(segment.start, segment.end),
-                    columns,
-                    [each.detach().to(like.dtype) for each in a],
-                    [each.detach().to(like.dtype) for each in b],
-                    self._drops(segment, columns, like.device) if training else None,
-                )
-            )
-            parameters += [*a, *b]
+            drops = self._drops(segment, columns, like.device) if training else None
+            parts.append(Part.of(slice(segment.start, segment.end), columns, like, drops))
+            parameters += [column.pair.a for column in columns]
+            parameters += [column.pair.b for column in columns]
         return parts, parameters
 
     def _drops(
-        self, segment: Segment, columns: list["_Column"], device: torch.device
+        self, segment: Segment, columns: list[Column], device: torch.device
     ) -> list[Drop | None] | None:
         """Choose the inputs that each layer's A does not see; None if none drops any."""
         if not any(column.pair.dropout for column in columns):
@@ -92,63 +80,27 @@ class LinearGroup:
         ]
 
 
-@dataclass(frozen=True, slots=True)
-class _Column:
-    """One layer of a group: its pair, the columns of its output, and those of its ``A x``."""
-
-    pair: Pair
-    output: slice
-    hidden: slice
-
-
-def _columns_of(outputs: list[int], pairs: tuple[Pair | None, ...]) -> list[_Column]:
+def _columns_of(outputs: list[int], pairs: tuple[Pair | None, ...]) -> list[Column]:
     columns = []
     output = hidden = 0
     for width, pair in zip(outputs, pairs, strict=True):
         if pair is not None:
             rank = pair.a.shape[0]
             columns.append(
-                _Column(pair, slice(output, output + width), slice(hidden, hidden + rank))
+                Column(pair, slice(output, output + width), slice(hidden, hidden + rank))
             )
             hidden += rank
         output += width
     return columns
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """One segment: its rows, its layers, and their matrices in the dtype of the product.
-
-    `drops` says what each layer's dropout drops in this pass, if there is any. It comes from a seed
-    by torch's generator, whose state is part of a checkpoint; what is kept is scaled with the rest.
-    """
-
-    rows: slice
-    columns: list[_Column]
-    a: list[torch.Tensor]
-    b: list[torch.Tensor]
-    drops: list[Drop | None] | None
-
-    @property
-    def scales(self) -> list[float]:
-        """The factor of each layer's product: with dropout, over the share that is kept."""
-        pairs = [column.pair for column in self.columns]
-        if self.drops is None:
-            return [pair.scale for pair in pairs]
-        return [pair.scale / (1 - pair.dropout) for pair in pairs]
-
-
-def _kept(rows: torch.Tensor, drop: Drop | None) -> torch.Tensor:
-    return rows if drop is None else drop.zero_(rows.clone(memory_format=torch.contiguous_format))
-
-
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weights: list[FrozenWeight], parts: list[_Part], *_: Any
+        ctx: Any, x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part], *_: Any
     ) -> torch.Tensor:
         flat = x.reshape(-1, weights[0].inputs)
-        output, hidden = _multiply(flat, weights, parts)
+        output, hidden = multiply(flat, weights, parts)
         ctx.save_for_backward(flat, *hidden)
         ctx.weights, ctx.parts, ctx.shape = weights, parts, x.shape
         return output.view(*x.shape[:-1], -1)
@@ -157,19 +109,19 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         flat, *hidden = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        to_x = _input_gradient(gradient, ctx.weights) if ctx.needs_input_grad[0] else None
-        gradients = _adapter_gradients(flat, gradient, ctx.parts, hidden, to_x)
+        wanted = ctx.weights if ctx.needs_input_grad[0] else None
+        to_x, sent = send_back(gradient, wanted, ctx.parts, hidden)
+        gradients = matrix_gradients(flat, ctx.parts, sent)
         return (to_x.view(ctx.shape) if to_x is not None else None, None, None, *gradients)
 
 
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, both: torch.Tensor, weights: list[FrozenWeight], parts: list[_Part], *_: Any
+        ctx: Any, both: torch.Tensor, weights: list[FrozenWeight], parts: list[Part], *_: Any
     ) -> torch.Tensor:
         flat = both.reshape(-1, both.shape[-1])
-        gate, up = flat.chunk(2, -1)
-        output, hidden = _multiply(_silu(gate).mul_(up), weights, parts)
+        output, hidden = multiply(gate(flat), weights, parts)
         ctx.save_for_backward(flat, *hidden)
         ctx.weights, ctx.parts, ctx.shape = weights, parts, both.shape
         return output.view(*both.shape[:-1], -1)
@@ -177,99 +129,43 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         flat, *hidden = ctx.saved_tensors
-        gate, up = flat.chunk(2, -1)
         gradient = gradient.reshape(-1, gradient.shape[-1])
-        active = _silu(gate)
-        to_product = _input_gradient(gradient, ctx.weights)
-        product = torch.mul(active, up, out=pool.empty(active, *active.shape))
-        gradients = _adapter_gradients(product, gradient, ctx.parts, hidden, to_product)
-        to_both = pool.empty(flat, *flat.shape)
-        to_gate, to_up = to_both.chunk(2, -1)
-        torch.mul(to_product, active, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(to_product.mul_(up), gate, grad_input=to_gate)
+        to_product, sent = send_back(gradient, ctx.weights, ctx.parts, hidden)
+        assert to_product is not None
+        to_both, product = gate_back(to_product, flat)
+        gradients = matrix_gradients(product, ctx.parts, sent)
         return to_both.view(ctx.shape), None, None, *gradients
+
+
+def gate(both: torch.Tensor) -> torch.Tensor:
+    """Return silu(gate) · up [T, inputs] of both, [T, 2 · inputs], side by side."""
+    first, up = both.chunk(2, -1)
+    if _takes_loops(both):
+        return operators.gated(first, up, out=pool.empty(first, *first.shape))
+    return _silu(first).mul_(up)
+
+
+def gate_back(gradient: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradient of both, and `gate` of them once more; `gradient` is used up."""
+    to_both = pool.empty(both, *both.shape)
+    product = pool.empty(gradient, *gradient.shape)
+    if _takes_loops(both):
+        gated_back(gradient, both, out=(to_both, product))
+        return to_both, product
+    first, up = both.chunk(2, -1)
+    to_first, to_up = to_both.chunk(2, -1)
+    active = _silu(first)
+    torch.mul(active, up, out=product)
+    torch.mul(gradient, active, out=to_up)
+    torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), first, grad_input=to_first)
+    return to_both, product
+
+
+def _takes_loops(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and operators.is_supported(x.dtype)
 
 
 def _silu(x: torch.Tensor) -> torch.Tensor:
     """Return the contiguous silu(x)."""
     active: torch.Tensor = torch.ops.aten.silu.out(x, out=pool.empty(x, *x.shape))
     return active
-
-
-def _multiply(
-    x: torch.Tensor, weights: list[FrozenWeight], parts: list[_Part]
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Return the outputs [T, all outputs] for x [T, inputs], and ``A x`` of each part."""
-    output = pool.empty(x, x.shape[0], sum(weight.outputs for weight in weights))
-    for weight, columns in _columns(weights):
-        torch.mm(x, weight.get().t(), out=output[:, columns])
-        if weight.bias is not None:
-            output[:, columns].add_(weight.bias)
-    hidden_of_parts = []
-    for part in parts:
-        rows = x[part.rows]
-        hidden = pool.empty(rows, len(rows), part.columns[-1].hidden.stop)
-        if part.drops is None:
-            torch.mm(rows, torch.cat(part.a).t(), out=hidden)
-        else:
-            for column, a, drop in zip(part.columns, part.a, part.drops, strict=True):
-                torch.mm(_kept(rows, drop), a.t(), out=hidden[:, column.hidden])
-        for column, b, scale in zip(part.columns, part.b, part.scales, strict=True):
-            output[part.rows, column.output].addmm_(hidden[:, column.hidden], b.t(), alpha=scale)
-        hidden_of_parts.append(hidden)
-    return output, hidden_of_parts
-
-
-def _columns(weights: list[FrozenWeight]) -> list[tuple[FrozenWeight, slice]]:
-    ends = accumulate((weight.outputs for weight in weights), initial=0)
-    return [(weight, slice(*span)) for weight, span in zip(weights, pairwise(ends), strict=True)]
-
-
-def _input_gradient(gradient: torch.Tensor, weights: list[FrozenWeight]) -> torch.Tensor:
-    """Return what the frozen weights send back, [T, inputs]."""
-    (first, columns), *others = _columns(weights)
-    to_x = pool.empty(gradient, len(gradient), first.inputs)
-    torch.mm(gradient[:, columns], first.get(), out=to_x)
-    for weight, columns in others:
-        to_x.addmm_(gradient[:, columns], weight.get())
-    return to_x
-
-
-def _adapter_gradients(
-    x: torch.Tensor,
-    gradient: torch.Tensor,
-    parts: list[_Part],
-    hidden_of_parts: list[torch.Tensor],
-    to_x: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    """Return the gradients of A and B of each part, and add what the adapters send to `to_x`."""
-    gradients: list[torch.Tensor] = []
-    for part, hidden in zip(parts, hidden_of_parts, strict=True):
-        to_hidden = torch.empty_like(hidden)
-        to_b = []
-        for column, b, scale in zip(part.columns, part.b, part.scales, strict=True):
-            outer = gradient[part.rows, column.output]
-            to_hidden[:, column.hidden] = (outer @ b).mul_(scale)
-            to_b.append((outer.t() @ hidden[:, column.hidden]).float().mul_(scale))
-        back = to_x[part.rows] if to_x is not None else None
-        gradients += [*_down_gradients(part, x[part.rows], to_hidden, back), *to_b]
-    return gradients
-
-
-def _down_gradients(
-    part: _Part, rows: torch.Tensor, to_hidden: torch.Tensor, back: torch.Tensor | None
-) -> list[torch.Tensor]:
-    """Return the gradients of the A of a part, and add that of its input to `back`."""
-    if part.drops is None:
-        if back is not None:
-            back.addmm_(to_hidden, torch.cat(part.a))
-        to_a = (to_hidden.t() @ rows).float()
-        return [to_a[column.hidden] for column in part.columns]
-    gradients = []
-    for column, a, drop in zip(part.columns, part.a, part.drops, strict=True):
-        mine = to_hidden[:, column.hidden]
-        gradients.append((mine.t() @ _kept(rows, drop)).float())
-        if back is not None:
-            to_rows = mine @ a
-            back.add_(to_rows if drop is None else drop.zero_(to_rows))
-    return gradients

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from worker.kernels.operators import is_supported, rescale
+from worker.kernels.training import rescale_back
 from worker.training.packed import pool
 
 
@@ -21,6 +23,12 @@ class RmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, divides: bool
     ) -> torch.Tensor:
+        ctx.divides, ctx.by_loops = divides, _takes_loops(x, weight)
+        if ctx.by_loops and divides:
+            inverse = torch.empty(*x.shape[:-1], 1)
+            y = rescale(x, weight, epsilon, out=pool.empty(x, *x.shape), factors=inverse)
+            ctx.save_for_backward(y, inverse, weight)
+            return y
         wide = pool.copy(x, torch.float32)
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
@@ -28,13 +36,23 @@ class RmsNorm(torch.autograd.Function):
         normal = pool.cast(wide.mul_(inverse), x.dtype)
         y = torch.mul(normal, weight, out=pool.empty(x, *x.shape))
         ctx.save_for_backward(y if divides else normal, inverse, weight)
-        ctx.divides = divides
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         kept, inverse, weight = ctx.saved_tensors
         shape = gradient.shape
+        if ctx.by_loops:
+            to_x = rescale_back(
+                gradient.contiguous(),
+                kept,
+                weight,
+                inverse,
+                None,
+                out=pool.empty(gradient, *shape),
+                is_bare=not ctx.divides,
+            )
+            return to_x, None, None, None
         weighted = torch.mul(gradient, weight, out=pool.empty(gradient, *shape))
         outer, normal = pool.cast(weighted, torch.float32), pool.copy(kept, torch.float32)
         if ctx.divides:
@@ -43,6 +61,10 @@ class RmsNorm(torch.autograd.Function):
         along = product.sum(-1, keepdim=True).div_(shape[-1])
         to_x = outer.sub_(normal.mul_(along)).mul_(inverse)
         return pool.cast(to_x, gradient.dtype), None, None, None
+
+
+def _takes_loops(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and is_supported(x.dtype) and weight.dtype == x.dtype
 
 
 def can_divide(weight: torch.Tensor) -> bool:

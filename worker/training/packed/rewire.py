@@ -9,14 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from worker.int8 import Int8Linear
+from worker.kernels.training import compile_
 from worker.training.packed import layout, rope
 from worker.training.packed.frozen import FrozenWeight
+from worker.training.packed.fused_layer import FusedLayer, NotLlamaError, fuse
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup
 from worker.training.packed.norm import RmsNorm, can_divide
@@ -28,6 +32,8 @@ from worker.training.packed.siblings import (
     groups_by_input,
     pairs_of,
 )
+
+log = structlog.get_logger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest relative error of a swapped module against its own forward pass."""
@@ -42,6 +48,7 @@ class Rewired:
     n_groups: int = 0
     n_norms: int = 0
     n_gated: int = 0
+    n_fused: int = 0
     has_rope: bool = False
     missed: list[str] = field(default_factory=list)
 
@@ -75,13 +82,29 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
         gated = _gated_forward(module, places)
         if gated is not None and _swap(module, gated, module.gate_proj.in_features, adapter):
             done.n_gated += 1
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            done.n_fused += _fuse(module, places, adapter)
+    if done.n_fused:
+        compile_(_product_dtype(model))
     return done
+
+
+def _fuse(layer: nn.Module, places: dict[nn.Module, tuple[LinearGroup, int]], adapter: str) -> bool:
+    """Replace the forward pass of a whole layer if it is of the kind that can be fused."""
+    try:
+        fused = fuse(layer, places, adapter, TOLERANCE)
+    except NotLlamaError as error:
+        log.debug("layer_not_fused", reason=str(error))
+        return False
+    _replace(layer, fused)
+    return True
 
 
 def undo(model: nn.Module) -> None:
     """Give every module of `model` its own forward pass back."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Sibling | _Swapped):
+        if isinstance(module.__dict__.get("forward"), Sibling | _Swapped | FusedLayer):
             del module.forward
 
 

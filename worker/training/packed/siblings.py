@@ -10,7 +10,8 @@ from torch import nn
 
 from worker.int8 import Int8Linear
 from worker.training.packed import layout
-from worker.training.packed.lora import LinearGroup, Pair
+from worker.training.packed.lora import LinearGroup
+from worker.training.packed.products import Pair
 
 PROBE_TOKENS = 8
 

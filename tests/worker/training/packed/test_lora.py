@@ -7,7 +7,8 @@ from torch import nn
 from worker.training.packed import layout
 from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.layout import Layout, Segment
-from worker.training.packed.lora import LinearGroup, Pair
+from worker.training.packed.lora import LinearGroup
+from worker.training.packed.products import Pair
 
 INPUTS, OUTPUTS = 6, (5, 4, 3)
 

@@ -42,6 +42,7 @@ def test_only_adapted_layers_are_taken() -> None:
 def test_every_norm_and_gated_layer_of_a_llama_is_swapped() -> None:
     done = rewire(llama(), cache_weights=False)
     assert (done.n_groups, done.n_norms, done.n_gated, done.has_rope) == (8, 5, 2, True)
+    assert done.n_fused == 2
     assert done.missed == []
 
 
@@ -55,7 +56,7 @@ def test_layers_in_8_bits_are_swapped_in_the_dtype_of_their_products() -> None:
 def test_a_norm_of_another_formula_stays() -> None:
     config = GemmaConfig(**SIZES, head_dim=8)
     done = rewire(attach(GemmaForCausalLM(config).eval(), lora()), cache_weights=False)
-    assert (done.n_groups, done.n_norms, done.n_gated) == (8, 0, 0)
+    assert (done.n_groups, done.n_norms, done.n_gated, done.n_fused) == (8, 0, 0, 0)
 
 
 def test_adapters_of_another_kind_are_named() -> None:

@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, overload
 
-from worker.inference.engine.kernels.team import OPTIONS
+from worker.kernels.team import OPTIONS
 
 
 def _pointer(context: Any, address: Any) -> Any:

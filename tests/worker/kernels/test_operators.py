@@ -9,8 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from worker.inference.engine.kernels import Numbers
-from worker.inference.engine.kernels.operators import (
+from worker.kernels import Numbers
+from worker.kernels.operators import (
     add_and_rescale,
     add_low_rank_,
     attend,

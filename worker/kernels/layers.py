@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.inference.engine.kernels.numbers import copy, exp, get, largest_of, pointer, put
-from worker.inference.engine.kernels.team import OPTIONS, Loop, member, size
+from worker.kernels.numbers import copy, exp, get, largest_of, pointer, put
+from worker.kernels.team import OPTIONS, Loop, member, size
 
 STRETCH = 1024
 """Numbers whose largest is found at a time."""
@@ -17,22 +17,26 @@ def _rescale(address: Any, kind: Any) -> None:
     """y [tokens, d] = w · x / sqrt(mean x² + ε), the quotient rounded before w (RMSNorm).
 
     Args:
-        address: Of these numbers: where y, x and w are; tokens; d; ε in float64.
+        address: Of these numbers: where y, x and w are; tokens; d; ε in float64; where one over the
+            root of each token is to be put, in float32, or 0.
         kind: As in `_add_low_rank`.
     """
-    numbers = carray(address, (5,), np.int64)
+    numbers = carray(address, (7,), np.int64)
     epsilon = carray(address, (6,), np.float64)[5]
     y, x, w, n_tokens, d = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    factors = carray(pointer(numbers[6]), (n_tokens,), np.float32)
     ys = carray(pointer(y), (n_tokens, d), kind)
     xs = carray(pointer(x), (n_tokens, d), kind)
     weight = carray(pointer(w), (d,), kind)
     share = (n_tokens + size() - 1) // size()
     for token in range(member() * share, min(n_tokens, (member() + 1) * share)):
-        _rescale_token(xs[token], weight, ys[token], epsilon)
+        factor = _rescale_token(xs[token], weight, ys[token], epsilon)
+        if numbers[6] != 0:
+            factors[token] = factor
 
 
 @njit(**OPTIONS)
-def _rescale_token(x: Any, weight: Any, y: Any, epsilon: float) -> None:
+def _rescale_token(x: Any, weight: Any, y: Any, epsilon: float) -> Any:
     squares = np.float32(0)
     for i in range(x.shape[0]):
         value = get(x, i)
@@ -43,6 +47,7 @@ def _rescale_token(x: Any, weight: Any, y: Any, epsilon: float) -> None:
         put(y, i, get(x, i) * factor)
     for i in range(x.shape[0]):
         put(y, i, get(y, i) * get(weight, i))
+    return factor
 
 
 @njit(**OPTIONS)
@@ -50,12 +55,14 @@ def _add_and_rescale(address: Any, kind: Any) -> None:
     """s = x + z, rounded, and y as `_rescale` makes it of s; [tokens, d] each.
 
     Args:
-        address: Of these numbers: where y, s, x, z and w are; tokens; d; ε in float64.
+        address: Of these numbers: where y, s, x, z and w are; tokens; d; ε in float64; where one
+            over the root of each token is to be put, in float32, or 0.
         kind: As in `_add_low_rank`.
     """
-    numbers = carray(address, (7,), np.int64)
+    numbers = carray(address, (9,), np.int64)
     epsilon = carray(address, (8,), np.float64)[7]
     n_tokens, d = numbers[5], numbers[6]
+    factors = carray(pointer(numbers[8]), (n_tokens,), np.float32)
     ys = carray(pointer(numbers[0]), (n_tokens, d), kind)
     sums = carray(pointer(numbers[1]), (n_tokens, d), kind)
     xs = carray(pointer(numbers[2]), (n_tokens, d), kind)
@@ -64,7 +71,9 @@ def _add_and_rescale(address: Any, kind: Any) -> None:
     share = (n_tokens + size() - 1) // size()
     for token in range(member() * share, min(n_tokens, (member() + 1) * share)):
         _sum(xs[token], zs[token], sums[token])
-        _rescale_token(sums[token], weight, ys[token], epsilon)
+        factor = _rescale_token(sums[token], weight, ys[token], epsilon)
+        if numbers[8] != 0:
+            factors[token] = factor
 
 
 @njit(**OPTIONS)

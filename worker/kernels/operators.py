@@ -5,25 +5,26 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from worker.inference.engine.caches import States
-from worker.inference.engine.kernels import Numbers, attention, layers, low_rank
-from worker.inference.engine.kernels.team import Loop
+from worker.kernels import Numbers, attention, layers, low_rank
+from worker.kernels.team import Loop
 
-_Loops = dict[torch.dtype, Loop]
+Loops = dict[torch.dtype, Loop]
+"""A loop for each kind of numbers."""
+_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def _loops(bfloat16: Loop, float32: Loop) -> _Loops:
+def loops(bfloat16: Loop, float32: Loop) -> Loops:
     return {torch.bfloat16: bfloat16, torch.float32: float32}
 
 
-_ADD_LOW_RANK = _loops(low_rank.add_low_rank_bfloat16, low_rank.add_low_rank_float32)
-_RESCALE = _loops(layers.rescale_bfloat16, layers.rescale_float32)
-_ADD_AND_RESCALE = _loops(layers.add_and_rescale_bfloat16, layers.add_and_rescale_float32)
-_GATE = _loops(layers.gate_bfloat16, layers.gate_float32)
-_ROTATE = _loops(layers.rotate_bfloat16, layers.rotate_float32)
-_LARGEST = _loops(layers.largest_bfloat16, layers.largest_float32)
-_STORE = _loops(attention.store_bfloat16, attention.store_float32)
-_ATTEND = _loops(attention.attend_bfloat16, attention.attend_float32)
+_ADD_LOW_RANK = loops(low_rank.add_low_rank_bfloat16, low_rank.add_low_rank_float32)
+_RESCALE = loops(layers.rescale_bfloat16, layers.rescale_float32)
+_ADD_AND_RESCALE = loops(layers.add_and_rescale_bfloat16, layers.add_and_rescale_float32)
+_GATE = loops(layers.gate_bfloat16, layers.gate_float32)
+_ROTATE = loops(layers.rotate_bfloat16, layers.rotate_float32)
+_LARGEST = loops(layers.largest_bfloat16, layers.largest_float32)
+_STORE = loops(attention.store_bfloat16, attention.store_float32)
+_ATTEND = loops(attention.attend_bfloat16, attention.attend_float32)
 _ALL = (
     _ADD_LOW_RANK,
     _RESCALE,
@@ -78,11 +79,11 @@ def add_low_rank_(
                 f"Adapters of {n_rows} rows in {dtype} do not go with {tuple(x.shape)} in "
                 f"{x.dtype} and {tuple(y.shape)} in {y.dtype}."
             )
-        numbers += (y.data_ptr(), _by_token(y), y.shape[-1], module)
+        numbers += (y.data_ptr(), by_token(y), y.shape[-1], module)
     _ADD_LOW_RANK[x.dtype](np.array(numbers), n_rows * n_tokens)
 
 
-def _by_token(x: torch.Tensor) -> int:
+def by_token(x: torch.Tensor) -> int:
     """Return by how many elements the next token of `x` [rows, …, d] is further on.
 
     Raises:
@@ -90,54 +91,79 @@ def _by_token(x: torch.Tensor) -> int:
     """
     if x.is_contiguous():
         return x.shape[-1]
-    by_token = x.stride(-2) if x.shape[-2] > 1 or x.dim() == 2 else x.stride(-3)
-    expected = by_token
+    distance = x.stride(-2) if x.shape[-2] > 1 or x.dim() == 2 else x.stride(-3)
+    expected = distance
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
         if size > 1 and stride != expected:
             raise ValueError("The tokens of a tensor do not follow at equal distances.")
         expected *= size
     if x.stride(-1) != 1:
         raise ValueError("The numbers of a token do not follow each other.")
-    return by_token
+    return distance
 
 
-def rescale(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """Return RMSNorm of `x` [..., d] (arXiv 1910.07467, eq. 4), as Llama rounds it."""
+def rescale(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    *,
+    out: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return RMSNorm of `x` [..., d] (arXiv 1910.07467, eq. 4), as Llama rounds it.
+
+    Args:
+        x: What is scaled.
+        weight: [d], of the same dtype.
+        epsilon: ε.
+        out: Contiguous, is filled and returned; a new tensor otherwise.
+        factors: float32, one for each token: is filled with what each was multiplied with.
+    """
     x = x.contiguous()
-    y = torch.empty_like(x)
+    y = torch.empty_like(x) if out is None else out
     d = x.shape[-1]
     n_tokens = x.numel() // d
-    numbers = np.array((y.data_ptr(), x.data_ptr(), weight.data_ptr(), n_tokens, d, 0))
+    kept = 0 if factors is None else factors.data_ptr()
+    numbers = np.array((y.data_ptr(), x.data_ptr(), weight.data_ptr(), n_tokens, d, 0, kept))
     numbers.view(np.float64)[5] = epsilon
     _RESCALE[x.dtype](numbers, n_tokens)
     return y
 
 
 def add_and_rescale(
-    x: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return `x` + `z` [..., d], and `rescale` of the sum."""
+    x: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    epsilon: float,
+    *,
+    out: _Pair | None = None,
+    factors: torch.Tensor | None = None,
+) -> _Pair:
+    """Return `x` + `z` [..., d], and `rescale` of the sum; `out` is a place for each."""
     x, z = x.contiguous(), z.contiguous()
-    total, y = torch.empty_like(x), torch.empty_like(x)
+    total, y = (torch.empty_like(x), torch.empty_like(x)) if out is None else out
     d = x.shape[-1]
     n_tokens = x.numel() // d
     tensors = (y, total, x, z, weight)
-    numbers = np.array([*(each.data_ptr() for each in tensors), n_tokens, d, 0])
+    kept = 0 if factors is None else factors.data_ptr()
+    numbers = np.array([*(each.data_ptr() for each in tensors), n_tokens, d, 0, kept])
     numbers.view(np.float64)[7] = epsilon
     _ADD_AND_RESCALE[x.dtype](numbers, n_tokens)
     return total, y
 
 
-def gated(gate: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def gated(
+    gate: torch.Tensor, value: torch.Tensor, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return silu(`gate`) · `value` [..., d] (SwiGLU, arXiv 2002.05202, eq. 6), rounded once.
 
     Raises:
         ValueError: the tokens of one do not follow at equal distances.
     """
-    y = gate.new_empty(gate.shape)
+    y = gate.new_empty(gate.shape) if out is None else out
     n_tokens = y.numel() // y.shape[-1]
     pointers = (y.data_ptr(), gate.data_ptr(), value.data_ptr())
-    numbers = np.array([*pointers, n_tokens, y.shape[-1], _by_token(gate), _by_token(value)])
+    numbers = np.array([*pointers, n_tokens, y.shape[-1], by_token(gate), by_token(value)])
     _GATE[y.dtype](numbers, n_tokens)
     return y
 
@@ -170,7 +196,7 @@ def rotated(
     numbers = np.array(
         [
             *(each.data_ptr() for each in (*results, *projected)),
-            *(_by_token(each) for each in projected),
+            *(by_token(each) for each in projected),
             *(cosines.data_ptr(), sines.data_ptr()),
             cosines.stride(0) if len(cosines) > 1 else 0,
             *(n_rows, n_tokens, heads[0], heads[1], d),
@@ -193,7 +219,7 @@ def largest(x: torch.Tensor) -> tuple[list[float], list[int]]:
     return values.tolist(), places.tolist()
 
 
-def store_(rows: States, tokens: States, lengths: Numbers) -> None:
+def store_(rows: _Pair, tokens: _Pair, lengths: Numbers) -> None:
     """Write the keys and values of one token a row into rows, as the last of each.
 
     Args:

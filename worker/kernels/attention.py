@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.inference.engine.kernels.numbers import (
+from worker.kernels.numbers import (
     add,
     add_four,
     copy,
@@ -14,7 +14,7 @@ from worker.inference.engine.kernels.numbers import (
     pointer,
     product,
 )
-from worker.inference.engine.kernels.team import OPTIONS, Loop, member, size
+from worker.kernels.team import OPTIONS, Loop, member, size
 
 
 @njit(**OPTIONS)

@@ -8,8 +8,8 @@ from threading import Thread
 import numpy as np
 import torch
 
-from worker.inference.engine.kernels import layers, team
-from worker.inference.engine.kernels.operators import rescale
+from worker.kernels import layers, team
+from worker.kernels.operators import rescale
 
 WITHOUT_LIBRARY = """
 import ctypes
@@ -22,12 +22,12 @@ ctypes.PyDLL = Without
 """
 SCRIPT = """
 import torch
-from worker.inference.engine.kernels import layers, team
+from worker.kernels import layers, team
 print(team._library is None)
 print(layers.rescale_float32._compiled._cache.__class__.__name__)
 torch.set_num_threads(2)
 x = torch.ones(4, 1, 8)
-from worker.inference.engine.kernels.operators import rescale
+from worker.kernels.operators import rescale
 print(torch.equal(rescale(x, torch.ones(8), 0.0), x))
 """
 
@@ -77,6 +77,6 @@ def run(script: str) -> str:
 def test_a_loop_takes_its_numbers_by_their_address() -> None:
     x, y = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
     weight = torch.ones(2)
-    numbers = np.array((y.data_ptr(), x.data_ptr(), weight.data_ptr(), 1, 2, 0))
+    numbers = np.array((y.data_ptr(), x.data_ptr(), weight.data_ptr(), 1, 2, 0, 0))
     layers.rescale_float32(numbers, 1)
     torch.testing.assert_close(y, x / 12.5**0.5)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.inference.engine.kernels.numbers import (
+from worker.kernels.numbers import (
     add,
     add_to_two,
     copy,
@@ -13,7 +13,7 @@ from worker.inference.engine.kernels.numbers import (
     product,
     products_of_four,
 )
-from worker.inference.engine.kernels.team import OPTIONS, Loop, member, size
+from worker.kernels.team import OPTIONS, Loop, member, size
 
 TOKENS = 48
 """Tokens, at most, for which the matrices of an adapter are widened once."""

@@ -18,7 +18,7 @@ import torch  # loads the library
 import xxhash
 from numba import cfunc, config, types
 
-from worker.inference.engine.kernels import Numbers
+from worker.kernels import Numbers
 
 OPTIONS: Final[dict[str, Any]] = {
     # Sums in any order, so that they are made side by side; all else is as in IEEE 754.

@@ -1,0 +1,260 @@
+"""A Transformer layer of Llama's kind as one node of the graph, on a CPU.
+
+Between its products stand compiled loops (`worker.kernels`) where transformers has a hundred
+operations, each of which goes through memory, and often through new pages of it. It computes and
+keeps what the packed modules would. A layer is taken over only after it was tried on numbers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from worker.kernels.operators import add_and_rescale, is_supported, rescale
+from worker.kernels.training import Rows, Turns, rescale_back
+from worker.training.packed import layout, pool
+from worker.training.packed.attention import EXPLICIT_UP_TO, attend, attend_back
+from worker.training.packed.layout import Layout
+from worker.training.packed.lora import LinearGroup, gate, gate_back
+from worker.training.packed.norm import can_divide
+from worker.training.packed.products import Part, matrix_gradients, multiply, send_back
+
+PARTS = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+"""What a layer consists of, and nothing else."""
+PRODUCTS = (
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+)
+TRIED_TOKENS = [5, 3]
+
+Places = Mapping[nn.Module, tuple[LinearGroup, int]]
+
+
+class NotLlamaError(ValueError):
+    """A layer is of another kind; the message says in what."""
+
+
+class FusedLayer:
+    """What `layer` makes of packed rows; its own forward pass for all else.
+
+    Args:
+        layer: A decoder layer of transformers, with its adapters attached.
+        places: Of each adapted linear layer the group that it is in, and at which place.
+
+    Raises:
+        NotLlamaError: it is not of Llama's kind.
+    """
+
+    def __init__(self, layer: nn.Module, places: Places) -> None:
+        for path, names in PARTS.items():
+            part: Any = dict(layer.named_modules()).get(path)
+            found = {name for name, _ in part.named_children()} if part is not None else set()
+            if found != names:
+                raise NotLlamaError(f"{path or 'it'} consists of {', '.join(sorted(found))}")
+        self._own = layer.forward
+        self._layer = layer
+        self.groups = [_group(layer, names, places) for names in PRODUCTS]
+        module: Any = layer
+        self.norms = [
+            _norm(each) for each in (module.input_layernorm, module.post_attention_layernorm)
+        ]
+        attention = module.self_attn
+        self.scale: float = attention.scaling
+        self.width: int = attention.head_dim
+        # Some layers say for themselves what others leave to their model.
+        told = attention if hasattr(attention, "sliding_window") else attention.config
+        self._window: int | None = getattr(told, "sliding_window", None)
+        if getattr(attention, "attention_dropout", 0.0):
+            raise NotLlamaError("it drops some of its attention")
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or not self._takes(hidden_states, kwargs):
+            return self._own(hidden_states, *args, **kwargs)
+        cosines, sines = (each[0].contiguous() for each in kwargs["position_embeddings"])
+        # Views, whose backward passes are such: that of an index would copy.
+        output = self.run(hidden_states.squeeze(0), (cosines, sines))
+        return output.unsqueeze(0)
+
+    def _takes(self, x: torch.Tensor, options: Mapping[str, Any]) -> bool:
+        """Tell whether this is a pass of packed rows that all go through explicit products."""
+        turns = options.get("position_embeddings")
+        others = ("attention_mask", "past_key_values")
+        if not layout.is_active() or any(options.get(name) is not None for name in others):
+            return False
+        dtype = self.norms[0][0].dtype
+        if turns is None or {x.dtype, turns[0].dtype} != {dtype} or len(x) != 1:
+            return False
+        if turns[0].shape != (1, x.shape[1], self.width):
+            return False
+        longest = layout.current().longest
+        return longest <= EXPLICIT_UP_TO and (self._window is None or longest <= self._window)
+
+    def run(self, x: torch.Tensor, turns: Turns) -> torch.Tensor:
+        """Return the layer's output for hidden states x [T, d] under the active layout."""
+        training = self._layer.training
+        found = [group.parts(x, training=training) for group in self.groups]
+        rows = layout.current().buckets
+        parameters = [each for _, several in found for each in several]
+        parts = [each for each, _ in found]
+        output: torch.Tensor = _Layer.apply(x, self, parts, turns, rows, *parameters)
+        return output
+
+
+class _Layer(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        layer: FusedLayer,
+        parts: list[list[Part]],
+        turns: Turns,
+        rows: list[Rows],
+        *_: Any,
+    ) -> torch.Tensor:
+        weights = [group.weights for group in layer.groups]
+        x = x.contiguous()
+        first, second = (torch.empty(len(x)) for _ in range(2))
+        normal = rescale(x, *layer.norms[0], out=pool.empty(x, *x.shape), factors=first)
+        projected, of_heads = multiply(normal, weights[0], parts[0])
+        heads = _by_head(projected, layer)
+        attended = pool.empty(x, *heads[0].shape)
+        states = attend(heads, turns, layer.scale, rows, attended)
+        attended = attended.flatten(1)
+        found, of_output = multiply(attended, weights[1], parts[1])
+        places = pool.empty(x, *x.shape), pool.empty(x, *x.shape)
+        between, other = add_and_rescale(x, found, *layer.norms[1], out=places, factors=second)
+        both, of_gates = multiply(other, weights[2], parts[2])
+        output, of_down = multiply(gate(both), weights[3], parts[3])
+        output.add_(between)
+        hidden = [of_heads, of_output, of_gates, of_down]
+        ctx.save_for_backward(
+            *(normal, first, attended, other, second, both, *turns),
+            *states,
+            *(each for several in hidden for each in several),
+        )
+        ctx.layer, ctx.parts, ctx.rows = layer, parts, rows
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        layer, parts, rows = ctx.layer, ctx.parts, ctx.rows
+        weights = [group.weights for group in layer.groups]
+        # Once: a pass that runs again gives them out once.
+        normal, first, attended, other, second, both, *rest = ctx.saved_tensors
+        turns, states = (rest[0], rest[1]), rest[2 : 2 + 3 * len(rows)]
+        of_products = iter(rest[2 + len(states) :])
+        hidden = [[next(of_products) for _ in several] for several in parts]
+        gradient = gradient.contiguous()
+
+        to_product, sent = send_back(gradient, weights[3], parts[3], hidden[3])
+        assert to_product is not None
+        to_both, product = gate_back(to_product, both)
+        of_down = matrix_gradients(product, parts[3], sent)
+        to_other, sent = send_back(to_both, weights[2], parts[2], hidden[2])
+        of_gates = matrix_gradients(other, parts[2], sent)
+        assert to_other is not None
+        (weight, _), out = layer.norms[1], pool.empty(gradient, *gradient.shape)
+        to_between = rescale_back(to_other, other, weight, second, gradient, out=out)
+
+        to_attended, sent = send_back(to_between, weights[1], parts[1], hidden[1])
+        of_output = matrix_gradients(attended, parts[1], sent)
+        assert to_attended is not None
+        to_projected = pool.empty(normal, len(normal), sum(layer.groups[0].outputs))
+        by_head = to_attended.unflatten(1, (-1, layer.width))
+        to_heads = _by_head(to_projected, layer)
+        attend_back(by_head, states, turns, layer.scale, rows, to_heads)
+        wanted = weights[0] if ctx.needs_input_grad[0] else None
+        to_normal, sent = send_back(to_projected, wanted, parts[0], hidden[0])
+        of_heads = matrix_gradients(normal, parts[0], sent)
+        to_x = None
+        if to_normal is not None:
+            (weight, _), out = layer.norms[0], pool.empty(gradient, *gradient.shape)
+            to_x = rescale_back(to_normal, normal, weight, first, to_between, out=out)
+        return (to_x, None, None, None, None, *of_heads, *of_output, *of_gates, *of_down)
+
+
+def _by_head(projected: torch.Tensor, layer: FusedLayer) -> list[torch.Tensor]:
+    """Return queries, keys and values [T, heads, width] of all three [T, all outputs]."""
+    parts = projected.split(layer.groups[0].outputs, -1)
+    return [part.unflatten(-1, (-1, layer.width)) for part in parts]
+
+
+def _group(layer: nn.Module, names: Sequence[str], places: Places) -> LinearGroup:
+    """Return the group that consists of just these modules, in this order."""
+    found = [places.get(layer.get_submodule(name)) for name in names]
+    groups = {id(each[0]): each[0] for each in found if each is not None}
+    numbers = [None if each is None else each[1] for each in found]
+    if len(groups) != 1 or numbers != list(range(len(names))):
+        raise NotLlamaError(f"{', '.join(names)} are not taken together")
+    (group,) = groups.values()
+    if len(group.weights) != len(names):
+        raise NotLlamaError(f"other layers are taken together with {names[0]}")
+    return group
+
+
+def _norm(norm: nn.Module) -> tuple[torch.Tensor, float]:
+    """Return weight and epsilon of an RMS normalisation that can be divided by."""
+    weight, epsilon = getattr(norm, "weight", None), getattr(norm, "variance_epsilon", None)
+    if (
+        not isinstance(weight, torch.Tensor)
+        or not isinstance(epsilon, float)
+        or weight.requires_grad
+        or not can_divide(weight)
+    ):
+        raise NotLlamaError("its norm is another, or has weights of 0")
+    return weight.data, epsilon
+
+
+@torch.no_grad()
+def fuse(
+    layer: nn.Module, places: Places, adapter: str, tolerance: Mapping[torch.dtype, float]
+) -> FusedLayer:
+    """Return a `FusedLayer` that on random numbers was within `tolerance` of `layer` itself.
+
+    Args:
+        layer: On a CPU, with its norms and products not yet swapped, or swapped.
+        places: Of each adapted linear layer the group that it is in, and at which place.
+        adapter: Which adapter it is tried with.
+        tolerance: Largest relative difference of what the layer adds, by dtype.
+
+    Raises:
+        NotLlamaError: it is of another kind.
+    """
+    fused = FusedLayer(layer, places)
+    weight, _ = fused.norms[0]
+    if weight.device.type != "cpu" or not is_supported(weight.dtype):
+        raise NotLlamaError(f"it is on {weight.device} in {weight.dtype}")
+    draw = torch.Generator().manual_seed(0)
+    n = sum(TRIED_TOKENS)
+    x = torch.randn(n, len(weight), generator=draw).to(weight.dtype)
+    angles = torch.rand(n, fused.width // 2, generator=draw) * 6
+    angles = torch.cat((angles, angles), -1)
+    turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    was_training = layer.training
+    layer.eval()
+    try:
+        expected = []
+        for span in Layout.of(TRIED_TOKENS, adapter).spans:
+            own = slice(*span)
+            place = tuple(each[None, own] for each in turns)
+            found = layer.forward(x[None, own], attention_mask=None, position_embeddings=place)
+            if not isinstance(found, torch.Tensor):
+                raise NotLlamaError("it returns more than hidden states")
+            expected.append(found[0])
+        with layout.active(Layout.of(TRIED_TOKENS, adapter)):
+            tried = fused.run(x, turns)
+    finally:
+        layer.train(was_training)
+    # In float64: what a layer adds may be small beside what it is added to.
+    exact, own_way = torch.cat(expected).double() - x, tried.double() - x
+    error = float((own_way - exact).norm() / exact.norm())
+    if not error <= tolerance[x.dtype]:
+        raise NotLlamaError(f"tried on numbers, it differs by {error:.1e}")
+    return fused
