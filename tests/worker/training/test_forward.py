@@ -219,10 +219,8 @@ def test_choosing_changes_no_bit_of_the_weights() -> None:
 
 
 def test_a_wrong_packed_pass_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def nothing(size: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(size, size, dtype=dtype)
-
-    monkeypatch.setattr(attention, "_future", nothing)  # rows see the future
+    # Rows see the future.
+    monkeypatch.setattr(attention, "causal_softmax_", lambda scores: scores.softmax(-1))
     forward, reason = choose_forward(build(FAMILIES["llama"]), FP32, "cpu", 0, cache_weights=False)
     assert isinstance(forward, PaddedForward)
     assert reason is not None

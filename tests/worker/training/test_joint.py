@@ -133,15 +133,15 @@ def solo() -> list[tuple[Trainer, Log]]:
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many adapters each training pass through a layer had."""
     counts: list[int] = []
-    parts = LinearGroup._parts
+    parts = LinearGroup.parts
 
-    def spy(self: LinearGroup, like: torch.Tensor, training: bool) -> Any:
-        found = parts(self, like, training)
+    def spy(self: LinearGroup, like: torch.Tensor, *, training: bool) -> Any:
+        found = parts(self, like, training=training)
         if training:
             counts.append(len(found[0]))
         return found
 
-    monkeypatch.setattr(LinearGroup, "_parts", spy)
+    monkeypatch.setattr(LinearGroup, "parts", spy)
     return counts
 
 

@@ -6,10 +6,12 @@ keeps what the packed modules would. A layer is taken over only after it was tri
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from worker.kernels.operators import add_and_rescale, is_supported, rescale
 from worker.kernels.training import Rows, Turns, rescale_back
@@ -33,6 +35,8 @@ PRODUCTS = (
     ("mlp.down_proj",),
 )
 TRIED_TOKENS = [5, 3]
+_CALLS_RUN_AGAIN = "__call__" in GradientCheckpointingLayer.__dict__
+"""Whether, in this version of transformers, a layer runs again around `forward`, not within it."""
 
 Places = Mapping[nn.Module, tuple[LinearGroup, int]]
 
@@ -59,7 +63,7 @@ class FusedLayer:
             if found != names:
                 raise NotLlamaError(f"{path or 'it'} consists of {', '.join(sorted(found))}")
         self._own = layer.forward
-        self._layer = layer
+        self._layer: Any = layer
         self.groups = [_group(layer, names, places) for names in PRODUCTS]
         module: Any = layer
         self.norms = [
@@ -79,8 +83,18 @@ class FusedLayer:
             return self._own(hidden_states, *args, **kwargs)
         cosines, sines = (each[0].contiguous() for each in kwargs["position_embeddings"])
         # Views, whose backward passes are such: that of an index would copy.
-        output = self.run(hidden_states.squeeze(0), (cosines, sines))
+        x, turns = hidden_states.squeeze(0), (cosines, sines)
+        run = self.run
+        if self._runs_again():
+            run = partial(self._layer._gradient_checkpointing_func, run)
+        output = run(x, turns)
         return output.unsqueeze(0)
+
+    def _runs_again(self) -> bool:
+        """Tell whether the layer is to keep its input only, and nobody else sees to it."""
+        layer = self._layer
+        wanted: bool = layer.gradient_checkpointing and layer.training and torch.is_grad_enabled()
+        return wanted and not _CALLS_RUN_AGAIN
 
     def _takes(self, x: torch.Tensor, options: Mapping[str, Any]) -> bool:
         """Tell whether this is a pass of packed rows that all go through explicit products."""
