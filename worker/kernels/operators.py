@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from worker.kernels import Numbers, attention, layers, low_rank
+from worker.kernels import Numbers, attention, layers, linear, low_rank, tiles
 from worker.kernels.team import Loop
 
 Loops = dict[torch.dtype, Loop]
@@ -43,8 +43,10 @@ def is_supported(dtype: torch.dtype) -> bool:
 
 def compile_(dtype: torch.dtype) -> None:
     """Compile what tensors of `dtype` need, rather than in the middle of an answer."""
-    for loops in _ALL:
-        loops[dtype].address  # noqa: B018
+    for each in _ALL:
+        each[dtype].address  # noqa: B018
+    if dtype == torch.bfloat16 and tiles.is_supported():
+        linear.multiply_bfloat16.address  # noqa: B018
 
 
 def add_low_rank_(

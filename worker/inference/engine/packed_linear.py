@@ -1,4 +1,4 @@
-"""Linear layers of a CPU that makes products in bfloat16: weights in the order oneDNN reads them.
+"""Linear layers of a CPU that makes products in bfloat16: weights in the order they are read in.
 
 Otherwise oneDNN puts the weights in order for every product, which for the few rows of a step of
 decoding, or of a short prompt, takes longer than the product.
@@ -8,6 +8,33 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+from worker.kernels import tiles
+from worker.kernels.matrix import Matrix
+
+
+class OneDnnMatrix:
+    """W [out, in] and b [out] in bfloat16, packed by oneDNN: where it has instructions of its own.
+
+    Args:
+        weight: [out, in].
+        bias: [out], or None.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self.bias = bias
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        self._product = torch.ops.mkldnn._linear_pointwise.default
+
+    def dense(self) -> torch.Tensor:
+        """Return a copy of the weight [out, in]."""
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Return bfloat16 [..., out] for `x`, bfloat16 [..., in]."""
+        y: torch.Tensor = self._product(x, self._packed, self.bias, "none", [], "")
+        return y
 
 
 class PackedLinear(nn.Linear):
@@ -22,19 +49,17 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         bias = None if linear.bias is None else linear.bias.detach()
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, False))
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), None)
-        self._product = torch.ops.mkldnn._linear_pointwise.default
+        kind = Matrix if tiles.is_supported() and linear.in_features % 2 == 0 else OneDnnMatrix
+        self._matrix = kind(linear.weight.detach(), self.bias)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weights in bfloat16 [out, in]: unpacked at each call."""
-        unpacked: torch.Tensor = self._packed.to_dense()
-        return unpacked
+        return self._matrix.dense()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `x` bfloat16 [..., in] to bfloat16 [..., out]."""
-        y: torch.Tensor = self._product(x, self._packed, self.bias, "none", [], "")
-        return y
+        return self._matrix(x)
 
 
 class Joint:
@@ -89,9 +114,9 @@ class JointPart(PackedLinear):
 
 
 def is_supported() -> bool:
-    """Whether oneDNN is there and packs weights in bfloat16 for this processor."""
-    return torch.backends.mkldnn.is_available() and bool(
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whether this processor has products in bfloat16, and somebody packs weights for them."""
+    return tiles.is_supported() or (
+        torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
 
 

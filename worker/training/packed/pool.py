@@ -7,34 +7,24 @@ clears pages each time it grows. Here all are gone after their pass, and the hea
 """
 
 import math
-import mmap
 import threading
 import weakref
 from bisect import bisect
 from collections import deque
-from pathlib import Path
 
 import torch
 
-CHUNK_BYTES = 64 << 20
+from worker.kernels.memory import ALIGNMENT, CHUNK_BYTES, mapped
+
 SMALLEST_BYTES = 64 << 10
 """Smaller tensors, and those larger than a chunk, are left to torch."""
-_ALIGNMENT = 64
-_HAS_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage").exists()
 
 
 class _Chunk:
     """One map, and the spans of it that are free, in order and never side by side."""
 
     def __init__(self) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        try:
-            memory = mmap.mmap(-1, CHUNK_BYTES, flags=flags)
-        except OSError as error:
-            raise MemoryError(f"can't map {CHUNK_BYTES:,} bytes: {error}") from error
-        if _HAS_HUGE_PAGES:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        self._whole = memoryview(memory)
+        self._whole = memoryview(mapped(CHUNK_BYTES))
         self._starts = [0]
         self._ends = [CHUNK_BYTES]
 
@@ -100,7 +90,7 @@ class Pool:
         if like.device.type != "cpu" or not SMALLEST_BYTES <= n_bytes <= CHUNK_BYTES:
             return like.new_empty(shape, dtype=dtype)
         with self._lock:
-            span = self._take(-(-n_bytes // _ALIGNMENT) * _ALIGNMENT)
+            span = self._take(-(-n_bytes // ALIGNMENT) * ALIGNMENT)
         return torch.frombuffer(span, dtype=dtype, count=count).view(shape)
 
     def copy(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
