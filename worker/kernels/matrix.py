@@ -1,6 +1,5 @@
 """A weight in bfloat16 on a CPU, as the compiled loop multiplies with it."""
 
-import numpy as np
 import torch
 from torch.nn import functional
 
@@ -62,13 +61,11 @@ class Matrix:
         if not n_tokens:
             return y
         x = x if x.stride(-1) == 1 and x.dim() == 2 else x.contiguous()
-        numbers = np.array(
-            (
-                *(y.data_ptr(), x.data_ptr(), self._blocks.data_ptr()),
-                0 if self.bias is None else self.bias.data_ptr(),
-                *(n_tokens, self.in_features, self.out_features),
-                *(self.out_features, by_token(x)),
-            )
+        numbers = (
+            *(y.data_ptr(), x.data_ptr(), self._blocks.data_ptr()),
+            0 if self.bias is None else self.bias.data_ptr(),
+            *(n_tokens, self.in_features, self.out_features),
+            *(self.out_features, by_token(x)),
         )
         linear.multiply_bfloat16(numbers, len(self._blocks))
         return y

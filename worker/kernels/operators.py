@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from worker.kernels import Numbers, attention, layers, linear, low_rank, tiles
-from worker.kernels.team import Loop
+from worker.kernels.team import Loop, bits_of
 
 Loops = dict[torch.dtype, Loop]
 """A loop for each kind of numbers."""
@@ -69,20 +69,22 @@ def add_low_rank_(
         ValueError: the tensors are of other rows or another dtype.
     """
     x = x.contiguous()
+    *before, n_in = x.shape
     n_rows, n_modules, _ = places.shape
-    n_tokens = x.numel() // (n_rows * x.shape[-1])
+    n_tokens = x.numel() // (n_rows * n_in)
     numbers = [
-        *(x.data_ptr(), x.shape[-1], n_rows, n_tokens),
+        *(x.data_ptr(), n_in, n_rows, n_tokens),
         *(places.ctypes.data, 3 * n_modules, len(parts)),
     ]
     for y, module in parts:
-        if y.shape[:-1] != x.shape[:-1] or len(y) != n_rows or {x.dtype, y.dtype} != {dtype}:
+        *own, n_out = y.shape
+        if own != before or own[0] != n_rows or x.dtype != dtype or y.dtype != dtype:
             raise ValueError(
                 f"Adapters of {n_rows} rows in {dtype} do not go with {tuple(x.shape)} in "
                 f"{x.dtype} and {tuple(y.shape)} in {y.dtype}."
             )
-        numbers += (y.data_ptr(), by_token(y), y.shape[-1], module)
-    _ADD_LOW_RANK[x.dtype](np.array(numbers), n_rows * n_tokens)
+        numbers += (y.data_ptr(), by_token(y), n_out, module)
+    _ADD_LOW_RANK[dtype](numbers, n_rows * n_tokens)
 
 
 def by_token(x: torch.Tensor) -> int:
@@ -93,6 +95,8 @@ def by_token(x: torch.Tensor) -> int:
     """
     if x.is_contiguous():
         return x.shape[-1]
+    if x.dim() == 3 and x.shape[1] == 1 and x.stride(2) == 1:  # a step of decoding, most often
+        return x.stride(0)
     distance = x.stride(-2) if x.shape[-2] > 1 or x.dim() == 2 else x.stride(-3)
     expected = distance
     for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
@@ -126,8 +130,7 @@ def rescale(
     d = x.shape[-1]
     n_tokens = x.numel() // d
     kept = 0 if factors is None else factors.data_ptr()
-    numbers = np.array((y.data_ptr(), x.data_ptr(), weight.data_ptr(), n_tokens, d, 0, kept))
-    numbers.view(np.float64)[5] = epsilon
+    numbers = (y.data_ptr(), x.data_ptr(), weight.data_ptr(), n_tokens, d, bits_of(epsilon), kept)
     _RESCALE[x.dtype](numbers, n_tokens)
     return y
 
@@ -148,8 +151,7 @@ def add_and_rescale(
     n_tokens = x.numel() // d
     tensors = (y, total, x, z, weight)
     kept = 0 if factors is None else factors.data_ptr()
-    numbers = np.array([*(each.data_ptr() for each in tensors), n_tokens, d, 0, kept])
-    numbers.view(np.float64)[7] = epsilon
+    numbers = [*(each.data_ptr() for each in tensors), n_tokens, d, bits_of(epsilon), kept]
     _ADD_AND_RESCALE[x.dtype](numbers, n_tokens)
     return total, y
 
@@ -165,7 +167,7 @@ def gated(
     y = gate.new_empty(gate.shape) if out is None else out
     n_tokens = y.numel() // y.shape[-1]
     pointers = (y.data_ptr(), gate.data_ptr(), value.data_ptr())
-    numbers = np.array([*pointers, n_tokens, y.shape[-1], by_token(gate), by_token(value)])
+    numbers = [*pointers, n_tokens, y.shape[-1], by_token(gate), by_token(value)]
     _GATE[y.dtype](numbers, n_tokens)
     return y
 
@@ -195,15 +197,13 @@ def rotated(
         each.new_empty(n_rows, n_own, n_tokens, d)
         for each, n_own in zip(projected, heads, strict=True)
     ]
-    numbers = np.array(
-        [
-            *(each.data_ptr() for each in (*results, *projected)),
-            *(by_token(each) for each in projected),
-            *(cosines.data_ptr(), sines.data_ptr()),
-            cosines.stride(0) if len(cosines) > 1 else 0,
-            *(n_rows, n_tokens, heads[0], heads[1], d),
-        ]
-    )
+    numbers = [
+        *(each.data_ptr() for each in (*results, *projected)),
+        *(by_token(each) for each in projected),
+        *(cosines.data_ptr(), sines.data_ptr()),
+        cosines.stride(0) if len(cosines) > 1 else 0,
+        *(n_rows, n_tokens, heads[0], heads[1], d),
+    ]
     _ROTATE[projected[0].dtype](numbers, n_rows * n_tokens)
     queries, keys, values = results
     return queries, keys, values
@@ -216,7 +216,7 @@ def largest(x: torch.Tensor) -> tuple[list[float], list[int]]:
     """
     x = x.contiguous()
     values, places = np.empty(len(x), np.float32), np.empty(len(x), np.int64)
-    numbers = np.array([x.data_ptr(), values.ctypes.data, places.ctypes.data, *x.shape])
+    numbers = [x.data_ptr(), values.ctypes.data, places.ctypes.data, *x.shape]
     _LARGEST[x.dtype](numbers, len(x))
     return values.tolist(), places.tolist()
 
@@ -232,15 +232,13 @@ def store_(rows: _Pair, tokens: _Pair, lengths: Numbers) -> None:
     """
     keys, values = rows
     new_keys, new_values = (each.contiguous() for each in tokens)
-    numbers = np.array(
-        (
-            new_keys.data_ptr(),
-            new_values.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            lengths.ctypes.data,
-            *(len(new_keys), keys.shape[1], keys.shape[3], keys.stride(0), keys.stride(1)),
-        )
+    numbers = (
+        new_keys.data_ptr(),
+        new_values.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        lengths.ctypes.data,
+        *(len(new_keys), keys.shape[1], keys.shape[3], keys.stride(0), keys.stride(1)),
     )
     _STORE[keys.dtype](numbers, 1)
 
@@ -263,22 +261,19 @@ def attend(
     n_rows, n_heads, _, d = query.shape
     query = query.contiguous()
     output = query.new_empty(n_rows, 1, n_heads, d)
-    numbers = np.array(
-        (
-            output.data_ptr(),
-            query.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            lengths.ctypes.data,
-            n_rows,
-            n_heads,
-            keys.shape[1],
-            d,
-            keys.stride(0),
-            keys.stride(1),
-            0,
-        )
+    numbers = (
+        output.data_ptr(),
+        query.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        lengths.ctypes.data,
+        n_rows,
+        n_heads,
+        keys.shape[1],
+        d,
+        keys.stride(0),
+        keys.stride(1),
+        bits_of(scale),
     )
-    numbers.view(np.float64)[11] = scale
     _ATTEND[query.dtype](numbers, n_rows * keys.shape[1])
     return output

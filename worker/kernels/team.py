@@ -7,8 +7,9 @@ threads. Elsewhere the calling thread runs them alone.
 
 import ctypes
 import os
-from collections.abc import Callable
-from functools import cached_property
+from array import array
+from collections.abc import Callable, Iterable
+from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, Final
@@ -17,8 +18,6 @@ import llvmlite.binding
 import torch  # loads the library
 import xxhash
 from numba import cfunc, config, types
-
-from worker.kernels import Numbers
 
 OPTIONS: Final[dict[str, Any]] = {
     # Sums in any order, so that they are made side by side; all else is as in IEEE 754.
@@ -102,11 +101,20 @@ class Loop:
                 raise
             return cfunc(signature, **OPTIONS)(self._function)
 
-    def __call__(self, numbers: Numbers, n_tasks: int) -> None:
+    def __call__(self, numbers: Iterable[int], n_tasks: int) -> None:
         """Run with `numbers`, on as many threads as PyTorch has here if it has `n_tasks` > 1."""
+        told = array("q", numbers)  # made, and its address found, in a third of NumPy's time
+        address, _ = told.buffer_info()
         if _library is None:
-            _alone(self.address)(numbers.ctypes.data)
+            _alone(self.address)(address)
         else:
             # Two numbers of threads only: with fewer of them, the library lets the others go.
             n_threads = torch.get_num_threads() if n_tasks > 1 else 1
-            _run(self.address, numbers.ctypes.data, n_threads, 0)
+            _run(self.address, address, n_threads, 0)
+
+
+@lru_cache(maxsize=1024)
+def bits_of(value: float) -> int:
+    """Return what a loop that is told numbers reads as this one in float64."""
+    (bits,) = array("q", array("d", [value]).tobytes())
+    return bits

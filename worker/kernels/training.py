@@ -7,6 +7,7 @@ import torch
 
 from worker.kernels import Numbers, gradients, heads
 from worker.kernels.operators import by_token, loops
+from worker.kernels.team import bits_of
 
 Turns = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines [tokens, d] of the tokens' positions (RoPE), contiguous."""
@@ -52,7 +53,7 @@ def rescale_back(  # noqa: PLR0913 - what `rescale` was given and made
     n_tokens = y.numel() // d
     tensors = (out, gradient, y, other, weight, factors)
     pointers = [0 if each is None else each.data_ptr() for each in tensors]
-    _RESCALE_BACK[y.dtype](np.array([*pointers, n_tokens, d, int(is_bare)]), n_tokens)
+    _RESCALE_BACK[y.dtype]([*pointers, n_tokens, d, int(is_bare)], n_tokens)
     return out
 
 
@@ -69,7 +70,7 @@ def gated_back(
     n_tokens, d = gradient.shape
     to_both, y = out
     pointers = [*_halves(to_both, d), y.data_ptr(), gradient.data_ptr(), *_halves(both, d)]
-    numbers = np.array([*pointers, n_tokens, d, by_token(both), by_token(to_both)])
+    numbers = [*pointers, n_tokens, d, by_token(both), by_token(to_both)]
     _GATE_BACK[gradient.dtype](numbers, n_tokens)
 
 
@@ -95,7 +96,7 @@ def cross_entropy_(
     losses = torch.empty(n, dtype=torch.float32)
     hits = torch.empty(n, dtype=torch.bool)
     pointers = [each.data_ptr() for each in (logits, labels, losses, hits)]
-    _CROSS_ENTROPY[logits.dtype](np.array([*pointers, n, d, int(wants_gradient)]), n)
+    _CROSS_ENTROPY[logits.dtype]([*pointers, n, d, int(wants_gradient)], n)
     return losses, hits
 
 
@@ -149,18 +150,14 @@ def join_heads(
 
 def _told(
     split: torch.Tensor, tokens: torch.Tensor, rows: Rows, turns: Turns | None, scale: float
-) -> Numbers:
+) -> list[int]:
     n_rows, n_heads, n, d = split.shape
-    numbers = np.array(
-        [
-            *(split.data_ptr(), tokens.data_ptr()),
-            *(rows.firsts.ctypes.data, rows.lengths.ctypes.data),
-            *((0, 0) if turns is None else (each.data_ptr() for each in turns)),
-            *(n_rows, n_heads, n, d, tokens.stride(0), tokens.stride(1), 0),
-        ]
-    )
-    numbers.view(np.float64)[12] = scale
-    return numbers
+    return [
+        *(split.data_ptr(), tokens.data_ptr()),
+        *(rows.firsts.ctypes.data, rows.lengths.ctypes.data),
+        *((0, 0) if turns is None else (each.data_ptr() for each in turns)),
+        *(n_rows, n_heads, n, d, tokens.stride(0), tokens.stride(1), bits_of(scale)),
+    ]
 
 
 def causal_softmax_(scores: torch.Tensor) -> torch.Tensor:
@@ -170,7 +167,7 @@ def causal_softmax_(scores: torch.Tensor) -> torch.Tensor:
     """
     n = scores.shape[-1]
     n_rows = scores.numel() // n
-    _SOFTMAX[scores.dtype](np.array((scores.data_ptr(), n_rows, n)), n_rows)
+    _SOFTMAX[scores.dtype]((scores.data_ptr(), n_rows, n), n_rows)
     return scores
 
 
@@ -178,6 +175,6 @@ def causal_softmax_back_(gradient: torch.Tensor, shares: torch.Tensor) -> torch.
     """Make the gradient of scores of that of `causal_softmax_`'s result, in place; return it."""
     n = shares.shape[-1]
     n_rows = shares.numel() // n
-    numbers = np.array((gradient.data_ptr(), shares.data_ptr(), n_rows, n))
+    numbers = (gradient.data_ptr(), shares.data_ptr(), n_rows, n)
     _SOFTMAX_BACK[shares.dtype](numbers, n_rows)
     return gradient
