@@ -32,7 +32,7 @@ class Matrix:
         self.bias = None if bias is None else bias.contiguous()
         n_blocks = -(-self.out_features // _WIDTH)
         shape = (n_blocks, self.in_features // 2, tiles.BLOCK, tiles.WIDTH, 2)
-        self._blocks = _SHELF.empty(shape, torch.bfloat16)
+        self._blocks = torch.empty(shape, dtype=torch.bfloat16)
         n_missing = n_blocks * _WIDTH - self.out_features
         whole = functional.pad(weight, (0, 0, 0, n_missing)) if n_missing else weight
         self._by_output().copy_(whole.reshape(n_blocks, tiles.BLOCK, tiles.WIDTH, -1, 2))
@@ -40,6 +40,10 @@ class Matrix:
     def _by_output(self) -> torch.Tensor:
         """Return the blocks as [blocks, `BLOCK`, `WIDTH`, in / 2, 2], a view."""
         return self._blocks.permute(0, 2, 3, 1, 4)
+
+    def settle_(self) -> None:
+        """Move the weight to huge pages, beside others that stay as long as it does."""
+        self._blocks = _SHELF.empty(tuple(self._blocks.shape), torch.bfloat16).copy_(self._blocks)
 
     def dense(self) -> torch.Tensor:
         """Return a copy of the weight [out, in]."""

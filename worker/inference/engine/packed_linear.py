@@ -61,6 +61,11 @@ class PackedLinear(nn.Linear):
         """Map `x` bfloat16 [..., in] to bfloat16 [..., out]."""
         return self._matrix(x)
 
+    def settle_(self) -> None:
+        """Let the weights lie where they are read fastest, now that they will stay as they are."""
+        if isinstance(self._matrix, Matrix):
+            self._matrix.settle_()
+
 
 class Joint:
     """Packed layers that take the same numbers, as one product: oneDNN computes that faster.
@@ -112,6 +117,11 @@ class JointPart(PackedLinear):
         """Map `x` bfloat16 [..., in] to bfloat16 [..., out]."""
         return self._joint.part(x, self._number)
 
+    def settle_(self) -> None:
+        """Let all of the joint layers, once."""
+        if self._number == 0:
+            self._joint.whole.settle_()
+
 
 def is_supported() -> bool:
     """Whether this processor has products in bfloat16, and somebody packs weights for them."""
@@ -135,3 +145,10 @@ def pack_(model: nn.Module) -> int:
     for path, module in layers.items():
         model.set_submodule(path, PackedLinear(module))
     return len(layers)
+
+
+def settle_(model: nn.Module) -> None:
+    """Let the packed weights of `model` lie where they are read fastest."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.settle_()

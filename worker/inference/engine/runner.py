@@ -10,6 +10,7 @@ from worker.inference.engine.caches import joined, row_of
 from worker.inference.engine.fused_layer import fuse_
 from worker.inference.engine.graphs import DecodeGraphs, Record
 from worker.inference.engine.lora import BaseLayers
+from worker.inference.engine.packed_linear import settle_
 from worker.inference.engine.prefix import BLOCK_TOKENS, PrefixStore
 from worker.inference.engine.prompts import together
 from worker.inference.engine.row_attention import use_compiled_attention_
@@ -66,6 +67,7 @@ class Runner:
         self.layers.attach(self.slots)
         if compiled is not None:
             fuse_(self.layers.transformer_layers, self.slots)
+            settle_(model)
         self.decoding: list[Sequence] = []
         """Those that share a pass; its index is the row."""
         self._cache_argument = cache_argument(model)

@@ -13,6 +13,7 @@ from worker.inference.engine.packed_linear import (
     PackedLinear,
     is_supported,
     pack_,
+    settle_,
 )
 
 pytestmark = pytest.mark.skipif(
@@ -46,6 +47,19 @@ def test_a_model_answers_as_before_and_a_tied_head_keeps_its_own_weights() -> No
     torch.testing.assert_close(model(ids).logits, expected)
     model.get_input_embeddings().weight.zero_()
     assert torch.count_nonzero(model.lm_head.weight)
+
+
+@torch.inference_mode()
+def test_weights_that_have_settled_are_the_same() -> None:
+    torch.manual_seed(0)
+    plain = [nn.Linear(32, n, dtype=torch.bfloat16) for n in (48, 16, 24)]
+    packed = [PackedLinear(each) for each in plain]
+    joint = Joint(packed[:2])
+    model = nn.Sequential(*(JointPart(joint, n, packed[n]) for n in range(2)), packed[2])
+    settle_(model)
+    for settled, own in zip(model, plain, strict=True):
+        assert isinstance(settled, PackedLinear)
+        assert torch.equal(settled.weight, own.weight)
 
 
 @torch.inference_mode()

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worker.kernels.memory import CHUNK_BYTES
 from worker.training.packed import pool
-from worker.training.packed.pool import CHUNK_BYTES, SMALLEST_BYTES, Pool
+from worker.training.packed.pool import SMALLEST_BYTES, Pool
 
 FLOAT = torch.empty(0)
 MEBI = 1 << 20
