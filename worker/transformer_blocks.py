@@ -5,7 +5,7 @@ as the model is deep; its attention is the child that is called so; its feed-for
 ``ffn`` or, as in BERT, the pair ``intermediate`` and ``output``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 FEED_FORWARDS = ("mlp", "ffn", "feed_forward")
+LLAMA_PARTS = {
+    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
+    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
+    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
+}
+"""What a layer of Llama's kind consists of, by the names that its descendants kept."""
 Extra = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -32,6 +38,21 @@ class Call:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     n_outputs: int = 0
+
+
+def require_llama_parts(layer: nn.Module, *, also: Collection[str] = ()) -> None:
+    """Make sure that a layer consists of `LLAMA_PARTS`, and nothing else but what is in `also`.
+
+    Raises:
+        UnknownLayersError: it does not.
+    """
+    modules = dict(layer.named_modules())
+    for path, names in LLAMA_PARTS.items():
+        part = modules.get(path)
+        found = {name for name, _ in part.named_children()} if part is not None else set()
+        if found.difference(also) != names:
+            parts = ", ".join(sorted(found)) or "nothing"
+            raise UnknownLayersError(f"{path or 'the layer'} consists of {parts}")
 
 
 def transformer_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -24,13 +24,8 @@ from worker.kernels.operators import (
     rescale,
     rotated,
 )
+from worker.transformer_blocks import require_llama_parts
 
-PARTS = {
-    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
-    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
-}
-"""What a layer consists of, and nothing else but `HEAD_NORMS`."""
 HEAD_NORMS = ("q_norm", "k_norm")
 """Of every head of queries and keys by itself, as in Qwen3."""
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
@@ -86,10 +81,7 @@ class FusedLayer:
     """
 
     def __init__(self, layer: nn.Module, slots: Slots) -> None:
-        for path, names in PARTS.items():
-            found = {name for name, _ in layer.get_submodule(path).named_children()}
-            if found.difference(HEAD_NORMS) != names:
-                raise ValueError(f"{path or 'the layer'} consists of {', '.join(sorted(found))}")
+        require_llama_parts(layer, also=HEAD_NORMS)
         module: Any = layer
         self._attention: Any = module.self_attn
         if self._attention.config._attn_implementation != NAME:

@@ -21,13 +21,8 @@ from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup, gate, gate_back
 from worker.training.packed.norm import can_divide
 from worker.training.packed.products import Part, matrix_gradients, multiply, send_back
+from worker.transformer_blocks import UnknownLayersError, require_llama_parts
 
-PARTS = {
-    "": {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"},
-    "self_attn": {"q_proj", "k_proj", "v_proj", "o_proj"},
-    "mlp": {"gate_proj", "up_proj", "down_proj", "act_fn"},
-}
-"""What a layer consists of, and nothing else."""
 PRODUCTS = (
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     ("self_attn.o_proj",),
@@ -41,10 +36,6 @@ _CALLS_RUN_AGAIN = "__call__" in GradientCheckpointingLayer.__dict__
 Places = Mapping[nn.Module, tuple[LinearGroup, int]]
 
 
-class NotLlamaError(ValueError):
-    """A layer is of another kind; the message says in what."""
-
-
 class FusedLayer:
     """What `layer` makes of packed rows; its own forward pass for all else.
 
@@ -53,15 +44,11 @@ class FusedLayer:
         places: Of each adapted linear layer the group that it is in, and at which place.
 
     Raises:
-        NotLlamaError: it is not of Llama's kind.
+        UnknownLayersError: it is not of Llama's kind.
     """
 
     def __init__(self, layer: nn.Module, places: Places) -> None:
-        for path, names in PARTS.items():
-            part: Any = dict(layer.named_modules()).get(path)
-            found = {name for name, _ in part.named_children()} if part is not None else set()
-            if found != names:
-                raise NotLlamaError(f"{path or 'it'} consists of {', '.join(sorted(found))}")
+        require_llama_parts(layer)
         self._own = layer.forward
         self._layer: Any = layer
         self.groups = [_group(layer, names, places) for names in PRODUCTS]
@@ -76,7 +63,7 @@ class FusedLayer:
         told = attention if hasattr(attention, "sliding_window") else attention.config
         self._window: int | None = getattr(told, "sliding_window", None)
         if getattr(attention, "attention_dropout", 0.0):
-            raise NotLlamaError("it drops some of its attention")
+            raise UnknownLayersError("it drops some of its attention")
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or not self._takes(hidden_states, kwargs):
@@ -206,10 +193,10 @@ def _group(layer: nn.Module, names: Sequence[str], places: Places) -> LinearGrou
     groups = {id(each[0]): each[0] for each in found if each is not None}
     numbers = [None if each is None else each[1] for each in found]
     if len(groups) != 1 or numbers != list(range(len(names))):
-        raise NotLlamaError(f"{', '.join(names)} are not taken together")
+        raise UnknownLayersError(f"{', '.join(names)} are not taken together")
     (group,) = groups.values()
     if len(group.weights) != len(names):
-        raise NotLlamaError(f"other layers are taken together with {names[0]}")
+        raise UnknownLayersError(f"other layers are taken together with {names[0]}")
     return group
 
 
@@ -222,7 +209,7 @@ def _norm(norm: nn.Module) -> tuple[torch.Tensor, float]:
         or weight.requires_grad
         or not can_divide(weight)
     ):
-        raise NotLlamaError("its norm is another, or has weights of 0")
+        raise UnknownLayersError("its norm is another, or has weights of 0")
     return weight.data, epsilon
 
 
@@ -239,12 +226,12 @@ def fuse(
         tolerance: Largest relative difference of what the layer adds, by dtype.
 
     Raises:
-        NotLlamaError: it is of another kind.
+        UnknownLayersError: it is of another kind.
     """
     fused = FusedLayer(layer, places)
     weight, _ = fused.norms[0]
     if weight.device.type != "cpu" or not is_supported(weight.dtype):
-        raise NotLlamaError(f"it is on {weight.device} in {weight.dtype}")
+        raise UnknownLayersError(f"it is on {weight.device} in {weight.dtype}")
     draw = torch.Generator().manual_seed(0)
     n = sum(TRIED_TOKENS)
     x = torch.randn(n, len(weight), generator=draw).to(weight.dtype)
@@ -260,7 +247,7 @@ def fuse(
             place = tuple(each[None, own] for each in turns)
             found = layer.forward(x[None, own], attention_mask=None, position_embeddings=place)
             if not isinstance(found, torch.Tensor):
-                raise NotLlamaError("it returns more than hidden states")
+                raise UnknownLayersError("it returns more than hidden states")
             expected.append(found[0])
         with layout.active(Layout.of(TRIED_TOKENS, adapter)):
             tried = fused.run(x, turns)
@@ -270,5 +257,5 @@ def fuse(
     exact, own_way = torch.cat(expected).double() - x, tried.double() - x
     error = float((own_way - exact).norm() / exact.norm())
     if not error <= tolerance[x.dtype]:
-        raise NotLlamaError(f"tried on numbers, it differs by {error:.1e}")
+        raise UnknownLayersError(f"tried on numbers, it differs by {error:.1e}")
     return fused

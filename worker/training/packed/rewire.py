@@ -20,7 +20,7 @@ from worker.int8 import Int8Linear
 from worker.kernels.training import compile_
 from worker.training.packed import layout, rope
 from worker.training.packed.frozen import FrozenWeight
-from worker.training.packed.fused_layer import FusedLayer, NotLlamaError, fuse
+from worker.training.packed.fused_layer import FusedLayer, fuse
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup
 from worker.training.packed.norm import RmsNorm, can_divide
@@ -32,6 +32,7 @@ from worker.training.packed.siblings import (
     groups_by_input,
     pairs_of,
 )
+from worker.transformer_blocks import UnknownLayersError
 
 log = structlog.get_logger(__name__)
 
@@ -94,7 +95,7 @@ def _fuse(layer: nn.Module, places: dict[nn.Module, tuple[LinearGroup, int]], ad
     """Replace the forward pass of a whole layer if it is of the kind that can be fused."""
     try:
         fused = fuse(layer, places, adapter, TOLERANCE)
-    except NotLlamaError as error:
+    except UnknownLayersError as error:
         log.debug("layer_not_fused", reason=str(error))
         return False
     _replace(layer, fused)

@@ -13,9 +13,10 @@ from worker.training.forward import PackedForward, PaddedForward, choose_forward
 from worker.training.model import trainable_parameters
 from worker.training.objectives.base import IGNORED, Batch
 from worker.training.packed import layout
-from worker.training.packed.fused_layer import FusedLayer, NotLlamaError, fuse
+from worker.training.packed.fused_layer import FusedLayer, fuse
 from worker.training.packed.layout import Layout
 from worker.training.packed.rewire import undo
+from worker.transformer_blocks import UnknownLayersError
 
 LENGTHS = [9, 8, 3, 1]
 
@@ -182,7 +183,7 @@ def test_a_layer_with_other_numbers_than_it_seems_to_have_is_left_alone() -> Non
     assert isinstance(fuse(layer, places, "default", {torch.float32: 1e-4}), FusedLayer)
     layer.input_layernorm.variance_epsilon = 3.0
     layer.input_layernorm.forward = lambda x: x
-    with pytest.raises(NotLlamaError, match="tried on numbers"):
+    with pytest.raises(UnknownLayersError, match="tried on numbers"):
         fuse(layer, places, "default", {torch.float32: 1e-4})
 
 
