@@ -1,4 +1,8 @@
-"""Loops for a CPU, compiled by Numba, for what takes PyTorch many small calls."""
+"""Loops for a CPU, compiled by Numba, for what takes PyTorch many small calls.
+
+The engine takes them by `operators` and `matrix`, the trainer by `operators` and `training`; these
+know tensors, the others addresses. `team` runs a loop on PyTorch's threads.
+"""
 
 from typing import Any
 

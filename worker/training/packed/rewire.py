@@ -1,8 +1,8 @@
 """Swap the forward passes of a PEFT model's modules for packed ones, keeping modules and names.
 
-Which modules share an input is not guessed from their names (`siblings`), and the swap of a norm or
-of a gated feed-forward stays only if it gives the same on random input. Outside of a packed pass
-every module is its own again.
+Which modules share an input is not guessed from their names (`siblings`), and the swap of a norm,
+of a gated feed-forward or of a whole layer stays only if it gives the same on random input. Outside
+of a packed pass every module is its own again.
 """
 
 from collections.abc import Callable
