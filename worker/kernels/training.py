@@ -90,9 +90,16 @@ def cross_entropy_(
 
     Returns:
         float32 [n] and bool [n].
+
+    Raises:
+        IndexError: a label is no number of a logit.
     """
     n, d = logits.shape
     labels = labels.contiguous()
+    if n and not (int(labels.min()) >= 0 and int(labels.max()) < d):
+        raise IndexError(
+            f"There are labels from {labels.min()} to {labels.max()}, but {d} logits from 0 on."
+        )
     losses = torch.empty(n, dtype=torch.float32)
     hits = torch.empty(n, dtype=torch.bool)
     pointers = [each.data_ptr() for each in (logits, labels, losses, hits)]
@@ -127,6 +134,9 @@ def split_heads(
         turns: Cosines and sines of all tokens, or None.
         scale: Factor of all.
         out: Contiguous [rows, heads, n, d], is filled, with 0 after the ends of rows, and returned.
+
+    Raises:
+        ValueError: the numbers of a head lie apart.
     """
     _SPLIT[tokens.dtype](_told(out, tokens, rows, turns, scale), out.shape[0] * out.shape[1])
     return out
@@ -152,6 +162,8 @@ def _told(
     split: torch.Tensor, tokens: torch.Tensor, rows: Rows, turns: Turns | None, scale: float
 ) -> list[int]:
     n_rows, n_heads, n, d = split.shape
+    if tokens.stride(2) != 1:
+        raise ValueError("The numbers of a head do not follow each other.")
     return [
         *(split.data_ptr(), tokens.data_ptr()),
         *(rows.firsts.ctypes.data, rows.lengths.ctypes.data),

@@ -1,26 +1,15 @@
 """Products in bfloat16 by tiles: those of float64, for any sizes, a row by itself."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-from worker.kernels import tiles
+from worker.kernels import linear, tiles
 from worker.kernels.matrix import Matrix
 from worker.kernels.operators import compile_
 
-pytestmark = [
-    pytest.mark.skipif(not tiles.is_supported(), reason="this processor has no AVX512-BF16"),
-    pytest.mark.usefixtures("draws"),
-]
-
-
-@pytest.fixture
-def draws() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(n_threads)
+pytestmark = pytest.mark.skipif(
+    not tiles.is_supported(), reason="this processor has no AVX512-BF16"
+)
 
 
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
@@ -81,3 +70,4 @@ def test_what_cannot_be_read_in_pairs_or_multiplied_is_refused() -> None:
 
 def test_it_is_compiled_beforehand_with_the_other_loops() -> None:
     compile_(torch.bfloat16)
+    assert "address" in vars(linear.multiply_bfloat16)

@@ -1,6 +1,5 @@
 """The compiled loops compute what PyTorch does in float64, for any sizes, within their dtype."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
+from tests.worker.kernels.exact import DTYPES, THREADS, assert_near
 from worker.kernels import Numbers
 from worker.kernels.operators import (
     add_and_rescale,
@@ -22,23 +22,6 @@ from worker.kernels.operators import (
     rotated,
     store_,
 )
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-THREADS = pytest.mark.parametrize("n_threads", [1, 2, 3])
-
-
-@pytest.fixture(autouse=True)
-def draws() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
-    """What was summed in float32 is off by its last rounding only."""
-    error = (found.double() - exact).norm() / exact.norm()
-    assert float(error) < (3e-3 if found.dtype == torch.bfloat16 else 1e-6)
 
 
 def test_the_dtypes_of_bases_on_a_cpu_are_supported_and_others_are_not() -> None:

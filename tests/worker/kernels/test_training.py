@@ -1,13 +1,14 @@
 """What training's loops compute is what autograd makes of the formulas in float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from tests.worker.kernels.exact import DTYPES, THREADS, assert_near
+from worker.kernels import gradients, heads
 from worker.kernels.operators import add_and_rescale, gated, rescale
+from worker.kernels.team import Loop
 from worker.kernels.training import (
     Rows,
     Turns,
@@ -21,23 +22,7 @@ from worker.kernels.training import (
     split_heads,
 )
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-THREADS = pytest.mark.parametrize("n_threads", [1, 2, 3])
 EPSILON = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def draws() -> Iterator[None]:
-    n_threads = torch.get_num_threads()
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(n_threads)
-
-
-def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
-    """What was summed in float32 is off by its last rounding only."""
-    error = (found.double() - exact).norm() / exact.norm()
-    assert float(error) < (3e-3 if found.dtype == torch.bfloat16 else 2e-6)
 
 
 def normal(x: torch.Tensor) -> torch.Tensor:
@@ -47,6 +32,10 @@ def normal(x: torch.Tensor) -> torch.Tensor:
 def test_all_loops_can_be_compiled_beforehand() -> None:
     compile_(torch.float32)
     compile_(torch.bfloat16)
+    found = (*vars(gradients).values(), *vars(heads).values())
+    loops = [each for each in found if isinstance(each, Loop)]
+    assert len(loops) == 14
+    assert all("address" in vars(loop) for loop in loops)
 
 
 @DTYPES
@@ -135,6 +124,20 @@ def test_of_equal_logits_only_the_first_is_a_hit() -> None:
     logits = torch.tensor([[1.0, 3.0, 3.0]] * 2)
     _, hits = cross_entropy_(logits, torch.tensor([1, 2]), wants_gradient=False)
     assert hits.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_logits_number_is_refused_before_memory_is_touched(label: int) -> None:
+    logits = torch.zeros(2, 3)
+    with pytest.raises(IndexError, match=r"labels .* 3 logits"):
+        cross_entropy_(logits, torch.tensor([0, label]), wants_gradient=True)
+    assert torch.equal(logits, torch.zeros(2, 3))
+
+
+def test_heads_whose_numbers_lie_apart_are_refused() -> None:
+    tokens, rows = torch.zeros(4, 6, 2).transpose(1, 2), Rows([(0, 4)])
+    with pytest.raises(ValueError, match="do not follow each other"):
+        split_heads(tokens, rows, None, 1.0, out=torch.zeros(1, 2, 4, 6))
 
 
 @DTYPES

@@ -121,7 +121,7 @@ class _Layer(torch.autograd.Function):
     ) -> torch.Tensor:
         weights = [group.weights for group in layer.groups]
         x = x.contiguous()
-        first, second = (torch.empty(len(x)) for _ in range(2))
+        first, second = (torch.empty(len(x), dtype=torch.float32) for _ in range(2))
         normal = rescale(x, *layer.norms[0], out=pool.empty(x, *x.shape), factors=first)
         projected, of_heads = multiply(normal, weights[0], parts[0])
         heads = _by_head(projected, layer)

@@ -25,7 +25,7 @@ class RmsNorm(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.divides, ctx.by_loops = divides, _takes_loops(x, weight)
         if ctx.by_loops and divides:
-            inverse = torch.empty(*x.shape[:-1], 1)
+            inverse = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
             y = rescale(x, weight, epsilon, out=pool.empty(x, *x.shape), factors=inverse)
             ctx.save_for_backward(y, inverse, weight)
             return y
