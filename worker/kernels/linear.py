@@ -36,6 +36,7 @@ def _multiply(address: Any) -> None:
         token = 0
         while token < n_tokens:
             x = numbers[1] + token * by_x * 2
+            sums[:] = np.float32(0)
             n = _tile(weights, x, by_x * 2, n_in // 2, sums.ctypes.data, n_tokens - token)
             for row in range(n):
                 at = (token + row) * by_y + first

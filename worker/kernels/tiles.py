@@ -43,56 +43,62 @@ def is_supported() -> bool:
     return bool(features.get("avx512bf16")) and not features.get("amx-bf16")
 
 
-def _tile(n_rows: int) -> Any:
-    """Make the function that computes a tile of `n_rows` rows.
+def _tile(n_rows: int, n_wide: int = BLOCK) -> Any:
+    """Make the function that adds to a tile of `n_rows` rows and `n_wide` registers of columns.
 
-    It takes addresses, and distances in bytes: of the block of weights [pairs, `BLOCK`, `WIDTH`, 2]
+    It takes addresses, and distances in bytes: of the block of weights [pairs, n_wide, `WIDTH`, 2]
     and of the first row [pairs, 2], bfloat16; how far the next row is; the number of pairs; and
-    where the sums [rows, `BLOCK` · `WIDTH`] go, float32.
+    where the sums [rows, n_wide · `WIDTH`] are, float32.
     """
 
     def tile(context: Any, weights: Any, rows: Any, by_row: Any, n_pairs: Any, sums: Any) -> Any:
         signature = types.void(*(types.int64,) * 5)
         return signature, lambda context, builder, _, arguments: _generate(
-            context, builder, n_rows, arguments
+            context, builder, (n_rows, n_wide), arguments
         )
 
     return intrinsic(tile)
 
 
-def _generate(context: Any, builder: Any, n_rows: int, arguments: Any) -> Any:
+def _generate(context: Any, builder: Any, shape: tuple[int, int], arguments: Any) -> Any:
+    n_rows, n_wide = shape
     weights, first, by_row, n_pairs, sums = arguments
     multiply_add = _instruction(builder.module)
+    rows = [builder.add(first, builder.mul(by_row, _I64(n))) for n in range(n_rows)]
+    places = [
+        [builder.add(sums, _I64((n * n_wide + column) * WIDTH * 4)) for column in range(n_wide)]
+        for n in range(n_rows)
+    ]
+    old = [[_load(builder, place, _SUMS, 4) for place in row] for row in places]
     before = builder.block
     loop, after = (builder.append_basic_block(name) for name in ("pairs", "pairs.done"))
-    rows = [builder.add(first, builder.mul(by_row, _I64(n))) for n in range(n_rows)]
     builder.branch(loop)
 
     builder.position_at_end(loop)
     index = builder.phi(_I64)
     index.add_incoming(_I64(0), before)
-    tile = [[builder.phi(_SUMS) for _ in range(BLOCK)] for _ in rows]
-    at = builder.add(weights, builder.mul(index, _I64(BLOCK * WIDTH * 4)))
+    tile = [[builder.phi(_SUMS) for _ in row] for row in old]
+    at = builder.add(weights, builder.mul(index, _I64(n_wide * WIDTH * 4)))
     columns = [
-        _load(builder, builder.add(at, _I64(n * WIDTH * 4)), _PAIRS, WIDTH * 4)
-        for n in range(BLOCK)
+        _load(builder, builder.add(at, _I64(n * WIDTH * 4)), _PAIRS, 4) for n in range(n_wide)
     ]
     following = builder.add(index, _I64(1))
-    for row, old in zip(rows, tile, strict=True):
+    new: list[list[Any]] = []
+    for row, totals, begun in zip(rows, tile, old, strict=True):
         place = builder.add(row, builder.mul(index, _I64(4)))
         pair = _everywhere(builder, _load(builder, place, _I32, 4))
-        for column, total in zip(columns, old, strict=True):
-            total.add_incoming(ir.Constant(_SUMS, None), before)
-            total.add_incoming(builder.call(multiply_add, [total, pair, column]), loop)
+        new.append([])
+        for column, total, start in zip(columns, totals, begun, strict=True):
+            new[-1].append(builder.call(multiply_add, [total, pair, column]))
+            total.add_incoming(start, before)
+            total.add_incoming(new[-1][-1], loop)
     index.add_incoming(following, loop)
     builder.cbranch(builder.icmp_unsigned("<", following, n_pairs), loop, after)
 
     builder.position_at_end(after)
-    for n, old in enumerate(tile):
-        for column, total in enumerate(old):
-            place = builder.add(sums, _I64((n * BLOCK + column) * WIDTH * 4))
-            new = next(value for value, block in total.incomings if block is loop)
-            store = builder.store(new, builder.inttoptr(place, _SUMS.as_pointer()))
+    for totals, row in zip(new, places, strict=True):
+        for total, place in zip(totals, row, strict=True):
+            store = builder.store(total, builder.inttoptr(place, _SUMS.as_pointer()))
             store.align = 4
     return context.get_dummy_value()
 
@@ -122,3 +128,52 @@ tile_of_8: Any = _tile(8)
 tile_of_4: Any = _tile(4)
 tile_of_2: Any = _tile(2)
 tile_of_1: Any = _tile(1)
+
+tile_of_8_by_2: Any = _tile(8, 2)
+tile_of_1_by_2: Any = _tile(1, 2)
+tile_of_16_by_1: Any = _tile(16, 1)
+tile_of_1_by_1: Any = _tile(1, 1)
+
+
+def _transpose(by_target: int) -> Any:
+    """Make the function that writes the columns of 16 rows of 16 words of 32 bits as rows.
+
+    It takes addresses, of the first row and of where its words go, and how many bytes the next row
+    is further on; the next column goes `by_target` bytes further on.
+    """
+
+    def transpose(context: Any, source: Any, by_row: Any, target: Any) -> Any:
+        signature = types.void(*(types.int64,) * 3)
+        return signature, lambda context, builder, _, arguments: _transposed(
+            context, builder, by_target, arguments
+        )
+
+    return intrinsic(transpose)
+
+
+def _transposed(context: Any, builder: Any, by_target: int, arguments: Any) -> Any:
+    source, by_row, target = arguments
+    rows = [
+        _load(builder, builder.add(source, builder.mul(by_row, _I64(n))), _SAME, 4)
+        for n in range(WIDTH)
+    ]
+    distance = 1
+    while distance < WIDTH:  # blocks of twice the size swap two quarters (Eklundh 1972)
+        low = [i if not i & distance else i - distance + WIDTH for i in range(WIDTH)]
+        high = [i + distance if not i & distance else i + WIDTH for i in range(WIDTH)]
+        for n in range(WIDTH):
+            if not n & distance:
+                pair = rows[n], rows[n + distance]
+                rows[n], rows[n + distance] = (
+                    builder.shuffle_vector(*pair, ir.Constant(_SAME, mask)) for mask in (low, high)
+                )
+        distance *= 2
+    for n, row in enumerate(rows):
+        place = builder.add(target, _I64(n * by_target))
+        builder.store(row, builder.inttoptr(place, _SAME.as_pointer())).align = 4
+    return context.get_dummy_value()
+
+
+transpose_to_3: Any = _transpose(3 * WIDTH * 4)
+transpose_to_2: Any = _transpose(2 * WIDTH * 4)
+transpose_to_1: Any = _transpose(WIDTH * 4)
