@@ -28,6 +28,7 @@ TESTED_ELSEWHERE = {
     "models/registry/audit.py": "tests/api/keys/test_audit_logs.py",
     "models/registry/permissions.py": "tests/api/openai/test_permissions.py",
     "models/broker.py": "tests/flow/test_recovery.py: with Valkey, doubled, and without any",
+    "worker/kernels/gemm.py": "its neighbour's tests: test_products.py",
     "worker/kernels/linear.py": "its neighbour's tests: test_matrix.py",
     "worker/kernels/tiles.py": "its neighbour's tests: test_matrix.py",
     "worker/kernels/gradients.py": "its neighbour's tests: test_training.py",

@@ -54,15 +54,15 @@ def _multiply(address: Any) -> None:
 def _tile(weights: int, x: int, by_row: int, n_pairs: int, sums: int, n_left: int) -> int:
     """Sum up as many rows as a tile has of those that are left, and return how many."""
     if n_left >= 8:
-        tile_of_8(weights, x, by_row, n_pairs, sums)
+        tile_of_8(weights, x, by_row, 4, n_pairs, sums)
         return 8
     if n_left >= 4:
-        tile_of_4(weights, x, by_row, n_pairs, sums)
+        tile_of_4(weights, x, by_row, 4, n_pairs, sums)
         return 4
     if n_left >= 2:
-        tile_of_2(weights, x, by_row, n_pairs, sums)
+        tile_of_2(weights, x, by_row, 4, n_pairs, sums)
         return 2
-    tile_of_1(weights, x, by_row, n_pairs, sums)
+    tile_of_1(weights, x, by_row, 4, n_pairs, sums)
     return 1
 
 

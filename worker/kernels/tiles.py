@@ -4,6 +4,7 @@ What LLVM does not find in a loop is written for it here: a tile of the result s
 while pairs of numbers are multiplied and added to it, in float32.
 """
 
+from functools import lru_cache
 from typing import Any, Final
 
 import llvmlite.binding
@@ -37,6 +38,7 @@ _PAIRS = ir.VectorType(_BFloat(), 2 * WIDTH)
 _SAME = ir.VectorType(_I32, WIDTH)
 
 
+@lru_cache(maxsize=1)
 def is_supported() -> bool:
     """Tell whether this processor has the instruction, and none that does more at once (AMX)."""
     features = llvmlite.binding.get_host_cpu_features()
@@ -47,12 +49,14 @@ def _tile(n_rows: int, n_wide: int = BLOCK) -> Any:
     """Make the function that adds to a tile of `n_rows` rows and `n_wide` registers of columns.
 
     It takes addresses, and distances in bytes: of the block of weights [pairs, n_wide, `WIDTH`, 2]
-    and of the first row [pairs, 2], bfloat16; how far the next row is; the number of pairs; and
-    where the sums [rows, n_wide · `WIDTH`] are, float32.
+    and of the first row [pairs, 2], bfloat16; how far the next row is, and the next pair of a row;
+    the number of pairs; and where the sums [rows, n_wide · `WIDTH`] are, float32.
     """
 
-    def tile(context: Any, weights: Any, rows: Any, by_row: Any, n_pairs: Any, sums: Any) -> Any:
-        signature = types.void(*(types.int64,) * 5)
+    def tile(  # noqa: PLR0913 - a loop has its numbers as arguments
+        context: Any, weights: Any, rows: Any, by_row: Any, by_pair: Any, n_pairs: Any, sums: Any
+    ) -> Any:
+        signature = types.void(*(types.int64,) * 6)
         return signature, lambda context, builder, _, arguments: _generate(
             context, builder, (n_rows, n_wide), arguments
         )
@@ -62,7 +66,7 @@ def _tile(n_rows: int, n_wide: int = BLOCK) -> Any:
 
 def _generate(context: Any, builder: Any, shape: tuple[int, int], arguments: Any) -> Any:
     n_rows, n_wide = shape
-    weights, first, by_row, n_pairs, sums = arguments
+    weights, first, by_row, by_pair, n_pairs, sums = arguments
     multiply_add = _instruction(builder.module)
     rows = [builder.add(first, builder.mul(by_row, _I64(n))) for n in range(n_rows)]
     places = [
@@ -85,7 +89,7 @@ def _generate(context: Any, builder: Any, shape: tuple[int, int], arguments: Any
     following = builder.add(index, _I64(1))
     new: list[list[Any]] = []
     for row, totals, begun in zip(rows, tile, old, strict=True):
-        place = builder.add(row, builder.mul(index, _I64(4)))
+        place = builder.add(row, builder.mul(index, by_pair))
         pair = _everywhere(builder, _load(builder, place, _I32, 4))
         new.append([])
         for column, total, start in zip(columns, totals, begun, strict=True):

@@ -117,7 +117,8 @@ class Rows:
     def __init__(self, spans: Sequence[tuple[int, int]]) -> None:
         self.firsts: Numbers = np.array([start for start, _ in spans])
         self.lengths: Numbers = np.array([end - start for start, end in spans])
-        self.n = int(self.lengths.max())
+        longest = int(self.lengths.max())
+        self.n = longest + longest % 2  # some products take their numbers in pairs
 
     def __len__(self) -> int:
         return len(self.firsts)

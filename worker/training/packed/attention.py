@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from worker.kernels import products
 from worker.kernels.operators import is_supported
 from worker.kernels.training import (
     Rows,
@@ -302,4 +303,8 @@ def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 def _bmm(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the products [N, I, J] of one [N, I, K] and other [N, K, J]."""
-    return torch.bmm(one, other, out=pool.empty(one, *one.shape[:2], other.shape[2]))
+    out = pool.empty(one, *one.shape[:2], other.shape[2])
+    if products.is_supported(one) and one.shape[2] % 2 == 0:
+        products.multiply_each_(one, other, out)
+        return out
+    return torch.bmm(one, other, out=out)

@@ -11,8 +11,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from worker.kernels.operators import is_supported
+from worker.kernels.products import Term
 from worker.kernels.training import cross_entropy_
-from worker.training.packed import pool
+from worker.training.packed import pool, sums
 
 CHUNK_BYTES = 24 << 20
 """About what the logits of one chunk take at most; twice as much is not faster."""
@@ -101,21 +102,20 @@ class _SummedCrossEntropies(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias = head
+        how = sums.of(hidden, weight.shape)
         to_hidden = torch.empty_like(hidden) if wants_gradient else None
         losses, hits = [], []
         n_rows = _rows_of_chunk(len(hidden), weight)
         for start in range(0, hidden.shape[0], n_rows):
             rows = hidden[start : start + n_rows]
             logits = pool.empty(rows, len(rows), len(weight))
-            torch.mm(rows, weight.t(), out=logits)
-            if bias is not None:
-                logits.add_(bias)
+            how.add_up([Term(rows, weight.t())], logits, bias=bias)
             labels = targets[start : start + n_rows]
             loss, hit = _losses_(logits, labels, wants_gradient=wants_gradient)
             losses.append(loss)
             hits.append(hit)
             if to_hidden is not None:
-                torch.mm(logits, weight, out=to_hidden[start : start + n_rows])
+                how.add_up([Term(logits, weight)], to_hidden[start : start + n_rows])
         if to_hidden is not None:
             ctx.save_for_backward(to_hidden)
         ctx.sizes = sizes

@@ -7,9 +7,11 @@ from itertools import accumulate, pairwise
 import torch
 from torch import nn
 
+from worker.kernels.products import Term
 from worker.training.dropout import Drop
-from worker.training.packed import pool
+from worker.training.packed import pool, sums
 from worker.training.packed.frozen import FrozenWeight
+from worker.training.packed.sums import Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,25 +98,38 @@ def multiply(
     x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the outputs [T, all outputs] for x [T, inputs], and ``s · A x`` of each part."""
-    output = pool.empty(x, x.shape[0], sum(weight.outputs for weight in weights))
-    for weight, columns in _columns(weights):
-        torch.mm(x, weight.get().t(), out=output[:, columns])
-        if weight.bias is not None:
-            output[:, columns].add_(weight.bias)
+    how = _how(x, weights, parts)
     hidden_of_parts = []
     for part in parts:
         rows = x[part.rows]
-        hidden = pool.empty(rows, len(rows), part.a.shape[0])
+        hidden = pool.empty(x, len(rows), len(part.a))
         if part.drops is None:
-            torch.mm(rows, part.a.t(), out=hidden)
+            how.add_up([Term(rows, part.a.t())], hidden)
         else:
             for column, drop in zip(part.columns, part.drops, strict=True):
-                a = part.a[column.hidden]
-                torch.mm(_kept(rows, drop), a.t(), out=hidden[:, column.hidden])
-        for column, b in zip(part.columns, part.b, strict=True):
-            output[part.rows, column.output].addmm_(hidden[:, column.hidden], b.t())
+                a = part.a[column.hidden].t()
+                how.add_up([Term(_kept(rows, drop), a)], hidden[:, column.hidden])
         hidden_of_parts.append(hidden)
+    output = pool.empty(x, len(x), sum(weight.outputs for weight in weights))
+    for weight, columns in _columns(weights):
+        terms = [Term(x, weight.get().t())]
+        for part, hidden in zip(parts, hidden_of_parts, strict=True):
+            terms += [
+                Term(hidden[:, column.hidden], b.t(), part.rows.start)
+                for column, b in zip(part.columns, part.b, strict=True)
+                if column.output == columns
+            ]
+        # Rounded before the adapter's share is added, as everywhere: many small shares are lost by
+        # it, and a job whose first steps keep them does not have the losses that others have.
+        how.add_up(terms, output[:, columns], bias=weight.bias, n_rounded=1)
     return output, hidden_of_parts
+
+
+def _how(x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part]) -> type[Sums]:
+    """Return how sums of products are made of these: the same forward and backward."""
+    sizes = [weight.inputs for weight in weights] + [weight.outputs for weight in weights]
+    sizes += [len(column.pair.a) for part in parts for column in part.columns]
+    return sums.of(x, sizes)
 
 
 def _columns(weights: list[FrozenWeight]) -> list[tuple[FrozenWeight, slice]]:
@@ -126,8 +141,8 @@ def _columns(weights: list[FrozenWeight]) -> list[tuple[FrozenWeight, slice]]:
 class Sent:
     """What a part's products sent back: the gradient of ``s · A x``, and those of its matrices.
 
-    Of these, `gradients` is the memory of all, in the dtype of the product, and `to_a` and `to_b`
-    are its parts. Those of A are not there yet.
+    Of these, `gradients` is the memory of all, and `to_a` and `to_b` are its parts. Those of A are
+    not there yet.
     """
 
     to_hidden: torch.Tensor
@@ -138,70 +153,73 @@ class Sent:
 
 def send_back(
     gradient: torch.Tensor,
-    weights: list[FrozenWeight] | None,
+    weights: list[FrozenWeight],
     parts: list[Part],
     hidden_of_parts: list[torch.Tensor],
+    *,
+    wanted: bool = True,
 ) -> tuple[torch.Tensor | None, list[Sent]]:
     """Return the gradient of what `multiply` was given, and what `matrix_gradients` needs.
 
     Args:
         gradient: Of the outputs [T, all outputs].
-        weights: Those of the product; None if the input needs no gradient.
+        weights: Those of the product.
         parts: Those of the product.
         hidden_of_parts: As `multiply` returned it.
+        wanted: Whether the input needs a gradient; None is returned if not.
     """
-    to_x = None if weights is None else _input_gradient(gradient, weights)
+    how = _how(gradient, weights, parts)
+    terms = [Term(gradient[:, columns], weight.get()) for weight, columns in _columns(weights)]
     all_sent = []
     for part, hidden in zip(parts, hidden_of_parts, strict=True):
         matrices = [column.pair.a for column in part.columns]
         matrices += [column.pair.b for column in part.columns]
-        gradients = gradient.new_empty(sum(each.numel() for each in matrices))
+        gradients = how.gradients(gradient, sum(each.numel() for each in matrices))
         views = _views(gradients, matrices)
         n = len(part.columns)
-        sent = Sent(pool.empty(hidden, *hidden.shape), gradients, views[:n], views[n:])
+        to_hidden = pool.empty(hidden, *hidden.shape)
+        sent = Sent(to_hidden, gradients, views[:n], views[n:])
         for column, b, to_b in zip(part.columns, part.b, sent.to_b, strict=True):
-            outer = gradient[part.rows, column.output]
-            torch.mm(outer, b, out=sent.to_hidden[:, column.hidden])
-            torch.mm(outer.t(), hidden[:, column.hidden], out=to_b)
-        if to_x is not None:
-            _add_to_input(part, sent.to_hidden, to_x[part.rows])
+            outer, own = gradient[part.rows, column.output], column.hidden
+            how.add_up([Term(outer, b)], to_hidden[:, own])
+            how.add_up([Term(hidden[:, own].t(), outer)], to_b.t())
+        if part.drops is None:
+            terms.append(Term(to_hidden, part.a, part.rows.start))
         all_sent.append(sent)
+    if not wanted:
+        return None, all_sent
+    to_x = pool.empty(gradient, len(gradient), weights[0].inputs)
+    how.add_up(terms, to_x)
+    for part, sent in zip(parts, all_sent, strict=True):
+        if part.drops is not None:
+            _add_kept(part, sent, to_x[part.rows])
     return to_x, all_sent
 
 
-def _input_gradient(gradient: torch.Tensor, weights: list[FrozenWeight]) -> torch.Tensor:
-    """Return what the frozen weights send back, [T, inputs]."""
-    (first, columns), *others = _columns(weights)
-    to_x = pool.empty(gradient, len(gradient), first.inputs)
-    torch.mm(gradient[:, columns], first.get(), out=to_x)
-    for weight, columns in others:
-        to_x.addmm_(gradient[:, columns], weight.get())
-    return to_x
-
-
-def _add_to_input(part: Part, to_hidden: torch.Tensor, to_x: torch.Tensor) -> None:
-    if part.drops is None:
-        to_x.addmm_(to_hidden, part.a)
-        return
+def _add_kept(part: Part, sent: Sent, to_x: torch.Tensor) -> None:
+    """Add what the matrices of a part with dropout send back to the inputs that it kept."""
+    assert part.drops is not None
     for column, drop in zip(part.columns, part.drops, strict=True):
-        to_rows = to_hidden[:, column.hidden] @ part.a[column.hidden]
+        to_rows = sent.to_hidden[:, column.hidden] @ part.a[column.hidden]
         to_x.add_(to_rows if drop is None else drop.zero_(to_rows))
 
 
 def matrix_gradients(
-    x: torch.Tensor, parts: list[Part], all_sent: list[Sent]
+    x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part], all_sent: list[Sent]
 ) -> list[torch.Tensor]:
     """Return the gradients of A and B of each part, float32, for x [T, inputs]."""
+    how = _how(x, weights, parts)
     gradients: list[torch.Tensor] = []
     for part, sent in zip(parts, all_sent, strict=True):
         rows = x[part.rows]
         if part.drops is None:
             n = sum(each.numel() for each in sent.to_a)
             all_a = sent.gradients[:n].view(part.a.shape)
-            torch.mm(sent.to_hidden.t(), rows, out=all_a)
+            how.add_up([Term(sent.to_hidden.t(), rows)], all_a)
         else:
             for column, drop, to_a in zip(part.columns, part.drops, sent.to_a, strict=True):
-                torch.mm(sent.to_hidden[:, column.hidden].t(), _kept(rows, drop), out=to_a)
+                to_hidden = sent.to_hidden[:, column.hidden].t()
+                how.add_up([Term(to_hidden, _kept(rows, drop))], to_a)
         found = _views(sent.gradients.float(), [*sent.to_a, *sent.to_b])
         torch._foreach_mul_(found[: len(sent.to_a)], part.factors)
         gradients += found

@@ -1,0 +1,259 @@
+"""Sums of products of matrices in bfloat16, whose factors lie in memory as PyTorch has them.
+
+A block of columns of the result at a time: what it needs of each right factor is brought into the
+order in which `tiles` reads it, in a cache, and used for all rows. Either factor may be read along
+its rows or along its columns, so no second copy of a weight is held for the backward pass.
+"""
+
+from typing import Any
+
+import numpy as np
+from numba import carray, njit
+
+from worker.kernels.numbers import get, pointer, put
+from worker.kernels.team import OPTIONS, Loop, member, size
+from worker.kernels.tiles import (
+    BLOCK,
+    WIDTH,
+    tile_of_1,
+    tile_of_1_by_1,
+    tile_of_1_by_2,
+    tile_of_2,
+    tile_of_4,
+    tile_of_8,
+    tile_of_8_by_2,
+    tile_of_16_by_1,
+    transpose_to_1,
+    transpose_to_2,
+    transpose_to_3,
+)
+
+ROWS = 1024
+"""Rows of the result whose sums are made at a time."""
+PAIRS = 768
+"""Pairs of numbers along the inner dimension that are in order at a time."""
+STRIP = 64
+"""Rows of a left factor that lies by columns which are in order at a time."""
+SCRATCH_WORDS = (ROWS + PAIRS) * BLOCK * WIDTH + PAIRS * STRIP
+"""What each thread needs, in 32 bits."""
+N_NUMBERS = 13
+N_NUMBERS_OF_TERM = 11
+
+
+@njit(**OPTIONS)
+def _multiply(address: Any) -> None:
+    """C [rows, columns] = Σ X [rows of X, inner] · W, summed in float32 and rounded once.
+
+    Args:
+        address: Of these numbers: where C is, by how many elements its next row is further on, and
+            0, or, if C lies by columns, its next column, and 1; 1 if C is float32 and 0 if it is
+            bfloat16; where the bias [columns], bfloat16, is, or 0; rows; columns; how many such
+            products there are, of which all threads share each if it is 1; by how many elements
+            the next C is further on; the number of terms; the number of terms after which sums are
+            rounded to bfloat16 before others are added, or 0; how many rows each thread has, or 0
+            if each has own columns; where each thread has `SCRATCH_WORDS`. Then for each term:
+            where X is, and how it lies, as is said of C; the same of W [inner, columns]; inner; the
+            first row of C that X adds to, and the one after the last; by how many elements the next
+            X and the next W are further on.
+    """
+    numbers = carray(address, (N_NUMBERS,), np.int64)
+    n_rows, n_columns = numbers[5:7]
+    if numbers[7] > 1:
+        for index in range(member(), numbers[7], size()):
+            _share(address, index, 0, n_rows, 0, n_columns)
+    elif numbers[11] != 0:
+        first = min(n_rows, member() * numbers[11])
+        _share(address, 0, first, min(n_rows, first + numbers[11]), 0, n_columns)
+    else:
+        n_blocks = (n_columns + BLOCK * WIDTH - 1) // (BLOCK * WIDTH)
+        share = (n_blocks + size() - 1) // size() * BLOCK * WIDTH
+        first = min(n_columns, member() * share)
+        _share(address, 0, 0, n_rows, first, min(n_columns, first + share))
+
+
+@njit(**OPTIONS)  # a loop has its numbers as arguments
+def _share(
+    address: Any, index: int, first_row: int, last_row: int, first_column: int, last_column: int
+) -> None:
+    step = BLOCK * WIDTH
+    for row in range(first_row, last_row, ROWS):
+        n = min(ROWS, last_row - row)
+        for column in range(first_column, last_column, step):
+            _block(address, index, row, n, column, min(step, last_column - column))
+
+
+@njit(**OPTIONS)
+def _block(
+    address: Any, index: int, row: int, n: int, column: int, n_columns: int
+) -> None:
+    """Compute `n` rows from `row` on and `n_columns` columns from `column` on."""
+    numbers = carray(address, (N_NUMBERS,), np.int64)
+    width = (n_columns + WIDTH - 1) // WIDTH * WIDTH
+    scratch = numbers[12] + member() * SCRATCH_WORDS * 4
+    place = scratch + PAIRS * (BLOCK * WIDTH + STRIP) * 4
+    sums = carray(pointer(place), (n, width), np.float32)
+    sums[:] = np.float32(0)
+    if numbers[4] != 0:
+        bias = carray(pointer(numbers[4] + column * 2), (n_columns,), np.uint16)
+        for i in range(n):
+            own = sums[i]
+            for j in range(n_columns):
+                own[j] = get(bias, j)
+    all_terms = carray(address, (N_NUMBERS + numbers[9] * N_NUMBERS_OF_TERM,), np.int64)
+    for number in range(numbers[9]):
+        at = N_NUMBERS + number * N_NUMBERS_OF_TERM
+        term = all_terms[at : at + N_NUMBERS_OF_TERM]
+        start, end = max(row, term[7]), min(row + n, term[8])
+        if start < end:
+            own = sums[start - row : end - row]
+            _add_term(term, index, start - term[7], column, n_columns, own, scratch)
+        if number + 1 == numbers[10]:
+            _round(sums)
+    if numbers[3] != 0:
+        _write(numbers, index, sums, row, column, n_columns, 4, np.float32)
+    else:
+        _write(numbers, index, sums, row, column, n_columns, 2, np.uint16)
+
+
+@njit(**OPTIONS)
+def _round(sums: Any) -> None:
+    bits = carray(pointer(sums.ctypes.data), (sums.size,), np.uint32)
+    for i in range(bits.size):
+        odd = (bits[i] >> np.uint32(16)) & np.uint32(1)
+        bits[i] = (bits[i] + np.uint32(0x7FFF) + odd) & np.uint32(0xFFFF0000)
+
+
+@njit(**OPTIONS)
+def _add_term(  # noqa: PLR0913
+    term: Any, index: int, row: int, column: int, n_columns: int, sums: Any, scratch: int
+) -> None:
+    """Add to `sums` [rows, columns in whole registers] the product of X's rows from `row` on."""
+    n_rows, width = sums.shape
+    by_x, by_w, n_inner = term[1] * 2, term[4] * 2, term[6]
+    x, w = term[0] + index * term[9] * 2, term[3] + index * term[10] * 2 + column * 2
+    strip = scratch + PAIRS * BLOCK * WIDTH * 4
+    n_pairs = (n_inner + 1) // 2
+    for pair in range(0, n_pairs, PAIRS):
+        n = min(PAIRS, n_pairs - pair)
+        n_left = n_inner - 2 * pair
+        if term[5] == 0:
+            _interleave(w + 2 * pair * by_w, by_w, n_left, n_columns, n, scratch)
+        else:
+            start = w + column * (by_w - 2) + 4 * pair
+            _transpose(start, by_w, n_columns, n, scratch)
+        if term[2] == 0:
+            start = x + row * by_x + 4 * pair
+            _tiles(width // WIDTH, scratch, start, by_x, 4, n, sums.ctypes.data, n_rows)
+            continue
+        for first in range(0, n_rows, STRIP):
+            n_now = min(STRIP, n_rows - first)
+            start = x + 2 * pair * by_x + (row + first) * 2
+            by_pair = (n_now + WIDTH - 1) // WIDTH * WIDTH * 4
+            _interleave(start, by_x, n_left, n_now, n, strip)
+            own = sums.ctypes.data + first * width * 4
+            _tiles(width // WIDTH, scratch, strip, 4, by_pair, n, own, n_now)
+
+
+@njit(**OPTIONS)
+def _tiles(  # noqa: PLR0913
+    n_wide: int, w: int, x: int, by_row: int, by_pair: int, n_pairs: int, sums: int, n: int
+) -> None:
+    """Add the products of `n` rows of X with a block of W that is in order."""
+    by_sums = n_wide * WIDTH * 4
+    row = 0
+    if n_wide == 3:
+        while n - row >= 8:
+            tile_of_8(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+            row += 8
+        if n - row >= 4:
+            tile_of_4(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+            row += 4
+        if n - row >= 2:
+            tile_of_2(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+            row += 2
+        if n - row >= 1:
+            tile_of_1(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+    elif n_wide == 2:
+        while n - row >= 8:
+            tile_of_8_by_2(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+            row += 8
+        while n - row >= 1:
+            tile_of_1_by_2(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+            row += 1
+    else:
+        while n - row >= 16:
+            tile_of_16_by_1(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+            row += 16
+        while n - row >= 1:
+            tile_of_1_by_1(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
+            row += 1
+
+
+@njit(**OPTIONS)
+def _transpose(source: int, by_row: int, n_rows: int, n_pairs: int, target: int) -> None:
+    """Bring pairs of numbers of neighbouring rows, `by_row` bytes apart, beside each other."""
+    width = (n_rows + WIDTH - 1) // WIDTH * WIDTH
+    n_whole, n_pairs_whole = n_rows // WIDTH * WIDTH, n_pairs // WIDTH * WIDTH
+    for row in range(0, n_whole, WIDTH):
+        for at in range(0, n_pairs_whole, WIDTH):
+            place = target + (at * width + row) * 4
+            if width == 3 * WIDTH:
+                transpose_to_3(source + row * by_row + at * 4, by_row, place)
+            elif width == 2 * WIDTH:
+                transpose_to_2(source + row * by_row + at * 4, by_row, place)
+            else:
+                transpose_to_1(source + row * by_row + at * 4, by_row, place)
+    words = carray(pointer(target), (n_pairs, width), np.uint32)
+    for row in range(n_rows):
+        own = carray(pointer(source + row * by_row), (n_pairs,), np.uint32)
+        for at in range(n_pairs_whole if row < n_whole else 0, n_pairs):
+            words[at, row] = own[at]
+    if n_rows < width:
+        for at in range(n_pairs):
+            words[at, n_rows:] = np.uint32(0)
+
+
+@njit(**OPTIONS)
+def _interleave(
+    source: int, by_row: int, n_left: int, n_columns: int, n_pairs: int, target: int
+) -> None:
+    """Make pairs of the numbers of a row and of the next; after the last that is left come 0."""
+    width = (n_columns + WIDTH - 1) // WIDTH * WIDTH
+    words = carray(pointer(target), (n_pairs, width), np.uint32)
+    for at in range(n_pairs):
+        word = words[at]
+        low = carray(pointer(source + 2 * at * by_row), (n_columns,), np.uint16)
+        if 2 * at + 1 < n_left:
+            high = carray(pointer(source + (2 * at + 1) * by_row), (n_columns,), np.uint16)
+            for j in range(n_columns):
+                word[j] = np.uint32(low[j]) | (np.uint32(high[j]) << np.uint32(16))
+        else:
+            for j in range(n_columns):
+                word[j] = np.uint32(low[j])
+        word[n_columns:] = np.uint32(0)
+
+
+@njit(**OPTIONS)
+def _write(  # noqa: PLR0913
+    numbers: Any, index: int, sums: Any, row: int, column: int, n_columns: int, n: int, kind: Any
+) -> None:
+    """Write sums to C, in numbers of `n` bytes."""
+    n_rows = sums.shape[0]
+    start, by_c = numbers[0] + index * numbers[8] * n, numbers[1] * n
+    if numbers[2] == 0:
+        for i in range(n_rows):
+            place = pointer(start + (row + i) * by_c + column * n)
+            target, own = carray(place, (n_columns,), kind), sums[i]
+            for j in range(n_columns):
+                put(target, j, own[j])
+    else:
+        for j in range(n_columns):
+            place = pointer(start + (column + j) * by_c + row * n)
+            target = carray(place, (n_rows,), kind)
+            for i in range(n_rows):
+                put(target, i, sums[i, j])
+
+
+@Loop
+def multiply_sums(address: Any) -> None:
+    _multiply(address)

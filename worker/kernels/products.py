@@ -1,0 +1,149 @@
+"""Sums of products as an operator on tensors in bfloat16, without a kernel for each shape."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from worker.kernels import gemm, tiles
+from worker.kernels.memory import Shelf
+
+_BLOCK = tiles.BLOCK * tiles.WIDTH
+_FEWEST_ROWS = 64
+"""Threads share no fewer rows than these: each brings all of W into order."""
+
+
+class Term(NamedTuple):
+    """X [n, inner] · W [inner, columns], added to the rows of the result from `start` on.
+
+    Of each, the numbers of a row or those of a column are neighbours. The loop takes numbers along
+    the inner dimension in pairs: an odd one has to be that of other neighbours.
+    """
+
+    x: torch.Tensor
+    w: torch.Tensor
+    start: int = 0
+
+
+def is_supported(like: torch.Tensor) -> bool:
+    """Tell whether there are sums of products of such tensors."""
+    return like.device.type == "cpu" and like.dtype == torch.bfloat16 and tiles.is_supported()
+
+
+def add_up_(
+    terms: Sequence[Term],
+    out: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    n_rounded: int = 0,
+) -> None:
+    """Set `out` to the sum of all terms and `bias`, rounded once.
+
+    Args:
+        terms: In bfloat16.
+        out: [rows, columns], bfloat16 or float32; the numbers of a row or those of a column are
+            neighbours.
+        bias: [columns], bfloat16, contiguous.
+        n_rounded: The sum of so many terms and the bias is rounded to bfloat16 by itself.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    n_rows, n_columns = out.shape
+    if out.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"Sums of products are not written in {out.dtype}.")
+    if bias is not None and (
+        bias.shape != (n_columns,) or bias.dtype != torch.bfloat16 or not bias.is_contiguous()
+    ):
+        raise ValueError(f"A bias {tuple(bias.shape)} in {bias.dtype} is not added to columns.")
+    n_threads = torch.get_num_threads()
+    numbers = [
+        *(out.data_ptr(), *_distance(out)),
+        int(out.dtype == torch.float32),
+        0 if bias is None else bias.data_ptr(),
+        *(n_rows, n_columns, 1, 0, len(terms), n_rounded),
+        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads).data_ptr()),
+    ]
+    for x, w, start in terms:
+        if x.shape[1] != len(w) or w.shape[1] != n_columns or not 0 <= start <= n_rows - len(x):
+            raise ValueError(
+                f"A product of {tuple(x.shape)} and {tuple(w.shape)} from row {start} on does not "
+                f"fit into {tuple(out.shape)}."
+            )
+        numbers += [*_factors(x, w), len(w), start, start + len(x), 0, 0]
+    if n_rows and n_columns:
+        gemm.multiply_sums(numbers, n_threads)
+
+
+def multiply_each_(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    """Set each of `out` [N, rows, columns] to that of x [N, rows, inner] · w [N, inner, columns].
+
+    Args:
+        x: bfloat16; the numbers of a row or those of a column are neighbours.
+        w: The same.
+        out: bfloat16; the numbers of a row are neighbours.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    n, n_rows, n_columns = out.shape
+    inner = w.shape[1]
+    if x.shape != (n, n_rows, inner) or w.shape != (n, inner, n_columns):
+        raise ValueError(
+            f"Products of {tuple(x.shape)} and {tuple(w.shape)} are not {tuple(out.shape)}."
+        )
+    if out.dtype != torch.bfloat16 or out.stride(2) != 1:
+        raise ValueError(f"Products are not written to {tuple(out.shape)} in {out.dtype}.")
+    if not out.numel():
+        return
+    n_threads = torch.get_num_threads()
+    numbers = [
+        *(out.data_ptr(), out.stride(1), 0, 0, 0, n_rows, n_columns),
+        *(n, out.stride(0), 1, 0),
+        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads).data_ptr()),
+        *_factors(x[0], w[0]),
+        *(inner, 0, n_rows, x.stride(0), w.stride(0)),
+    ]
+    gemm.multiply_sums(numbers, n_threads)
+
+
+def _factors(x: torch.Tensor, w: torch.Tensor) -> tuple[int, ...]:
+    """Return where and how two factors lie."""
+    (by_x, x_by_column), (by_w, w_by_column) = _distance(x), _distance(w)
+    if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16:
+        raise ValueError(f"Products are of bfloat16, not of {x.dtype} and {w.dtype}.")
+    if len(w) % 2 and (not x_by_column or w_by_column):
+        raise ValueError(f"{len(w)} numbers of a row cannot be taken in pairs.")
+    return x.data_ptr(), by_x, x_by_column, w.data_ptr(), by_w, w_by_column
+
+
+def _distance(matrix: torch.Tensor) -> tuple[int, int]:
+    """Return by how many elements the next row is further on and 0, or the next column and 1."""
+    by_row, by_column = matrix.stride()
+    if by_column == 1:
+        return by_row, 0
+    if by_row == 1:
+        return by_column, 1
+    raise ValueError(f"Neither rows nor columns of strides {matrix.stride()} are in one piece.")
+
+
+def _rows_each(n_rows: int, n_columns: int, n_threads: int) -> int:
+    """Return how many rows each thread has, or 0 if each is to have its own columns."""
+    n_blocks = -(-n_columns // _BLOCK)
+    n_each = -(-n_blocks // n_threads)
+    if n_rows < _FEWEST_ROWS or n_each * n_threads <= 1.1 * n_blocks:
+        return 0
+    return -(-n_rows // n_threads // 16) * 16
+
+
+_SHELF = Shelf()
+_scratches: dict[int, torch.Tensor] = {}
+
+
+def _scratch(n_threads: int) -> torch.Tensor:
+    """Return where each thread makes sums: under Python's lock, one loop runs at a time."""
+    found = _scratches.get(n_threads)
+    if found is None:
+        found = _SHELF.empty((n_threads, gemm.SCRATCH_WORDS), torch.float32)
+        _scratches[n_threads] = found
+    return found
