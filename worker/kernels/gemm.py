@@ -83,9 +83,7 @@ def _share(
 
 
 @njit(**OPTIONS)
-def _block(
-    address: Any, index: int, row: int, n: int, column: int, n_columns: int
-) -> None:
+def _block(address: Any, index: int, row: int, n: int, column: int, n_columns: int) -> None:
     """Compute `n` rows from `row` on and `n_columns` columns from `column` on."""
     numbers = carray(address, (N_NUMBERS,), np.int64)
     width = (n_columns + WIDTH - 1) // WIDTH * WIDTH
@@ -140,16 +138,20 @@ def _add_term(  # noqa: PLR0913
             _interleave(w + 2 * pair * by_w, by_w, n_left, n_columns, n, scratch)
         else:
             start = w + column * (by_w - 2) + 4 * pair
-            _transpose(start, by_w, n_columns, n, scratch)
-        if term[2] == 0:
+            _transpose(start, by_w, n_left, n_columns, n, scratch)
+        if term[2] == 0 and n_left >= 2 * n:
             start = x + row * by_x + 4 * pair
             _tiles(width // WIDTH, scratch, start, by_x, 4, n, sums.ctypes.data, n_rows)
             continue
         for first in range(0, n_rows, STRIP):
             n_now = min(STRIP, n_rows - first)
-            start = x + 2 * pair * by_x + (row + first) * 2
             by_pair = (n_now + WIDTH - 1) // WIDTH * WIDTH * 4
-            _interleave(start, by_x, n_left, n_now, n, strip)
+            if term[2] == 0:
+                start = x + (row + first) * by_x + 4 * pair
+                _transpose(start, by_x, n_left, n_now, n, strip)
+            else:
+                start = x + 2 * pair * by_x + (row + first) * 2
+                _interleave(start, by_x, n_left, n_now, n, strip)
             own = sums.ctypes.data + first * width * 4
             _tiles(width // WIDTH, scratch, strip, 4, by_pair, n, own, n_now)
 
@@ -190,10 +192,15 @@ def _tiles(  # noqa: PLR0913
 
 
 @njit(**OPTIONS)
-def _transpose(source: int, by_row: int, n_rows: int, n_pairs: int, target: int) -> None:
-    """Bring pairs of numbers of neighbouring rows, `by_row` bytes apart, beside each other."""
+def _transpose(
+    source: int, by_row: int, n_left: int, n_rows: int, n_pairs: int, target: int
+) -> None:
+    """Bring pairs of numbers of neighbouring rows beside each other; after the last one comes 0."""
     width = (n_rows + WIDTH - 1) // WIDTH * WIDTH
-    n_whole, n_pairs_whole = n_rows // WIDTH * WIDTH, n_pairs // WIDTH * WIDTH
+    n_given = min(n_pairs, n_left // 2)
+    n_whole, n_pairs_whole = n_rows // WIDTH * WIDTH, n_given // WIDTH * WIDTH
+    if width > 3 * WIDTH:
+        n_whole = 0
     for row in range(0, n_whole, WIDTH):
         for at in range(0, n_pairs_whole, WIDTH):
             place = target + (at * width + row) * 4
@@ -205,9 +212,12 @@ def _transpose(source: int, by_row: int, n_rows: int, n_pairs: int, target: int)
                 transpose_to_1(source + row * by_row + at * 4, by_row, place)
     words = carray(pointer(target), (n_pairs, width), np.uint32)
     for row in range(n_rows):
-        own = carray(pointer(source + row * by_row), (n_pairs,), np.uint32)
-        for at in range(n_pairs_whole if row < n_whole else 0, n_pairs):
+        own = carray(pointer(source + row * by_row), (n_given,), np.uint32)
+        for at in range(n_pairs_whole if row < n_whole else 0, n_given):
             words[at, row] = own[at]
+        if n_given < n_pairs:
+            last = carray(pointer(source + row * by_row + n_given * 4), (1,), np.uint16)
+            words[n_given, row] = np.uint32(last[0])
     if n_rows < width:
         for at in range(n_pairs):
             words[at, n_rows:] = np.uint32(0)

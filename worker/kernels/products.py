@@ -16,8 +16,7 @@ _FEWEST_ROWS = 64
 class Term(NamedTuple):
     """X [n, inner] · W [inner, columns], added to the rows of the result from `start` on.
 
-    Of each, the numbers of a row or those of a column are neighbours. The loop takes numbers along
-    the inner dimension in pairs: an odd one has to be that of other neighbours.
+    Of each, the numbers of a row or those of a column are neighbours.
     """
 
     x: torch.Tensor
@@ -112,8 +111,6 @@ def _factors(x: torch.Tensor, w: torch.Tensor) -> tuple[int, ...]:
     (by_x, x_by_column), (by_w, w_by_column) = _distance(x), _distance(w)
     if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16:
         raise ValueError(f"Products are of bfloat16, not of {x.dtype} and {w.dtype}.")
-    if len(w) % 2 and (not x_by_column or w_by_column):
-        raise ValueError(f"{len(w)} numbers of a row cannot be taken in pairs.")
     return x.data_ptr(), by_x, x_by_column, w.data_ptr(), by_w, w_by_column
 
 

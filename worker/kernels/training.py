@@ -118,7 +118,7 @@ class Rows:
         self.firsts: Numbers = np.array([start for start, _ in spans])
         self.lengths: Numbers = np.array([end - start for start, end in spans])
         longest = int(self.lengths.max())
-        self.n = longest + longest % 2  # some products take their numbers in pairs
+        self.n = longest + longest % 2  # in products, numbers in pairs are fastest
 
     def __len__(self) -> int:
         return len(self.firsts)

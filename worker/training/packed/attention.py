@@ -304,7 +304,7 @@ def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 def _bmm(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return the products [N, I, J] of one [N, I, K] and other [N, K, J]."""
     out = pool.empty(one, *one.shape[:2], other.shape[2])
-    if products.is_supported(one) and one.shape[2] % 2 == 0:
+    if products.is_supported(one):
         products.multiply_each_(one, other, out)
         return out
     return torch.bmm(one, other, out=out)

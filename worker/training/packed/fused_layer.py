@@ -157,15 +157,15 @@ class _Layer(torch.autograd.Function):
         to_product, sent = send_back(gradient, weights[3], parts[3], hidden[3])
         assert to_product is not None
         to_both, product = gate_back(to_product, both)
-        of_down = matrix_gradients(product, weights[3], parts[3], sent)
+        of_down = matrix_gradients(product, parts[3], sent)
         to_other, sent = send_back(to_both, weights[2], parts[2], hidden[2])
-        of_gates = matrix_gradients(other, weights[2], parts[2], sent)
+        of_gates = matrix_gradients(other, parts[2], sent)
         assert to_other is not None
         (weight, _), out = layer.norms[1], pool.empty(gradient, *gradient.shape)
         to_between = rescale_back(to_other, other, weight, second, gradient, out=out)
 
         to_attended, sent = send_back(to_between, weights[1], parts[1], hidden[1])
-        of_output = matrix_gradients(attended, weights[1], parts[1], sent)
+        of_output = matrix_gradients(attended, parts[1], sent)
         assert to_attended is not None
         to_projected = pool.empty(normal, len(normal), sum(layer.groups[0].outputs))
         by_head = to_attended.unflatten(1, (-1, layer.width))
@@ -174,7 +174,7 @@ class _Layer(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         sender = to_projected, weights[0], parts[0], hidden[0]
         to_normal, sent = send_back(*sender, wanted=wanted)
-        of_heads = matrix_gradients(normal, weights[0], parts[0], sent)
+        of_heads = matrix_gradients(normal, parts[0], sent)
         to_x = None
         if to_normal is not None:
             (weight, _), out = layer.norms[0], pool.empty(gradient, *gradient.shape)

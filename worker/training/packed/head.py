@@ -102,7 +102,7 @@ class _SummedCrossEntropies(torch.autograd.Function):
         wants_gradient: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, bias = head
-        how = sums.of(hidden, weight.shape)
+        how = sums.of(hidden)
         to_hidden = torch.empty_like(hidden) if wants_gradient else None
         losses, hits = [], []
         n_rows = _rows_of_chunk(len(hidden), weight)

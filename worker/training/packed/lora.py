@@ -108,10 +108,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         flat, *hidden = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
+        gradient = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         wanted = ctx.needs_input_grad[0]
         to_x, sent = send_back(gradient, ctx.weights, ctx.parts, hidden, wanted=wanted)
-        gradients = matrix_gradients(flat, ctx.weights, ctx.parts, sent)
+        gradients = matrix_gradients(flat, ctx.parts, sent)
         return (to_x.view(ctx.shape) if to_x is not None else None, None, None, *gradients)
 
 
@@ -129,11 +129,11 @@ class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         flat, *hidden = ctx.saved_tensors
-        gradient = gradient.reshape(-1, gradient.shape[-1])
+        gradient = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         to_product, sent = send_back(gradient, ctx.weights, ctx.parts, hidden)
         assert to_product is not None
         to_both, product = gate_back(to_product, flat)
-        gradients = matrix_gradients(product, ctx.weights, ctx.parts, sent)
+        gradients = matrix_gradients(product, ctx.parts, sent)
         return to_both.view(ctx.shape), None, None, *gradients
 
 

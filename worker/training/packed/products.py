@@ -11,7 +11,6 @@ from worker.kernels.products import Term
 from worker.training.dropout import Drop
 from worker.training.packed import pool, sums
 from worker.training.packed.frozen import FrozenWeight
-from worker.training.packed.sums import Sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +97,7 @@ def multiply(
     x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part]
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Return the outputs [T, all outputs] for x [T, inputs], and ``s · A x`` of each part."""
-    how = _how(x, weights, parts)
+    how = sums.of(x)
     hidden_of_parts = []
     for part in parts:
         rows = x[part.rows]
@@ -123,13 +122,6 @@ def multiply(
         # it, and a job whose first steps keep them does not have the losses that others have.
         how.add_up(terms, output[:, columns], bias=weight.bias, n_rounded=1)
     return output, hidden_of_parts
-
-
-def _how(x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part]) -> type[Sums]:
-    """Return how sums of products are made of these: the same forward and backward."""
-    sizes = [weight.inputs for weight in weights] + [weight.outputs for weight in weights]
-    sizes += [len(column.pair.a) for part in parts for column in part.columns]
-    return sums.of(x, sizes)
 
 
 def _columns(weights: list[FrozenWeight]) -> list[tuple[FrozenWeight, slice]]:
@@ -168,7 +160,7 @@ def send_back(
         hidden_of_parts: As `multiply` returned it.
         wanted: Whether the input needs a gradient; None is returned if not.
     """
-    how = _how(gradient, weights, parts)
+    how = sums.of(gradient)
     terms = [Term(gradient[:, columns], weight.get()) for weight, columns in _columns(weights)]
     all_sent = []
     for part, hidden in zip(parts, hidden_of_parts, strict=True):
@@ -205,10 +197,10 @@ def _add_kept(part: Part, sent: Sent, to_x: torch.Tensor) -> None:
 
 
 def matrix_gradients(
-    x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part], all_sent: list[Sent]
+    x: torch.Tensor, parts: list[Part], all_sent: list[Sent]
 ) -> list[torch.Tensor]:
     """Return the gradients of A and B of each part, float32, for x [T, inputs]."""
-    how = _how(x, weights, parts)
+    how = sums.of(x)
     gradients: list[torch.Tensor] = []
     for part, sent in zip(parts, all_sent, strict=True):
         rows = x[part.rows]

@@ -1,7 +1,7 @@
 """Sums of products in two ways: by the compiled loop where it is supported, and by PyTorch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -65,7 +65,6 @@ class TorchSums(Sums):
             out[start : start + len(x)].addmm_(x, w)
 
 
-def of(x: torch.Tensor, sizes: Iterable[int]) -> type[Sums]:
-    """Return how sums of products of such an `x` with matrices of these sizes are made."""
-    even = all(size % 2 == 0 for size in sizes)
-    return LoopSums if even and products.is_supported(x) else TorchSums
+def of(x: torch.Tensor) -> type[Sums]:
+    """Return how sums of products of such an `x` are made."""
+    return LoopSums if products.is_supported(x) else TorchSums
