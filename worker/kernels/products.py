@@ -1,6 +1,7 @@
 """Sums of products as an operator on tensors in bfloat16, without a kernel for each shape."""
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def add_up_(
         ValueError: shapes, dtypes or strides do not fit.
     """
     n_rows, n_columns = out.shape
-    if out.dtype not in (torch.bfloat16, torch.float32):
+    if out.dtype is not torch.bfloat16 and out.dtype is not torch.float32:
         raise ValueError(f"Sums of products are not written in {out.dtype}.")
     if bias is not None and (
         bias.shape != (n_columns,) or bias.dtype != torch.bfloat16 or not bias.is_contiguous()
@@ -57,19 +58,19 @@ def add_up_(
         raise ValueError(f"A bias {tuple(bias.shape)} in {bias.dtype} is not added to columns.")
     n_threads = torch.get_num_threads()
     numbers = [
-        *(out.data_ptr(), *_distance(out)),
-        int(out.dtype == torch.float32),
+        *(*_place(out), out.dtype is torch.float32),
         0 if bias is None else bias.data_ptr(),
         *(n_rows, n_columns, 1, 0, len(terms), n_rounded),
-        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads).data_ptr()),
+        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads)),
     ]
     for x, w, start in terms:
-        if x.shape[1] != len(w) or w.shape[1] != n_columns or not 0 <= start <= n_rows - len(x):
+        n, inner = x.shape
+        if w.shape != (inner, n_columns) or not 0 <= start <= n_rows - n:
             raise ValueError(
                 f"A product of {tuple(x.shape)} and {tuple(w.shape)} from row {start} on does not "
                 f"fit into {tuple(out.shape)}."
             )
-        numbers += [*_factors(x, w), len(w), start, start + len(x), 0, 0]
+        numbers += (*_factor(x), *_factor(w), inner, start, start + n, 0, 0)
     if n_rows and n_columns:
         gemm.multiply_sums(numbers, n_threads)
 
@@ -99,28 +100,26 @@ def multiply_each_(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
     numbers = [
         *(out.data_ptr(), out.stride(1), 0, 0, 0, n_rows, n_columns),
         *(n, out.stride(0), 1, 0),
-        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads).data_ptr()),
-        *_factors(x[0], w[0]),
+        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads)),
+        *(*_factor(x[0]), *_factor(w[0])),
         *(inner, 0, n_rows, x.stride(0), w.stride(0)),
     ]
     gemm.multiply_sums(numbers, n_threads)
 
 
-def _factors(x: torch.Tensor, w: torch.Tensor) -> tuple[int, ...]:
-    """Return where and how two factors lie."""
-    (by_x, x_by_column), (by_w, w_by_column) = _distance(x), _distance(w)
-    if x.dtype != torch.bfloat16 or w.dtype != torch.bfloat16:
-        raise ValueError(f"Products are of bfloat16, not of {x.dtype} and {w.dtype}.")
-    return x.data_ptr(), by_x, x_by_column, w.data_ptr(), by_w, w_by_column
+def _factor(matrix: torch.Tensor) -> tuple[int, int, int]:
+    if matrix.dtype is not torch.bfloat16:
+        raise ValueError(f"Products are of bfloat16, not of {matrix.dtype}.")
+    return _place(matrix)
 
 
-def _distance(matrix: torch.Tensor) -> tuple[int, int]:
-    """Return by how many elements the next row is further on and 0, or the next column and 1."""
+def _place(matrix: torch.Tensor) -> tuple[int, int, int]:
+    """Return where it is, and how far the next row is and 0, or the next column and 1."""
     by_row, by_column = matrix.stride()
     if by_column == 1:
-        return by_row, 0
+        return matrix.data_ptr(), by_row, 0
     if by_row == 1:
-        return by_column, 1
+        return matrix.data_ptr(), by_column, 1
     raise ValueError(f"Neither rows nor columns of strides {matrix.stride()} are in one piece.")
 
 
@@ -137,10 +136,8 @@ _SHELF = Shelf()
 _scratches: dict[int, torch.Tensor] = {}
 
 
-def _scratch(n_threads: int) -> torch.Tensor:
+@cache
+def _scratch(n_threads: int) -> int:
     """Return where each thread makes sums: under Python's lock, one loop runs at a time."""
-    found = _scratches.get(n_threads)
-    if found is None:
-        found = _SHELF.empty((n_threads, gemm.SCRATCH_WORDS), torch.float32)
-        _scratches[n_threads] = found
-    return found
+    found = _scratches[n_threads] = _SHELF.empty((n_threads, gemm.SCRATCH_WORDS), torch.float32)
+    return found.data_ptr()

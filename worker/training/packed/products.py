@@ -101,7 +101,7 @@ def multiply(
     hidden_of_parts = []
     for part in parts:
         rows = x[part.rows]
-        hidden = pool.empty(x, len(rows), len(part.a))
+        hidden = pool.empty(x, rows.shape[0], part.a.shape[0])
         if part.drops is None:
             how.add_up([Term(rows, part.a.t())], hidden)
         else:
@@ -109,7 +109,7 @@ def multiply(
                 a = part.a[column.hidden].t()
                 how.add_up([Term(_kept(rows, drop), a)], hidden[:, column.hidden])
         hidden_of_parts.append(hidden)
-    output = pool.empty(x, len(x), sum(weight.outputs for weight in weights))
+    output = pool.empty(x, x.shape[0], sum(weight.outputs for weight in weights))
     for weight, columns in _columns(weights):
         terms = [Term(x, weight.get().t())]
         for part, hidden in zip(parts, hidden_of_parts, strict=True):
@@ -180,7 +180,7 @@ def send_back(
         all_sent.append(sent)
     if not wanted:
         return None, all_sent
-    to_x = pool.empty(gradient, len(gradient), weights[0].inputs)
+    to_x = pool.empty(gradient, gradient.shape[0], weights[0].inputs)
     how.add_up(terms, to_x)
     for part, sent in zip(parts, all_sent, strict=True):
         if part.drops is not None:
@@ -192,7 +192,9 @@ def _add_kept(part: Part, sent: Sent, to_x: torch.Tensor) -> None:
     """Add what the matrices of a part with dropout send back to the inputs that it kept."""
     assert part.drops is not None
     for column, drop in zip(part.columns, part.drops, strict=True):
-        to_rows = sent.to_hidden[:, column.hidden] @ part.a[column.hidden]
+        to_rows = pool.empty(to_x, *to_x.shape)
+        a = part.a[column.hidden]
+        sums.of(to_x).add_up([Term(sent.to_hidden[:, column.hidden], a)], to_rows)
         to_x.add_(to_rows if drop is None else drop.zero_(to_rows))
 
 
@@ -212,7 +214,9 @@ def matrix_gradients(
             for column, drop, to_a in zip(part.columns, part.drops, sent.to_a, strict=True):
                 to_hidden = sent.to_hidden[:, column.hidden].t()
                 how.add_up([Term(to_hidden, _kept(rows, drop))], to_a)
-        found = _views(sent.gradients.float(), [*sent.to_a, *sent.to_b])
+        found = [*sent.to_a, *sent.to_b]
+        if sent.gradients.dtype != torch.float32:
+            found = _views(sent.gradients.float(), found)
         torch._foreach_mul_(found[: len(sent.to_a)], part.factors)
         gradients += found
     return gradients
