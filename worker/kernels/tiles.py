@@ -132,6 +132,7 @@ tile_of_1: Any = _tile(1)
 tile_of_8_by_2: Any = _tile(8, 2)
 tile_of_1_by_2: Any = _tile(1, 2)
 tile_of_16_by_1: Any = _tile(16, 1)
+tile_of_4_by_1: Any = _tile(4, 1)
 tile_of_1_by_1: Any = _tile(1, 1)
 
 
