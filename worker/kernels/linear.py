@@ -14,13 +14,14 @@ from worker.kernels.team import OPTIONS, Loop, member, size
 from worker.kernels.tiles import (
     BLOCK,
     WIDTH,
+    narrow_tile_of_1,
+    narrow_tile_of_2,
+    narrow_tile_of_4,
+    prefetch,
     tile_of_1,
-    tile_of_1_by_1,
     tile_of_2,
     tile_of_4,
-    tile_of_4_by_1,
     tile_of_8,
-    tile_of_16_by_1,
 )
 
 MOST_PARTS = 8
@@ -65,6 +66,9 @@ def _multiply(address: Any) -> None:
     for block in range(mine[0], mine[1]):
         first = block * _COLUMNS
         n_columns = min(_COLUMNS, n_out - first)
+        for part in range(n_parts):
+            if widths[part] > 0 and numbers[13 + 3 * part] <= block < numbers[14 + 3 * part]:
+                _fetch(numbers, part, block)
         token = 0
         while token < n_tokens:
             at_sums = sums.ctypes.data
@@ -127,7 +131,7 @@ def _project(numbers: Any, part: int, width: int, hidden: Any) -> None:
     """Set `hidden` [tokens, width] to x Aᵀ of each row's own A, where it has one."""
     n_tokens, n_in, by_x = numbers[4], numbers[5], numbers[8]
     n_each = n_tokens // numbers[11]
-    sums = np.empty((16, WIDTH), np.float32)
+    sums = np.empty((4, WIDTH), np.float32)
     for row in range(numbers[11]):
         place = _place(numbers, part, row)
         for group in range((place[2] + WIDTH - 1) // WIDTH):
@@ -143,6 +147,17 @@ def _project(numbers: Any, part: int, width: int, hidden: Any) -> None:
                     for column in range(WIDTH):
                         put(target, column, sums[i, column])
                 token += n
+
+
+@njit(**OPTIONS)
+def _fetch(numbers: Any, part: int, block: int) -> None:
+    """Have a block of each row's B on its way while the base's product is made."""
+    for row in range(numbers[11]):
+        place = _place(numbers, part, row)
+        n_bytes = (place[2] + 1) // 2 * _BY_PAIR
+        b = place[1] + (block - numbers[13 + 3 * part]) * n_bytes
+        for at in range(0, n_bytes, 64):
+            prefetch(b + at)
 
 
 @njit(**OPTIONS)
@@ -186,13 +201,13 @@ def _tile(weights: int, x: int, by_row: int, n_pairs: int, sums: int, n_left: in
 @njit(**OPTIONS)
 def _narrow_tile(weights: int, x: int, by_row: int, n_pairs: int, sums: int, n_left: int) -> int:
     """The same, of one register of columns."""
-    if n_left >= 16:
-        tile_of_16_by_1(weights, x, by_row, n_pairs, sums)
-        return 16
     if n_left >= 4:
-        tile_of_4_by_1(weights, x, by_row, n_pairs, sums)
+        narrow_tile_of_4(weights, x, by_row, n_pairs, sums)
         return 4
-    tile_of_1_by_1(weights, x, by_row, n_pairs, sums)
+    if n_left >= 2:
+        narrow_tile_of_2(weights, x, by_row, n_pairs, sums)
+        return 2
+    narrow_tile_of_1(weights, x, by_row, n_pairs, sums)
     return 1
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from worker.kernels import linear, tiles
-from worker.kernels.memory import Shelf
+from worker.kernels.memory import Shelf, aligned
 from worker.kernels.operators import by_token
 
 COLUMNS = tiles.BLOCK * tiles.WIDTH
@@ -50,6 +50,17 @@ class LowRank:
         by_block = whole.view(-1, tiles.BLOCK, tiles.WIDTH, whole.shape[1] // 2, 2)
         self.b = by_block.permute(0, 3, 1, 2, 4).contiguous()
         """[blocks, r / 2, `BLOCK`, `WIDTH`, 2]."""
+
+    @property
+    def n_bytes(self) -> int:
+        """How much both take on a shelf."""
+        return aligned(self.a.nbytes) + aligned(self.b.nbytes)
+
+    def settle_(self, shelf: Shelf) -> None:
+        """Move both to `shelf`."""
+        self.a, self.b = (
+            shelf.empty(tuple(each.shape), torch.bfloat16).copy_(each) for each in (self.a, self.b)
+        )
 
     @property
     def place(self) -> tuple[int, int, int]:
@@ -150,8 +161,11 @@ class Matrix:
             )
         y = x.new_empty(*x.shape[:-1], self.out_features)
         n_tokens = y.numel() // self.out_features
-        if added and n_tokens % added[2]:
-            raise ValueError(f"Adapters of {added[2]} rows do not go with {tuple(x.shape)}.")
+        if added and (n_tokens % added[2] or added[3] > linear.MOST_PARTS):
+            raise ValueError(
+                f"Adapters of {added[2]} rows and {added[3]} modules do not go with "
+                f"{tuple(x.shape)}."
+            )
         if not n_tokens:
             return y
         x = x if x.stride(-1) == 1 and x.dim() == 2 else x.contiguous()

@@ -23,6 +23,7 @@ from worker.inference.engine.weights import (
 )
 from worker.kernels import Numbers, tiles
 from worker.kernels.matrix import LowRank, Rows, add_packed_
+from worker.kernels.memory import Shelf
 from worker.kernels.operators import add_low_rank_
 
 
@@ -189,6 +190,7 @@ class Slots:
         if self.compiled is None:
             return adapter.cast(self.like.dtype)
         modules = {path: self._packed(path, change) for path, change in adapter.modules.items()}
+        _settle_([each.low_rank for each in modules.values() if each.low_rank is not None])
         adapter = replace(adapter, modules=modules).cast(self.like.dtype, self.compiled)
         places = self._nothing.copy()
         for path, change in adapter.modules.items():
@@ -307,3 +309,11 @@ class Slots:
         for path, layer in self.layers.items():
             layer.put(index, adapter.modules.get(path))
         self._streams[index] = adapter.streams
+
+
+def _settle_(matrices: Sequence[LowRank]) -> None:
+    """Let matrices lie one behind the other, in memory that is theirs alone."""
+    if matrices:
+        shelf = Shelf(sum(each.n_bytes for each in matrices))
+        for each in matrices:
+            each.settle_(shelf)
