@@ -97,7 +97,7 @@ def build_service(settings: Settings) -> tuple[InferenceService, BaseModelInfo]:
     """Load the base model of the settings and put an engine and an adapter store around it."""
     mine = settings.inference
     store = open_store(settings.storage)
-    directory, info = materialise(mine.model, settings.models, store)
+    directory, info = in_passing_thread(lambda: materialise(mine.model, settings.models, store))
     device = pick_device(mine.device)
     description = {"precision": mine.precision, "device": device}
     metrics = Metrics()
@@ -202,9 +202,13 @@ def _own_engines(
         engine = build_engine(own.model, f"{info.fingerprint} {adapter.name}")
         return Built(engine, own.n_bytes, own.drift)
 
+    def build_own_in_passing(adapter: Path, served: str) -> Built:
+        return in_passing_thread(lambda: build_own(adapter, served))
+
     # Models of their own decide in Python what a pass is: only the base's is always the same.
     record = CudaRecord(device) if device != "cpu" and mine.cuda_graphs else None
-    return build_engine(in_passing_thread(load), info.fingerprint, record), build_own
+    engine = in_passing_thread(lambda: build_engine(load(), info.fingerprint, record))
+    return engine, build_own_in_passing
 
 
 def stop_ids(eos_token_id: int | list[int] | None) -> frozenset[int]:

@@ -26,13 +26,22 @@ def mapped(n_bytes: int) -> mmap.mmap:
     return memory
 
 
+def aligned(n_bytes: int) -> int:
+    """Return how much `n_bytes` take on a shelf."""
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
 class Shelf:
     """Puts tensors that stay, such as weights, side by side in huge pages.
 
     The memory is the system's again when all tensors of a chunk are gone.
+
+    Args:
+        chunk_bytes: How much is asked of the system at once, at least.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._chunk_bytes = chunk_bytes
         self._chunk = memoryview(b"")
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -42,8 +51,8 @@ class Shelf:
             MemoryError: the system gives no more.
         """
         count = torch.Size(shape).numel()
-        n_bytes = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        n_bytes = aligned(count * dtype.itemsize)
         if len(self._chunk) < n_bytes:
-            self._chunk = memoryview(mapped(max(CHUNK_BYTES, n_bytes)))
+            self._chunk = memoryview(mapped(max(self._chunk_bytes, n_bytes)))
         own, self._chunk = self._chunk[:n_bytes], self._chunk[n_bytes:]
         return torch.frombuffer(own, dtype=dtype, count=count).view(shape)

@@ -10,6 +10,7 @@ from typing import Any, Final
 import llvmlite.binding
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 WIDTH = 16
@@ -137,6 +138,78 @@ tile_of_8_by_2: Any = _tile(8, 2)
 tile_of_1_by_2: Any = _tile(1, 2)
 tile_of_16_by_1: Any = _tile(16, 1)
 tile_of_1_by_1: Any = _tile(1, 1)
+
+
+CHAINS = 4
+"""Sums that a narrow tile makes of each row, every fourth pair in one: none waits for another."""
+
+
+def _narrow_tile(n_rows: int) -> Any:
+    """Make the function that adds to a tile of `n_rows` rows and one register of columns.
+
+    It takes what a tile takes. All numbers of rows are summed in the same order.
+    """
+
+    def tile(context: Any, weights: Any, rows: Any, by_row: Any, n_pairs: Any, sums: Any) -> Any:
+        signature = types.void(*(types.int64,) * 5)
+        return signature, lambda context, builder, _, arguments: _chained(
+            context, builder, n_rows, arguments
+        )
+
+    return intrinsic(tile)
+
+
+def _chained(context: Any, builder: Any, n_rows: int, arguments: Any) -> Any:
+    weights, first, by_row, n_pairs, sums = arguments
+    multiply_add = _instruction(builder.module)
+    rows = [builder.add(first, builder.mul(by_row, _I64(n))) for n in range(n_rows)]
+    places = [builder.add(sums, _I64(n * WIDTH * 4)) for n in range(n_rows)]
+    totals = [[cgutils.alloca_once(builder, _SUMS) for _ in range(CHAINS)] for _ in rows]
+    for place, chains in zip(places, totals, strict=True):
+        builder.store(_load(builder, place, _SUMS, 4), chains[0])
+        for chain in chains[1:]:
+            builder.store(ir.Constant(_SUMS, [0.0] * WIDTH), chain)
+
+    def step(pair: Any, chain: int) -> None:
+        column = _load(builder, builder.add(weights, builder.mul(pair, _I64(WIDTH * 4))), _PAIRS, 4)
+        at = builder.mul(pair, _I64(4))
+        for row, chains in zip(rows, totals, strict=True):
+            same = _everywhere(builder, _load(builder, builder.add(row, at), _I32, 4))
+            total = builder.load(chains[chain])
+            builder.store(builder.call(multiply_add, [total, same, column]), chains[chain])
+
+    n_whole = builder.udiv(n_pairs, _I64(CHAINS))
+    with cgutils.for_range(builder, n_whole) as loop:
+        for chain in range(CHAINS):
+            step(builder.add(builder.mul(loop.index, _I64(CHAINS)), _I64(chain)), chain)
+    done = builder.mul(n_whole, _I64(CHAINS))
+    with cgutils.for_range(builder, builder.sub(n_pairs, done)) as loop:
+        step(builder.add(done, loop.index), 0)
+    for place, chains in zip(places, totals, strict=True):
+        a, b, c, d = (builder.load(chain) for chain in chains)
+        total = builder.fadd(builder.fadd(a, b), builder.fadd(c, d))
+        builder.store(total, builder.inttoptr(place, _SUMS.as_pointer())).align = 4
+    return context.get_dummy_value()
+
+
+def _prefetch(context: Any, address: Any) -> Any:
+    """Make the function that has what is at an address brought to the second cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), _I32, _I32, _I32])
+        fetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        place = builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+        builder.call(fetch, [place, _I32(0), _I32(2), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+prefetch: Any = intrinsic(_prefetch)
+
+narrow_tile_of_4: Any = _narrow_tile(4)
+narrow_tile_of_2: Any = _narrow_tile(2)
+narrow_tile_of_1: Any = _narrow_tile(1)
 
 
 def _transpose(by_target: int) -> Any:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,6 +175,28 @@ def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
     while not condition():
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.05)
+
+
+def test_what_a_start_computes_leaves_no_pool_of_threads_behind(
+    smollm2: tuple[Path, BaseModelInfo],
+    base_model_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    builders = []
+
+    def watched(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **named: Any) -> Any:
+            builders.append(threading.current_thread())
+            return work(*given, **named)
+
+        return run
+
+    for name in ("materialise", "load_model", "BatchingEngine"):
+        monkeypatch.setattr(process, name, watched(getattr(process, name)))
+    service, _ = build_service(settings_in(tmp_path, base_model_cache))
+    service.close()
+    assert [builder.is_alive() for builder in builders] == [False] * 3
 
 
 def test_a_process_announces_itself_answers_and_withdraws_at_sigterm(

@@ -33,6 +33,8 @@ from worker.inference.engine.scheduler import Limits, Scheduler
 from worker.inference.engine.sequence import Request as Request
 from worker.inference.engine.sequence import Sequence
 from worker.inference.engine.stream import Decode, TextStream
+from worker.inference.engine.weights import AdapterWeights
+from worker.threads import in_passing_thread
 
 Emit = Callable[[int, TokenEvent | EngineError], None]
 """Takes (choice, event) on the engine's thread; it must return at once and not raise."""
@@ -141,9 +143,13 @@ class BatchingEngine:
         return self._pool.acquire(digest)
 
     def load(self, digest: str, directory: Path) -> AdapterLease:
-        layers = self._runner.layers
-        weights = read_adapter(directory, digest, layers.shapes).weights(layers.read)
-        return self._pool.admit(self._runner.slots.prepare(weights))
+        layers, slots = self._runner.layers, self._runner.slots
+
+        def prepared() -> AdapterWeights:
+            adapter = read_adapter(directory, digest, layers.shapes)
+            return slots.prepare(adapter.weights(layers.read))
+
+        return self._pool.admit(in_passing_thread(prepared))
 
     def unload(self, digest: str) -> int:
         return self._pool.remove(digest)

@@ -17,13 +17,8 @@ from worker.inference.engine.packed_linear import Joint, JointPart, PackedLinear
 from worker.inference.engine.row_attention import NAME, attention
 from worker.inference.engine.slots import Slots
 from worker.inference.engine.wrapped import AdaptedLayer, AdaptedNorm
-from worker.kernels.operators import (
-    add_and_rescale,
-    add_low_rank_,
-    gated,
-    rescale,
-    rotated,
-)
+from worker.kernels.matrix import part
+from worker.kernels.operators import add_and_rescale, gated, rescale, rotated
 from worker.transformer_blocks import require_llama_parts
 
 HEAD_NORMS = ("q_norm", "k_norm")
@@ -45,31 +40,47 @@ class _Products:
             raise ValueError("something else is in place of a linear layer")
         self._numbers = [slots.numbers[layer.path] for layer in layers]
         self._joint: Joint | None = None
+        packed = self._packed()
+        self._adds = all(each.adds for each in packed) if packed else False
+        """Whether what adapters add goes into the sums of the products."""
+        self._parts: list[tuple[int, ...]] = [
+            (1, *part(0, each.out_features, number))
+            for each, number in zip(packed, self._numbers, strict=False)
+        ]
+
+    def _packed(self) -> list[PackedLinear]:
+        """Return the layers if all of them are packed."""
+        packed = [each.base for each in self._layers if isinstance(each.base, PackedLinear)]
+        return packed if len(packed) == len(self._layers) else []
 
     def join_(self) -> None:
         """Compute them as one product from now on, if they are packed."""
-        packed = [each.base for each in self._layers if isinstance(each.base, PackedLinear)]
-        if (
-            len(packed) < max(2, len(self._layers))
-            or len({each.bias is None for each in packed}) > 1
-        ):
+        packed = self._packed()
+        if len(packed) < 2 or len({each.bias is None for each in packed}) > 1:
             return
         self._joint = Joint(packed)
+        self._adds = self._joint.whole.adds
+        told = zip(self._joint.starts, self._joint.sizes, self._numbers, strict=True)
+        if self._adds:
+            self._parts = [(len(packed), *(n for each in told for n in part(*each)))]
         for number, layer in enumerate(self._layers):
             layer.base = JointPart(self._joint, number, packed[number])
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        slots = self._slots
         outputs: Sequence[torch.Tensor]
+        is_touched = slots.places is not None and any(slots.is_touched[n] for n in self._numbers)
         if self._joint is not None:
-            outputs = self._joint(x)
+            added = (*slots.told, *self._parts[0]) if is_touched and self._adds else ()
+            outputs = self._joint(x, added)
+        elif is_touched and self._adds:
+            pairs = zip(self._layers, self._parts, strict=True)
+            outputs = [layer.base.forward(x, (*slots.told, *own)) for layer, own in pairs]
         else:
             outputs = [layer.base.forward(x) for layer in self._layers]
-        slots = self._slots
-        if slots.places is not None and slots.compiled is not None:
-            pairs = zip(outputs, self._numbers, strict=True)
-            parts = [(y, number) for y, number in pairs if slots.is_touched[number]]
-            if parts:
-                add_low_rank_(parts, x, slots.places, slots.compiled)
+        if is_touched and not self._adds:
+            paths = [layer.path for layer in self._layers]
+            slots.add_(list(zip(outputs, paths, strict=True)), x)
         return outputs
 
 

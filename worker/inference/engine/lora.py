@@ -14,7 +14,6 @@ from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.slots import LayerBuffers, Slots
 from worker.inference.engine.weights import BaseLinear
 from worker.inference.engine.wrapped import Adapted, AdaptedLayer, AdaptedNorm, is_norm
-from worker.kernels.operators import add_low_rank_
 from worker.transformer_blocks import (
     UnknownLayersError,
     feed_forward_of,
@@ -53,8 +52,7 @@ class AdaptedLinear(Adapted):
         self, x: torch.Tensor, y: torch.Tensor, slots: Slots, buffers: LayerBuffers
     ) -> torch.Tensor:
         if slots.places is not None:
-            number = slots.numbers[self.path]
-            return _added(x, y, slots, number) if slots.is_touched[number] else y
+            return self._added(x, y, slots)
         if buffers.a is None or buffers.b is None:
             return y
         if not slots.takes_all and buffers.low_rank.isdisjoint(slots.active):
@@ -71,14 +69,14 @@ class AdaptedLinear(Adapted):
             own = by_row.view(own.shape)
         return _plus(y, own, b)
 
-
-def _added(x: torch.Tensor, y: torch.Tensor, slots: Slots, number: int) -> torch.Tensor:
-    """Return `y` with what the rows' adapters make of `x` in module `number`; in place, mostly."""
-    assert slots.places is not None
-    assert slots.compiled is not None
-    sums = y.to(slots.compiled).contiguous()
-    add_low_rank_([(sums, number)], x.to(slots.compiled), slots.places, slots.compiled)
-    return sums.to(y.dtype)
+    def _added(self, x: torch.Tensor, y: torch.Tensor, slots: Slots) -> torch.Tensor:
+        """Return `y` with what the rows' adapters make of `x`; in place, mostly."""
+        if not slots.is_touched[slots.numbers[self.path]]:
+            return y
+        assert slots.compiled is not None
+        sums = y.to(slots.compiled).contiguous()
+        slots.add_([(sums, self.path)], x.to(slots.compiled))
+        return sums.to(y.dtype)
 
 
 def _times(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

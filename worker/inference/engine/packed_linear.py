@@ -5,12 +5,14 @@ decoding, or of a short prompt, takes longer than the product.
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from worker.kernels import tiles
-from worker.kernels.matrix import Matrix
+from worker.kernels.matrix import COLUMNS, Matrix
 
 
 class OneDnnMatrix:
@@ -57,8 +59,21 @@ class PackedLinear(nn.Linear):
         """The weights in bfloat16 [out, in]: unpacked at each call."""
         return self._matrix.dense()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x` bfloat16 [..., in] to bfloat16 [..., out]."""
+    @property
+    def adds(self) -> bool:
+        """Whether `forward` takes what adapters add into the same sums."""
+        return isinstance(self._matrix, Matrix)
+
+    def forward(self, x: torch.Tensor, added: Sequence[int] = ()) -> torch.Tensor:
+        """Map `x` bfloat16 [..., in] to bfloat16 [..., out]; `added` as `Matrix` takes it.
+
+        Raises:
+            ValueError: something is added to a product that does not take it.
+        """
+        if isinstance(self._matrix, Matrix):
+            return self._matrix(x, added)
+        if added:
+            raise ValueError("A product by oneDNN takes nothing that adapters add.")
         return self._matrix(x)
 
     def settle_(self) -> None:
@@ -76,18 +91,43 @@ class Joint:
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self.sizes = [layer.out_features for layer in layers]
+        # Where there are blocks each layer begins with one, behind columns of nothing.
+        block = COLUMNS if layers[0].adds else 1
+        gaps = [-size % block for size in self.sizes]
+        widths = [size + gap for size, gap in zip(self.sizes, gaps, strict=True)]
+        self.starts = [0, *accumulate(widths[:-1])]
+        """The first column of each layer."""
         linear = nn.Linear(1, 1, bias=False, device="meta")
-        linear.in_features, linear.out_features = layers[0].in_features, sum(self.sizes)
-        linear.weight = nn.Parameter(torch.cat([layer.weight for layer in layers]), False)
+        linear.in_features, linear.out_features = layers[0].in_features, sum(widths)
+        weights = [
+            functional.pad(layer.weight, (0, 0, 0, gap))
+            for layer, gap in zip(layers, gaps, strict=True)
+        ]
+        linear.weight = nn.Parameter(torch.cat(weights), False)
         if layers[0].bias is not None:
-            linear.bias = nn.Parameter(torch.cat([layer.bias for layer in layers]), False)
+            biases = [
+                functional.pad(layer.bias, (0, gap))
+                for layer, gap in zip(layers, gaps, strict=True)
+            ]
+            linear.bias = nn.Parameter(torch.cat(biases), False)
         self.whole = PackedLinear(linear)
+        self._is_tight = not any(gaps)
         self._input: torch.Tensor | None = None
         self._outputs: dict[int, torch.Tensor] = {}
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return what each layer makes of `x`: views of one tensor [..., sum of out]."""
-        return self.whole.forward(x).split(self.sizes, -1)
+    def __call__(self, x: torch.Tensor, added: Sequence[int] = ()) -> tuple[torch.Tensor, ...]:
+        """Return what each layer makes of `x`: views of one tensor [..., columns].
+
+        `added` is what `PackedLinear.forward` takes, of the columns of that tensor.
+        """
+        return self.split(self.whole.forward(x, added), -1)
+
+    def split(self, whole: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+        """Return each layer's own stretch of `whole`, which has all of them along `dim`."""
+        if self._is_tight:
+            return whole.split(self.sizes, dim)
+        stretches = zip(self.starts, self.sizes, strict=True)
+        return tuple(whole.narrow(dim, start, size) for start, size in stretches)
 
     def part(self, x: torch.Tensor, number: int) -> torch.Tensor:
         """Return what one layer makes of `x`; the others' results wait for the same tensor."""
@@ -111,10 +151,20 @@ class JointPart(PackedLinear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The weights in bfloat16 [out, in]: unpacked at each call."""
-        return self._joint.whole.weight.split(self._joint.sizes)[self._number]
+        return self._joint.split(self._joint.whole.weight, 0)[self._number]
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `x` bfloat16 [..., in] to bfloat16 [..., out]."""
+    @property
+    def adds(self) -> bool:
+        return False
+
+    def forward(self, x: torch.Tensor, added: Sequence[int] = ()) -> torch.Tensor:
+        """Map `x` bfloat16 [..., in] to bfloat16 [..., out].
+
+        Raises:
+            ValueError: something is added, which only the whole product takes.
+        """
+        if added:
+            raise ValueError("One of several joint layers takes nothing that adapters add.")
         return self._joint.part(x, self._number)
 
     def settle_(self) -> None:

@@ -21,7 +21,10 @@ from worker.inference.engine.weights import (
     ModuleChange,
     TwoStreams,
 )
-from worker.kernels import Numbers
+from worker.kernels import Numbers, tiles
+from worker.kernels.matrix import LowRank, Rows, add_packed_
+from worker.kernels.memory import Shelf
+from worker.kernels.operators import add_low_rank_
 
 
 class LayerBuffers:
@@ -143,6 +146,13 @@ class Slots:
         self.compiled = compiled
         self.numbers = {path: number for number, path in enumerate(shapes)}
         """The place of each module in `places`."""
+        reads_pairs = compiled == torch.bfloat16 and tiles.is_supported()
+        self.in_tiles = {
+            path
+            for path, shape in shapes.items()
+            if reads_pairs and shape.kind == "linear" and shape.in_features % 2 == 0
+        }
+        """Modules whose matrices of low rank are read by tiles."""
         self.low_rank = Columns(n_slots, like.device)
         self.bottlenecks = Columns(n_slots, like.device)
         self.layers = {path: LayerBuffers(shape, self) for path, shape in shapes.items()}
@@ -163,6 +173,8 @@ class Slots:
         self.active: frozenset[int] = frozenset()
         self.places: Numbers | None = None
         """For the next pass, where the matrices of each row's adapter are [rows, modules, 3]."""
+        self.told = Rows(0, 0, 0)
+        """The same, as products of several modules are told."""
         self.is_touched: list[bool] = []
         """Which modules have any of them."""
         self.adds_only = False
@@ -177,12 +189,43 @@ class Slots:
         """Return an adapter as `use` takes it; any thread may do so, once."""
         if self.compiled is None:
             return adapter.cast(self.like.dtype)
-        adapter = adapter.cast(self.like.dtype, self.compiled)
+        modules = {path: self._packed(path, change) for path, change in adapter.modules.items()}
+        _settle_([each.low_rank for each in modules.values() if each.low_rank is not None])
+        adapter = replace(adapter, modules=modules).cast(self.like.dtype, self.compiled)
         places = self._nothing.copy()
         for path, change in adapter.modules.items():
-            if change.a is not None and change.b is not None:
+            if change.low_rank is not None:
+                places[self.numbers[path]] = change.low_rank.place
+            elif change.a is not None and change.b is not None:
                 places[self.numbers[path]] = change.a.data_ptr(), change.b.data_ptr(), change.rank
         return replace(adapter, places=places)
+
+    def _packed(self, path: str, change: ModuleChange) -> ModuleChange:
+        """Return a change whose matrices lie as tiles read them, where those of `path` do."""
+        if path not in self.in_tiles or change.a is None or change.b is None:
+            return change
+        return replace(change, a=None, b=None, low_rank=LowRank(change.a, change.b))
+
+    def add_(self, outputs: Sequence[tuple[torch.Tensor, str]], x: torch.Tensor) -> None:
+        """Add what each row's adapter makes of `x` to outputs of modules, in place.
+
+        Args:
+            outputs: At most 4 outputs [rows, …, out] in the dtype of the loops, and whose they are.
+            x: What these modules take [rows, …, in], in the same dtype.
+        """
+        assert self.places is not None
+        assert self.compiled is not None
+        rest = []
+        for y, path in outputs:
+            number = self.numbers[path]
+            if not self.is_touched[number]:
+                continue
+            if path in self.in_tiles:
+                add_packed_(y, x, self.told, number)
+            else:
+                rest.append((y, number))
+        if rest:
+            add_low_rank_(rest, x, self.places, self.compiled)
 
     @torch.inference_mode()
     def use(self, adapters: Sequence[AdapterWeights | None]) -> None:
@@ -222,6 +265,7 @@ class Slots:
             own = None if adapter is None else adapter.places
             places.append(self._nothing if own is None else own)
         self.places = np.stack(places)
+        self.told = Rows(self.places.ctypes.data, self._nothing.size, len(places))
         ranks: Any = self.places[:, :, 2].max(axis=0)
         self.is_touched = [rank > 0 for rank in ranks.tolist()]
 
@@ -265,3 +309,11 @@ class Slots:
         for path, layer in self.layers.items():
             layer.put(index, adapter.modules.get(path))
         self._streams[index] = adapter.streams
+
+
+def _settle_(matrices: Sequence[LowRank]) -> None:
+    """Let matrices lie one behind the other, in memory that is theirs alone."""
+    if matrices:
+        shelf = Shelf(sum(each.n_bytes for each in matrices))
+        for each in matrices:
+            each.settle_(shelf)

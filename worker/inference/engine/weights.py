@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from worker.kernels import Numbers
+from worker.kernels.matrix import LowRank
 
 Variant = Literal["meft1", "meft2", "meft3"]
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
@@ -66,6 +67,8 @@ class ModuleChange:
 
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
+    low_rank: LowRank | None = None
+    """Stands for `a` and `b` where a compiled loop reads them in its own order."""
     gain_in: torch.Tensor | None = None
     gain: torch.Tensor | None = None
     shift: torch.Tensor | None = None
@@ -76,6 +79,8 @@ class ModuleChange:
 
     @property
     def rank(self) -> int:
+        if self.low_rank is not None:
+            return self.low_rank.rank
         return 0 if self.a is None else self.a.shape[0]
 
     @property
@@ -86,6 +91,8 @@ class ModuleChange:
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are there, by name."""
         found = {name: getattr(self, name) for name in ("a", "b", *VECTORS)}
+        if self.low_rank is not None:
+            found |= {"a": self.low_rank.a, "b": self.low_rank.b}
         for place, bottleneck in self.bottlenecks.items():
             found |= {f"{place}.{name}": each for name, each in bottleneck.tensors().items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -1,8 +1,9 @@
 """The engine: answers in turn are the answers alone, and one failure stays one failure."""
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from tests.worker.inference.tiny import (
     submit,
     tiny_llama,
 )
+from worker.inference.engine import engine as engine_module
+from worker.inference.engine.adapters import StoredAdapter, read_adapter
 from worker.inference.engine.engine import BatchingEngine, Request
 from worker.inference.engine.errors import (
     AdapterFormatError,
@@ -31,7 +34,7 @@ from worker.inference.engine.errors import (
     EngineFullError,
     GenerationError,
 )
-from worker.inference.engine.params import Sampling, TokenEvent
+from worker.inference.engine.params import ModuleShape, Sampling, TokenEvent
 from worker.inference.engine.runner import cache_argument
 from worker.inference.engine.scheduler import Limits
 
@@ -330,6 +333,20 @@ def test_a_bad_adapter_is_refused_and_takes_no_place(
     with pytest.raises(AdapterFormatError):
         engine.load("1", directory)
     assert engine.stats().references == {}
+
+
+def test_an_adapter_is_read_in_a_thread_that_leaves_no_pool_behind(
+    engine: BatchingEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readers = []
+
+    def read(directory: Path, digest: str, shapes: Mapping[str, ModuleShape]) -> StoredAdapter:
+        readers.append(threading.current_thread())
+        return read_adapter(directory, digest, shapes)
+
+    monkeypatch.setattr(engine_module, "read_adapter", read)
+    engine.load("1", adapter(tmp_path, 1)).release()
+    assert [reader.is_alive() for reader in readers] == [False]
 
 
 def test_adapters_that_come_and_go_do_not_change_a_running_answer(

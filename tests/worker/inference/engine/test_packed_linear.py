@@ -1,5 +1,6 @@
 """Packed weights: the same numbers as a plain layer's, for any number of rows."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -100,9 +101,9 @@ def test_one_by_one_joint_layers_multiply_once_and_keep_nothing(
     calls: list[torch.Tensor] = []
     forward = joint.whole.forward
 
-    def counted(x: torch.Tensor) -> torch.Tensor:
+    def counted(x: torch.Tensor, added: Sequence[int] = ()) -> torch.Tensor:
         calls.append(x)
-        return forward(x)
+        return forward(x, added)
 
     monkeypatch.setattr(joint.whole, "forward", counted)
     x = torch.ones(1, 8).bfloat16()

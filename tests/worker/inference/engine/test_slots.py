@@ -7,6 +7,7 @@ from worker.inference.engine.columns import GRAIN
 from worker.inference.engine.params import ModuleShape
 from worker.inference.engine.slots import Slots
 from worker.inference.engine.weights import AdapterWeights, Bottleneck, ModuleChange
+from worker.kernels import tiles
 
 SHAPES = {"x": ModuleShape(3, 2), "y": ModuleShape(3, 2)}
 
@@ -62,6 +63,34 @@ def test_compiled_loops_are_told_where_each_row_has_its_matrices_and_nothing_is_
     assert (slots.places[3] == slots.places[0]).all()
     assert slots.is_touched == [True, False]
     assert slots.layers["x"].a is None
+
+
+@pytest.mark.skipif(not tiles.is_supported(), reason="this processor has no AVX512-BF16")
+def test_matrices_that_tiles_read_lie_as_they_read_them_and_one_behind_the_other() -> None:
+    shapes = {"x": ModuleShape(4, 2), "odd": ModuleShape(3, 2)}
+    slots = Slots(shapes, 2, torch.empty(0), torch.bfloat16)
+    changes = {
+        path: ModuleChange(torch.ones(3, shape.in_features), torch.ones(2, 3))
+        for path, shape in shapes.items()
+    }
+    adapter = slots.prepare(AdapterWeights("1", changes))
+    x, odd = adapter.modules["x"], adapter.modules["odd"]
+    assert adapter.adds_only
+    assert (x.rank, odd.rank) == (3, 3)
+    assert x.low_rank is not None
+    assert x.a is None
+    assert odd.low_rank is None
+    assert adapter.n_bytes == sum(each.nbytes for each in (x.low_rank.a, x.low_rank.b)) + 2 * 15
+    slots.use([adapter, None])
+    assert slots.places is not None
+    assert tuple(slots.places[0, 0]) == x.low_rank.place
+    inputs = {
+        path: torch.ones(2, 1, shape.in_features).bfloat16() for path, shape in shapes.items()
+    }
+    for path, expected in (("x", 12.0), ("odd", 9.0)):
+        y = torch.zeros(2, 1, 2).bfloat16()
+        slots.add_([(y, path)], inputs[path])
+        assert y.tolist() == [[[expected] * 2], [[0.0] * 2]]
 
 
 def test_places_are_those_of_the_weights_given_whatever_had_their_digest_before() -> None:
