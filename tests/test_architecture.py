@@ -30,6 +30,7 @@ TESTED_ELSEWHERE = {
     "models/broker.py": "tests/flow/test_recovery.py: with Valkey, doubled, and without any",
     "worker/kernels/gemm.py": "its neighbour's tests: test_products.py",
     "worker/kernels/linear.py": "its neighbour's tests: test_matrix.py",
+    "worker/kernels/order.py": "its neighbour's tests: test_matrix.py",
     "worker/kernels/tiles.py": "its neighbour's tests: test_matrix.py",
     "worker/kernels/gradients.py": "its neighbour's tests: test_training.py",
     "worker/kernels/heads.py": "its neighbour's tests: test_training.py",

@@ -11,6 +11,7 @@ import numpy as np
 from numba import carray, njit
 
 from worker.kernels.numbers import get, pointer, put
+from worker.kernels.order import by_columns, by_rows
 from worker.kernels.team import OPTIONS, Loop, member, size
 from worker.kernels.tiles import (
     BLOCK,
@@ -23,9 +24,6 @@ from worker.kernels.tiles import (
     tile_of_8,
     tile_of_8_by_2,
     tile_of_16_by_1,
-    transpose_to_1,
-    transpose_to_2,
-    transpose_to_3,
 )
 
 ROWS = 1024
@@ -135,25 +133,25 @@ def _add_term(  # noqa: PLR0913
         n = min(PAIRS, n_pairs - pair)
         n_left = n_inner - 2 * pair
         if term[5] == 0:
-            _interleave(w + 2 * pair * by_w, by_w, n_left, n_columns, n, scratch)
+            by_rows(w + 2 * pair * by_w, by_w, n_left, n_columns, n, scratch, width)
         else:
             start = w + column * (by_w - 2) + 4 * pair
-            _transpose(start, by_w, n_left, n_columns, n, scratch)
+            by_columns(start, by_w, n_left, n_columns, n, scratch, width)
         if term[2] == 0 and n_left >= 2 * n:
             start = x + row * by_x + 4 * pair
             _tiles(width // WIDTH, scratch, start, by_x, 4, n, sums.ctypes.data, n_rows)
             continue
         for first in range(0, n_rows, STRIP):
             n_now = min(STRIP, n_rows - first)
-            by_pair = (n_now + WIDTH - 1) // WIDTH * WIDTH * 4
+            width_now = (n_now + WIDTH - 1) // WIDTH * WIDTH
             if term[2] == 0:
                 start = x + (row + first) * by_x + 4 * pair
-                _transpose(start, by_x, n_left, n_now, n, strip)
+                by_columns(start, by_x, n_left, n_now, n, strip, width_now)
             else:
                 start = x + 2 * pair * by_x + (row + first) * 2
-                _interleave(start, by_x, n_left, n_now, n, strip)
+                by_rows(start, by_x, n_left, n_now, n, strip, width_now)
             own = sums.ctypes.data + first * width * 4
-            _tiles(width // WIDTH, scratch, strip, 4, by_pair, n, own, n_now)
+            _tiles(width // WIDTH, scratch, strip, 4, width_now * 4, n, own, n_now)
 
 
 @njit(**OPTIONS)
@@ -189,58 +187,6 @@ def _tiles(  # noqa: PLR0913
         while n - row >= 1:
             tile_of_1_by_1(w, x + row * by_row, by_row, by_pair, n_pairs, sums + row * by_sums)
             row += 1
-
-
-@njit(**OPTIONS)
-def _transpose(
-    source: int, by_row: int, n_left: int, n_rows: int, n_pairs: int, target: int
-) -> None:
-    """Bring pairs of numbers of neighbouring rows beside each other; after the last one comes 0."""
-    width = (n_rows + WIDTH - 1) // WIDTH * WIDTH
-    n_given = min(n_pairs, n_left // 2)
-    n_whole, n_pairs_whole = n_rows // WIDTH * WIDTH, n_given // WIDTH * WIDTH
-    if width > 3 * WIDTH:
-        n_whole = 0
-    for row in range(0, n_whole, WIDTH):
-        for at in range(0, n_pairs_whole, WIDTH):
-            place = target + (at * width + row) * 4
-            if width == 3 * WIDTH:
-                transpose_to_3(source + row * by_row + at * 4, by_row, place)
-            elif width == 2 * WIDTH:
-                transpose_to_2(source + row * by_row + at * 4, by_row, place)
-            else:
-                transpose_to_1(source + row * by_row + at * 4, by_row, place)
-    words = carray(pointer(target), (n_pairs, width), np.uint32)
-    for row in range(n_rows):
-        own = carray(pointer(source + row * by_row), (n_given,), np.uint32)
-        for at in range(n_pairs_whole if row < n_whole else 0, n_given):
-            words[at, row] = own[at]
-        if n_given < n_pairs:
-            last = carray(pointer(source + row * by_row + n_given * 4), (1,), np.uint16)
-            words[n_given, row] = np.uint32(last[0])
-    if n_rows < width:
-        for at in range(n_pairs):
-            words[at, n_rows:] = np.uint32(0)
-
-
-@njit(**OPTIONS)
-def _interleave(
-    source: int, by_row: int, n_left: int, n_columns: int, n_pairs: int, target: int
-) -> None:
-    """Make pairs of the numbers of a row and of the next; after the last that is left come 0."""
-    width = (n_columns + WIDTH - 1) // WIDTH * WIDTH
-    words = carray(pointer(target), (n_pairs, width), np.uint32)
-    for at in range(n_pairs):
-        word = words[at]
-        low = carray(pointer(source + 2 * at * by_row), (n_columns,), np.uint16)
-        if 2 * at + 1 < n_left:
-            high = carray(pointer(source + (2 * at + 1) * by_row), (n_columns,), np.uint16)
-            for j in range(n_columns):
-                word[j] = np.uint32(low[j]) | (np.uint32(high[j]) << np.uint32(16))
-        else:
-            for j in range(n_columns):
-                word[j] = np.uint32(low[j])
-        word[n_columns:] = np.uint32(0)
 
 
 @njit(**OPTIONS)

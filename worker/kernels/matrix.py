@@ -1,18 +1,21 @@
 """Weights in bfloat16 on a CPU, and what adapters add to them, as the compiled loop takes them."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from worker.kernels import linear, tiles
-from worker.kernels.memory import Shelf, aligned
+from worker.kernels import linear, order, tiles
+from worker.kernels.memory import Shelf
 from worker.kernels.operators import by_token
 
 COLUMNS = tiles.BLOCK * tiles.WIDTH
 """Those of a block."""
 _SHELF = Shelf()
+_READ = (torch.bfloat16, torch.float32)
 NOTHING = (0, 0, 1, 0)
 """What a loop is told where no adapter adds anything."""
 
@@ -27,45 +30,56 @@ class Rows(NamedTuple):
     n: int
 
 
+@dataclass(frozen=True, slots=True)
 class LowRank:
-    """A [r, in] and B [out, r] of ``y += x Aᵀ Bᵀ`` in bfloat16, in the order tiles read them in.
+    """A [r, in] and B [out, r] of ``y += x Aᵀ Bᵀ`` in bfloat16, in the order tiles read them in."""
 
-    Args:
-        a: [r, in], with an even number of inputs.
-        b: [out, r].
+    rank: int
+    a: torch.Tensor
+    """Of [groups of `WIDTH` rows, in / 2, `WIDTH`, 2] all numbers."""
+    b: torch.Tensor
+    """Of [blocks, r / 2, `BLOCK`, `WIDTH`, 2] all numbers."""
+    place: tuple[int, int, int]
+    """Where A and B are, and r."""
+
+
+def in_order(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[LowRank]:
+    """Return what loops read of each A [r, in] and B [out, r], side by side in huge pages.
 
     Raises:
-        ValueError: the number of inputs is odd.
+        ValueError: a number of inputs is odd.
     """
-
-    def __init__(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        self.rank, n_in = a.shape
-        if n_in % 2:
-            raise ValueError(f"A matrix of {n_in} inputs cannot be read in pairs.")
-        whole = functional.pad(a.bfloat16(), (0, 0, 0, -self.rank % tiles.WIDTH))
-        by_group = whole.view(-1, tiles.WIDTH, n_in // 2, 2)
-        self.a = by_group.permute(0, 2, 1, 3).contiguous()
-        """[groups of `WIDTH` rows, in / 2, `WIDTH`, 2]."""
-        whole = functional.pad(b.bfloat16(), (0, self.rank % 2, 0, -len(b) % COLUMNS))
-        by_block = whole.view(-1, tiles.BLOCK, tiles.WIDTH, whole.shape[1] // 2, 2)
-        self.b = by_block.permute(0, 3, 1, 2, 4).contiguous()
-        """[blocks, r / 2, `BLOCK`, `WIDTH`, 2]."""
-
-    @property
-    def n_bytes(self) -> int:
-        """How much both take on a shelf."""
-        return aligned(self.a.nbytes) + aligned(self.b.nbytes)
-
-    def settle_(self, shelf: Shelf) -> None:
-        """Move both to `shelf`."""
-        self.a, self.b = (
-            shelf.empty(tuple(each.shape), torch.bfloat16).copy_(each) for each in (self.a, self.b)
+    told: list[int] = []
+    sizes: list[int] = []
+    kept = []  # until the loop has read them
+    for each in matrices:
+        for matrix, width in zip(each, (tiles.WIDTH, COLUMNS), strict=True):
+            n_columns, n_inner = matrix.shape
+            own = matrix if matrix.dtype in _READ else matrix.float()
+            own = own if 1 in own.stride() else own.contiguous()
+            across = own.stride(1) != 1
+            by, is_wide = own.stride(1 if across else 0), own.dtype == torch.float32
+            told += (own.data_ptr(), by, across, is_wide, n_columns, n_inner, width, 0)
+            sizes.append(-(-n_columns // width) * width * (n_inner + n_inner % 2))
+            kept.append(own)
+        if each[0].shape[1] % 2:
+            raise ValueError(f"A matrix of {each[0].shape[1]} inputs cannot be read in pairs.")
+    if not sizes:
+        return []
+    n_bytes = 2 * sum(sizes)
+    whole = Shelf(n_bytes).empty((n_bytes // 2,), torch.bfloat16)
+    starts = accumulate((2 * size for size in sizes), initial=whole.data_ptr())
+    places = list(starts)[:-1]
+    told[order.N_NUMBERS - 1 :: order.N_NUMBERS] = places
+    order.order((len(sizes), *told), 1)  # by one thread: others are busy with passes
+    pieces = whole.split(sizes)
+    ranks = [len(a) for a, _ in matrices]
+    return [
+        LowRank(rank, a, b, (at_a, at_b, rank))
+        for rank, a, b, at_a, at_b in zip(
+            ranks, pieces[::2], pieces[1::2], places[::2], places[1::2], strict=True
         )
-
-    @property
-    def place(self) -> tuple[int, int, int]:
-        """Where A and B are, and r."""
-        return self.a.data_ptr(), self.b.data_ptr(), self.rank
+    ]
 
 
 def part(first: int, n_out: int, module: int) -> tuple[int, int, int]:

@@ -26,11 +26,6 @@ def mapped(n_bytes: int) -> mmap.mmap:
     return memory
 
 
-def aligned(n_bytes: int) -> int:
-    """Return how much `n_bytes` take on a shelf."""
-    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
-
-
 class Shelf:
     """Puts tensors that stay, such as weights, side by side in huge pages.
 
@@ -51,7 +46,7 @@ class Shelf:
             MemoryError: the system gives no more.
         """
         count = torch.Size(shape).numel()
-        n_bytes = aligned(count * dtype.itemsize)
+        n_bytes = -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
         if len(self._chunk) < n_bytes:
             self._chunk = memoryview(mapped(max(self._chunk_bytes, n_bytes)))
         own, self._chunk = self._chunk[:n_bytes], self._chunk[n_bytes:]

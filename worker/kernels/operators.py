@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from worker.kernels import Numbers, attention, layers, linear, low_rank, tiles
+from worker.kernels import Numbers, attention, layers, linear, low_rank, order, tiles
 from worker.kernels.team import Loop, bits_of
 
 Loops = dict[torch.dtype, Loop]
@@ -46,7 +46,8 @@ def compile_(dtype: torch.dtype) -> None:
     for each in _ALL:
         each[dtype].address  # noqa: B018
     if dtype == torch.bfloat16 and tiles.is_supported():
-        linear.multiply_bfloat16.address  # noqa: B018
+        for loop in (linear.multiply_bfloat16, order.order):
+            loop.address  # noqa: B018
 
 
 def add_low_rank_(

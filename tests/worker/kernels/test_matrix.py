@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from worker.kernels import Numbers, linear, tiles
-from worker.kernels.matrix import COLUMNS, LowRank, Matrix, Rows, add_packed_, part
-from worker.kernels.memory import Shelf
+from worker.kernels import Numbers, linear, order, tiles
+from worker.kernels.matrix import COLUMNS, LowRank, Matrix, Rows, add_packed_, in_order, part
 from worker.kernels.operators import compile_
 
 pytestmark = pytest.mark.skipif(
@@ -75,6 +74,7 @@ def test_what_cannot_be_read_in_pairs_or_multiplied_is_refused() -> None:
 def test_it_is_compiled_beforehand_with_the_other_loops() -> None:
     compile_(torch.bfloat16)
     assert "address" in vars(linear.multiply_bfloat16)
+    assert "address" in vars(order.order)
 
 
 Own = tuple[torch.Tensor, torch.Tensor] | None
@@ -89,12 +89,12 @@ def draw(rank: int, n_in: int, n_out: int) -> Own:
 
 def told(by_row: Sequence[Sequence[Own]]) -> tuple[Rows, Numbers, list[LowRank]]:
     """Return what a loop is told of each row's modules, and what has to stay meanwhile."""
-    kept = []
+    kept: list[LowRank] = []
     places = np.zeros((len(by_row), len(by_row[0]), 3), np.int64)
     for row, modules in enumerate(by_row):
         for module, own in enumerate(modules):
             if own is not None:
-                kept.append(LowRank(*own))
+                kept += in_order([own])
                 places[row, module] = kept[-1].place
     return Rows(places.ctypes.data, 3 * len(by_row[0]), len(by_row)), places, kept
 
@@ -178,20 +178,37 @@ def test_what_is_not_finite_in_a_rows_own_stays_in_its_row() -> None:
     assert len(kept) == 2
 
 
-def test_matrices_of_low_rank_settle_in_memory_that_is_theirs() -> None:
-    own = draw(5, 8, 60)
-    assert own is not None
-    matrix = LowRank(*own)
-    a, b = matrix.a.clone(), matrix.b.clone()
-    matrix.settle_(Shelf(matrix.n_bytes))
-    assert torch.equal(matrix.a, a)
-    assert torch.equal(matrix.b, b)
-    assert matrix.b.data_ptr() - matrix.a.data_ptr() == a.nbytes
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64])
+def test_matrices_of_any_kind_are_brought_into_order_side_by_side(dtype: torch.dtype) -> None:
+    sizes = [(5, 8, 60), (16, 70, 48), (33, 34, 7), (1, 2, 1)]
+    given = [
+        (torch.randn(rank, n_in).to(dtype), torch.randn(n_out, rank).to(dtype))
+        for rank, n_in, n_out in sizes
+    ]
+    given += [(a.T.contiguous().T, b.T.contiguous().T) for a, b in given]
+    wide = torch.randn(40, 40).to(dtype)
+    given.append((wide[:6, 4:30], wide.T[:9, :6]))
+    given.append((wide[:6, ::2], wide[::2, :6]))
+    found = in_order(given)
+    for (a, b), each in zip(given, found, strict=True):
+        rank, n_in = a.shape
+        own = each.a.view(-1, n_in // 2, tiles.WIDTH, 2).permute(0, 2, 1, 3).reshape(-1, n_in)
+        assert torch.equal(own[:rank], a.bfloat16())
+        assert not own[rank:].any()
+        blocks = each.b.view(-1, (rank + 1) // 2, COLUMNS, 2)
+        own = blocks.permute(0, 2, 1, 3).reshape(-1, rank + rank % 2)
+        assert torch.equal(own[: len(b), :rank], b.bfloat16())
+        assert not own[len(b) :].any()
+        assert not own[:, rank:].any()
+        assert each.place == (each.a.data_ptr(), each.b.data_ptr(), rank)
+    ends = [each.data_ptr() + each.nbytes for low in found for each in (low.a, low.b)]
+    assert [each.data_ptr() for low in found for each in (low.a, low.b)][1:] == ends[:-1]
+    assert in_order([]) == []
 
 
 def test_what_cannot_be_added_is_refused() -> None:
     with pytest.raises(ValueError, match="3 inputs cannot be read in pairs"):
-        LowRank(torch.randn(2, 3), torch.randn(4, 2))
+        in_order([(torch.randn(2, 3), torch.randn(4, 2))])
     with pytest.raises(ValueError, match="begin at 20, inside of a block"):
         part(20, 48, 0)
     matrix = Matrix(torch.randn(4, 8).bfloat16(), None)

@@ -22,8 +22,7 @@ from worker.inference.engine.weights import (
     TwoStreams,
 )
 from worker.kernels import Numbers, tiles
-from worker.kernels.matrix import LowRank, Rows, add_packed_
-from worker.kernels.memory import Shelf
+from worker.kernels.matrix import Rows, add_packed_, in_order
 from worker.kernels.operators import add_low_rank_
 
 
@@ -189,9 +188,7 @@ class Slots:
         """Return an adapter as `use` takes it; any thread may do so, once."""
         if self.compiled is None:
             return adapter.cast(self.like.dtype)
-        modules = {path: self._packed(path, change) for path, change in adapter.modules.items()}
-        _settle_([each.low_rank for each in modules.values() if each.low_rank is not None])
-        adapter = replace(adapter, modules=modules).cast(self.like.dtype, self.compiled)
+        adapter = self._in_order(adapter).cast(self.like.dtype, self.compiled)
         places = self._nothing.copy()
         for path, change in adapter.modules.items():
             if change.low_rank is not None:
@@ -200,11 +197,17 @@ class Slots:
                 places[self.numbers[path]] = change.a.data_ptr(), change.b.data_ptr(), change.rank
         return replace(adapter, places=places)
 
-    def _packed(self, path: str, change: ModuleChange) -> ModuleChange:
-        """Return a change whose matrices lie as tiles read them, where those of `path` do."""
-        if path not in self.in_tiles or change.a is None or change.b is None:
-            return change
-        return replace(change, a=None, b=None, low_rank=LowRank(change.a, change.b))
+    def _in_order(self, adapter: AdapterWeights) -> AdapterWeights:
+        """Return an adapter whose matrices lie as tiles read them, where those of a module do."""
+        matrices = {
+            path: (change.a, change.b)
+            for path, change in adapter.modules.items()
+            if path in self.in_tiles and change.a is not None and change.b is not None
+        }
+        modules = dict(adapter.modules)
+        for path, low_rank in zip(matrices, in_order(list(matrices.values())), strict=True):
+            modules[path] = replace(modules[path], a=None, b=None, low_rank=low_rank)
+        return replace(adapter, modules=modules)
 
     def add_(self, outputs: Sequence[tuple[torch.Tensor, str]], x: torch.Tensor) -> None:
         """Add what each row's adapter makes of `x` to outputs of modules, in place.
@@ -309,11 +312,3 @@ class Slots:
         for path, layer in self.layers.items():
             layer.put(index, adapter.modules.get(path))
         self._streams[index] = adapter.streams
-
-
-def _settle_(matrices: Sequence[LowRank]) -> None:
-    """Let matrices lie one behind the other, in memory that is theirs alone."""
-    if matrices:
-        shelf = Shelf(sum(each.n_bytes for each in matrices))
-        for each in matrices:
-            each.settle_(shelf)
