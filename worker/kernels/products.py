@@ -1,6 +1,6 @@
 """Sums of products as an operator on tensors in bfloat16, without a kernel for each shape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ def is_supported(like: torch.Tensor) -> bool:
 
 
 def add_up_(
-    terms: Sequence[Term],
+    terms: Iterable[Term],
     out: torch.Tensor,
     *,
     bias: torch.Tensor | None = None,
@@ -49,6 +49,7 @@ def add_up_(
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
+    terms = list(terms)
     n_rows, n_columns = out.shape
     if out.dtype is not torch.bfloat16 and out.dtype is not torch.float32:
         raise ValueError(f"Sums of products are not written in {out.dtype}.")

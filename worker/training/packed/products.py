@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import nn
@@ -161,8 +161,7 @@ def send_back(
         wanted: Whether the input needs a gradient; None is returned if not.
     """
     how = sums.of(gradient)
-    terms = [Term(gradient[:, columns], weight.get()) for weight, columns in _columns(weights)]
-    all_sent = []
+    added, all_sent = [], []
     for part, hidden in zip(parts, hidden_of_parts, strict=True):
         matrices = [column.pair.a for column in part.columns]
         matrices += [column.pair.b for column in part.columns]
@@ -176,12 +175,13 @@ def send_back(
             how.add_up([Term(outer, b)], to_hidden[:, own])
             how.add_up([Term(hidden[:, own].t(), outer)], to_b.t())
         if part.drops is None:
-            terms.append(Term(to_hidden, part.a, part.rows.start))
+            added.append(Term(to_hidden, part.a, part.rows.start))
         all_sent.append(sent)
     if not wanted:
         return None, all_sent
     to_x = pool.empty(gradient, gradient.shape[0], weights[0].inputs)
-    how.add_up(terms, to_x)
+    frozen = (Term(gradient[:, own], weight.get()) for weight, own in _columns(weights))
+    how.add_up(chain(frozen, added), to_x)
     for part, sent in zip(parts, all_sent, strict=True):
         if part.drops is not None:
             _add_kept(part, sent, to_x[part.rows])

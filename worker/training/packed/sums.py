@@ -1,7 +1,7 @@
 """Sums of products in two ways: by the compiled loop where it is supported, and by PyTorch."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 
@@ -20,7 +20,7 @@ class Sums(ABC):
     @staticmethod
     @abstractmethod
     def add_up(
-        terms: Sequence[Term],
+        terms: Iterable[Term],
         out: torch.Tensor,
         *,
         bias: torch.Tensor | None = None,
@@ -51,18 +51,22 @@ class TorchSums(Sums):
 
     @staticmethod
     def add_up(
-        terms: Sequence[Term],
+        terms: Iterable[Term],
         out: torch.Tensor,
         *,
         bias: torch.Tensor | None = None,
         n_rounded: int = 0,
     ) -> None:
-        first, *others = terms
-        torch.mm(first.x, first.w, out=out)
-        if bias is not None:
-            out.add_(bias)
-        for x, w, start in others:
-            out[start : start + len(x)].addmm_(x, w)
+        is_first = True
+        for x, w, start in terms:
+            if is_first:
+                torch.mm(x, w, out=out)
+                if bias is not None:
+                    out.add_(bias)
+                is_first = False
+            else:
+                out[start : start + len(x)].addmm_(x, w)
+            del x, w  # before the next is made: it may be a weight that is dequantised
 
 
 def of(x: torch.Tensor) -> type[Sums]:

@@ -1,5 +1,8 @@
 """Both ways of adding products up give the formula, and for a group of layers the same."""
 
+import weakref
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -88,3 +91,19 @@ def test_a_group_has_the_outputs_and_gradients_of_both_ways(
         assert one.dtype == other.dtype
         exact, own = one.detach().double(), other.detach().double()
         assert float((exact - own).norm() / exact.norm()) < 6e-3
+
+
+def test_torch_takes_one_term_after_the_other_and_keeps_none() -> None:
+    there: list[weakref.ref[torch.Tensor]] = []
+
+    def terms() -> Iterator[Term]:
+        for _ in range(3):
+            assert all(each() is None for each in there)
+            w = torch.ones(4, 5)
+            there.append(weakref.ref(w))
+            yield Term(torch.ones(2, 4), w)
+            del w
+
+    out = torch.empty(2, 5)
+    TorchSums.add_up(terms(), out)
+    assert torch.equal(out, torch.full((2, 5), 12.0))
