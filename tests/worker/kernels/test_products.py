@@ -123,9 +123,12 @@ def test_many_small_products_are_those_of_each(n: int, n_threads: int) -> None:
 
 
 def test_nothing_times_something_is_nothing() -> None:
-    out = torch.empty(0, 8, dtype=torch.bfloat16)
-    add_up_([Term(draw(0, INNER), draw(INNER, 8))], out)
-    multiply_each_(draw(0, 4, 6), draw(0, 6, 8), torch.empty(0, 4, 8, dtype=torch.bfloat16))
+    place = torch.ones(4, 8, dtype=torch.bfloat16)
+    add_up_([Term(draw(0, INNER), draw(INNER, 8))], place[2:2])
+    multiply_each_(draw(0, 4, 6), draw(0, 6, 8), place.expand(3, 4, 8)[1:1])
+    assert place.eq(1).all()
+    add_up_([Term(draw(4, 0), draw(0, 8))], place)
+    assert not place.any()
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:

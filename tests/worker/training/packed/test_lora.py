@@ -36,6 +36,12 @@ def make_group(dropout: float = 0.0) -> tuple[LinearGroup, list[nn.Linear]]:
     return LinearGroup(weights, pairs), layers
 
 
+def matrices_of(group: LinearGroup) -> list[nn.Parameter]:
+    """Return A and B of each layer of each adapter."""
+    pairs = [pair for several in group.pairs.values() for pair in several if pair is not None]
+    return [matrix for pair in pairs for matrix in (pair.a, pair.b)]
+
+
 def reference(
     x: torch.Tensor, layers: list[nn.Linear], pairs: tuple[Pair | None, ...]
 ) -> torch.Tensor:
@@ -62,13 +68,7 @@ def test_values_and_gradients_are_the_formulas_for_each_adapter() -> None:
     )
     torch.testing.assert_close(found, expected)
     outer = torch.randn(found.shape)
-    parameters = [
-        matrix
-        for pairs in group.pairs.values()
-        for pair in pairs
-        if pair is not None
-        for matrix in (pair.a, pair.b)
-    ]
+    parameters = matrices_of(group)
     found_gradients = torch.autograd.grad(found, [x, *parameters], outer)
     expected_gradients = torch.autograd.grad(expected, [twin, *parameters], outer)
     for one, other in zip(found_gradients, expected_gradients, strict=True):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.worker.training.packed.test_lora import matrices_of
 from worker.kernels import tiles
 from worker.kernels.products import Term
 from worker.training.packed import layout, sums
@@ -68,13 +69,7 @@ def test_a_group_has_the_outputs_and_gradients_of_both_ways(
     dropout: float, lengths: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group = make_group(dropout)
-    parameters = [
-        matrix
-        for pairs in group.pairs.values()
-        for pair in pairs
-        if pair is not None
-        for matrix in (pair.a, pair.b)
-    ]
+    parameters = matrices_of(group)
     first, second = lengths
     rows = Layout(list(lengths), (Segment(0, first, "one"), Segment(first, ROWS, "two")))
     assert first + second == ROWS
