@@ -18,6 +18,7 @@ from pydantic import JsonValue
 
 from models.registry.job_runs import LastBase
 from models.settings import child_environment
+from worker.heap import LARGE_BYTES
 from worker.job_log import LogPipe
 from worker.training import exit_codes
 
@@ -29,7 +30,7 @@ WITHHELD = ("TUNERY_BROKER__URL", "TUNERY_INFERENCE__TOKEN", "TUNERY_CLIENT__API
 MEMORY_ENVIRONMENT = {
     # One arena: what a waiting trainer's preparations gave back is there for its job.
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_MMAP_THRESHOLD_": str(LARGE_BYTES),
     "MALLOC_TRIM_THRESHOLD_": str(64 << 30),
     # Torch and oneDNN each keep a kernel for every shape of a product, 0.6 MB in both, up to 1,024
     # by default. A pass of another number of tokens brings about 50, and needs no older ones.

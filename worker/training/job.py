@@ -20,7 +20,7 @@ from models.settings import Settings
 from models.storage import ObjectNotFoundError, ObjectStore
 from models.tables import File, Job
 from worker.adapter_format import fetch_adapter
-from worker.base_models import BaseModelInfo, load_model, materialise, pick_device
+from worker.base_models import BaseModelInfo, materialise, pick_device
 from worker.chat import ChatRenderer
 from worker.data.tokens import tokenizer_sha256
 from worker.heads import Head
@@ -32,7 +32,7 @@ from worker.training.headed import headed_forward
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights
 from worker.training.methods.base import DEFAULT_ADAPTER
-from worker.training.model import adapt
+from worker.training.model import adapt, load_base
 from worker.training.objectives.base import Example, Facts, LanguageForward
 from worker.training.prepare import DataFile, Param, Tools, file_gone, load_examples
 from worker.training.publish import Publisher, RunIdentity
@@ -315,7 +315,7 @@ def _task(rows: Rows, device: str, warm: WarmBase) -> tuple[Task, str | None]:
         return replace(task_of(rows, ready.model, ready.forward, device), rehearsed=memory), None
     params = methods.parse_params(spec.peft)
     method = methods.get_method(spec.peft["type"])
-    base = load_base(rows, device, warm)
+    base = base_of(rows, device, warm)
     model = adapt(base, method, params, spec.seed)
     reason: str | None = None
     forward: LanguageForward
@@ -332,19 +332,13 @@ def _task(rows: Rows, device: str, warm: WarmBase) -> tuple[Task, str | None]:
     return task_of(rows, model, forward, device), reason
 
 
-def load_base(rows: Rows, device: str, warm: WarmBase) -> "PreTrainedModel":
+def base_of(rows: Rows, device: str, warm: WarmBase) -> "PreTrainedModel":
     """Return the base model of a job, warm or loaded, with the head that its objective needs."""
     spec = rows.run.spec
     objective, params = objectives.resolve(spec.objective)
     head = Head(objective.head, objective.n_outputs(params), spec.seed)
     model = warm.take(rows.run.base.fingerprint, spec.precision, head)
-    return model or load_model(
-        rows.directory,
-        precision=spec.precision.type,
-        double_quant=spec.precision.double_quant,
-        device=device,
-        head=head,
-    )
+    return model or load_base(rows.directory, spec.precision, device, head)
 
 
 def task_of(

@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from models.domain.training import Precision
 from worker.base_models import compute_dtype, load_model
-from worker.heads import COPIES
+from worker.heads import COPIES, Head
+from worker.heap import passing_allocations
 from worker.inference.engine.params import ModuleShape
 from worker.training.methods.base import DEFAULT_ADAPTER, Method, MethodParams
 from worker.training.reversible.tuner import PEFT_TYPE as MEFT
@@ -44,13 +45,21 @@ def build_model(
     device: str,
 ) -> PeftModel:
     """Load the base in `precision` and attach `method`; the result is in training mode."""
-    base = load_model(
-        directory,
-        precision=precision.type,
-        double_quant=precision.double_quant,
-        device=device,
-    )
-    return adapt(base, method, params, seed)
+    return adapt(load_base(directory, precision, device), method, params, seed)
+
+
+def load_base(
+    directory: Path, precision: Precision, device: str, head: Head | None = None
+) -> PreTrainedModel:
+    """Load the frozen base of a trainer, for causal language modelling or another `head`."""
+    with passing_allocations():
+        return load_model(
+            directory,
+            precision=precision.type,
+            double_quant=precision.double_quant,
+            device=device,
+            head=head,
+        )
 
 
 def adapt(

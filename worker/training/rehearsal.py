@@ -70,6 +70,7 @@ def rehearse(
     attention: str = base.config._attn_implementation
     model = adapt(base, method, params, seed=0)
     if not _can_redraw(model, method, params):
+        log.info("not_rehearsed", reason="its first weights cannot be drawn again")
         return _strip(model, attention)
     cache = can_cache_weights(model, device)
     forward, reason = choose_forward(model, precision, device, pad_id, cache_weights=cache)
@@ -77,6 +78,7 @@ def rehearse(
         log.info("not_rehearsed", reason=reason)
         return _strip(model, attention)
     memory = _pass(model, forward, device)
+    log.info("rehearsed", method=peft["type"])
     return Rehearsed(model, forward, method, params, memory, attention)
 
 

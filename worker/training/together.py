@@ -23,7 +23,7 @@ from worker.training import exit_codes, methods
 from worker.training.cost import CostMeter
 from worker.training.ending import CODES, UNEXPECTED, end_by
 from worker.training.forward import PackedForward, choose_forward
-from worker.training.job import JobRun, Rows, Surroundings, load_base, task_of
+from worker.training.job import JobRun, Rows, Surroundings, base_of, task_of
 from worker.training.joint import JointRun, Member
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights, is_out_of_memory
@@ -135,7 +135,7 @@ class JobsTogether:
     def _load(self, seats: Sequence[_Seat], device: str) -> PeftModel | None:
         """Load the base with an adapter for each job; None if no job's fits."""
         assert seats[0].rows is not None
-        base = load_base(seats[0].rows, device, self._warm)
+        base = base_of(seats[0].rows, device, self._warm)
         model: PeftModel | None = None
         for index, seat in enumerate(seats):
             assert seat.rows is not None

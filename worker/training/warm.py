@@ -60,9 +60,10 @@ class WarmBase:
             peft: Method and parameters of an adapter to rehearse with.
             is_wanted: Tells whether a job waits already, which ends the preparations.
         """
-        from worker.base_models import load_model, load_tokenizer, materialise, pick_device
+        from worker.base_models import load_tokenizer, materialise, pick_device
         from worker.training import objectives
         from worker.training.memory import free_bytes
+        from worker.training.model import load_base
 
         objectives.resolve({"type": "sft"})  # for what it imports
         device = pick_device("auto")
@@ -75,13 +76,7 @@ class WarmBase:
                 log.info("base_not_warmed", base_model=name, needed_bytes=needed)
                 return
             self._tokenizer, self._place = load_tokenizer(directory), _place(directory)
-            self._model = load_model(
-                directory,
-                precision=precision.type,
-                double_quant=precision.double_quant,
-                device=device,
-                head=Head(),
-            )
+            self._model = load_base(directory, precision, device)
         except (TuneryError, OSError, ValueError, RuntimeError) as error:
             log.warning("base_not_warmed", base_model=name, error=str(error))
             return
@@ -102,7 +97,6 @@ class WarmBase:
         except (TuneryError, OSError, ValueError, RuntimeError) as error:
             log.warning("not_rehearsed", error=str(error))
             return
-        log.info("rehearsed", method=peft["type"])
 
     def take(self, fingerprint: str, precision: Precision, head: Head) -> "PreTrainedModel | None":
         """Give the model away if it is the one that is meant; else drop it and return None."""

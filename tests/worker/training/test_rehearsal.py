@@ -1,5 +1,7 @@
 """A rehearsal: an adapter that is drawn again, a pass that is counted, a base that comes back."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaForCausalLM
@@ -8,7 +10,7 @@ from models.domain.training import Precision
 from tests.worker.training.tiny import tiny_llama
 from worker.training import memory, methods
 from worker.training.memory import PassMemory
-from worker.training.model import adapt, trainable_parameters
+from worker.training.model import adapt, load_base, trainable_parameters
 from worker.training.rehearsal import Rehearsed, rehearse
 
 
@@ -35,6 +37,18 @@ def test_the_adapter_is_that_of_a_fresh_one(kind: str, dtype: torch.dtype) -> No
         assert parameter.grad is None
     assert ready.memory.n_tokens > ready.memory.longest
     assert ready.memory.n_bytes > 1000
+
+
+def test_the_adapter_on_four_bits_is_that_of_a_fresh_one(tiny_base: Path) -> None:
+    peft, precision = {"type": "lora", "r": 4}, Precision(type="nf4")
+    ready = rehearse(load_base(tiny_base, precision, "cpu"), precision, peft, "cpu", 0)
+    assert isinstance(ready, Rehearsed)
+    ready.draw(5)
+    lora = methods.get_method("lora")
+    base = load_base(tiny_base, precision, "cpu")
+    expected = trainable_parameters(adapt(base, lora, methods.parse_params(peft), 5))
+    for name, parameter in trainable_parameters(ready.model).items():
+        assert torch.equal(parameter, expected[name])
 
 
 def test_the_base_comes_back_as_it_was() -> None:

@@ -147,7 +147,7 @@ def test_lack_of_memory_gives_the_jobs_back_for_runs_of_their_own(
     def too_large(*_: Any) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(together, "load_base", too_large)
+    monkeypatch.setattr(together, "base_of", too_large)
     jobs = two_jobs(service)
     assert set(run(service, jobs).values()) == {1}
     assert {service.job(job.id).status for job in jobs} == {"running"}

@@ -74,11 +74,11 @@ def redraw_lora(model: PeftModel, start: bool | str, seed: int) -> None:
             for linear in pair:
                 linear.reset_parameters()  # a new layer draws these before it is given its start
             module.reset_lora_parameters(adapter, start)
-            base_layer: Any = module.get_base_layer()
-            held_in = base_layer.weight.dtype
-            for linear in pair:
-                if held_in.is_floating_point:  # PEFT holds them as the base is held at first
-                    linear.weight.copy_(linear.weight.to(held_in))
+            places = [linear.weight.data for linear in pair]
+            # PEFT holds them at first in the dtype that the base is held in, or computes in.
+            module._move_adapter_to_device_of_base_layer(adapter)
+            for linear, place in zip(pair, places, strict=True):
+                linear.weight.data = place.copy_(linear.weight)
 
 
 @contextmanager
