@@ -13,12 +13,13 @@ _mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
 
 @contextmanager
 def passing_allocations() -> Iterator[None]:
-    """Map what is allocated meanwhile from 128 KiB on: most of it is to be gone afterwards.
+    """Map what is allocated meanwhile from 128 KiB on, where no hole in the heap has room for it.
 
-    Weights that are read to be quantised leave holes in the heap between those that stay. glibc
-    before 2.38 fills few of them again: an aligned block fits only where there is more room than
-    it takes (its bug 14581), and how much is lost depends on where things happen to lie, up to 400
-    MB of a base model of 270. Afterwards what is smaller than `LARGE_BYTES` is on the heap.
+    Most of it is to be gone afterwards: weights that are read to be quantised. They would leave
+    holes between those that stay, and glibc before 2.38 fills few of them: an aligned block fits
+    only where there is more room than it takes (its bug 14581). How much that is depends on where
+    things happen to lie, up to 400 MB with a base model of 270. Afterwards what is smaller than
+    `LARGE_BYTES` is on the heap again.
     """
     if _mallopt is None:
         yield

@@ -31,10 +31,10 @@ def is_mapped(n_bytes):
     tensor = torch.empty(n_bytes, dtype=torch.uint8)
     return libc.mallinfo2().hblks > before
 
-print(is_mapped(1 << 20))
+print(is_mapped(16 << 20))
 with passing_allocations():
-    print(is_mapped(1 << 20), is_mapped(1 << 10))
-print(is_mapped(1 << 20), is_mapped({large}))
+    print(is_mapped(16 << 20), is_mapped(1 << 10))
+print(is_mapped(16 << 20), is_mapped({large}))
 """
 
 
