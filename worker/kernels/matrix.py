@@ -1,21 +1,20 @@
 """Weights in bfloat16 on a CPU, and what adapters add to them, as the compiled loop takes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
-from worker.kernels import linear, order, tiles
+from worker.kernels import linear, order, team, tiles
 from worker.kernels.memory import Shelf
 from worker.kernels.operators import by_token
 
 COLUMNS = tiles.BLOCK * tiles.WIDTH
 """Those of a block."""
 _SHELF = Shelf()
-_READ = (torch.bfloat16, torch.float32)
 NOTHING = (0, 0, 1, 0)
 """What a loop is told where no adapter adds anything."""
 
@@ -43,8 +42,14 @@ class LowRank:
     """Where A and B are, and r."""
 
 
-def in_order(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[LowRank]:
+def in_order(
+    matrices: Sequence[tuple[torch.Tensor, torch.Tensor]], scales: Iterable[float] | None = None
+) -> list[LowRank]:
     """Return what loops read of each A [r, in] and B [out, r], side by side in huge pages.
+
+    Args:
+        matrices: All A and B; copied, wherever they are.
+        scales: What each B is multiplied by, in float32; 1 where None.
 
     Raises:
         ValueError: a number of inputs is odd.
@@ -52,18 +57,22 @@ def in_order(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[LowR
     told: list[int] = []
     sizes: list[int] = []
     kept = []  # until the loop has read them
-    for each in matrices:
-        for matrix, width in zip(each, (tiles.WIDTH, COLUMNS), strict=True):
+    for (a, b), scale in zip(matrices, scales or repeat(1.0, len(matrices)), strict=True):
+        for matrix, width, factor in ((a, tiles.WIDTH, 1.0), (b, COLUMNS, scale)):
             n_columns, n_inner = matrix.shape
-            own = matrix if matrix.dtype in _READ else matrix.float()
-            own = own if 1 in own.stride() else own.contiguous()
-            across = own.stride(1) != 1
-            by, is_wide = own.stride(1 if across else 0), own.dtype == torch.float32
-            told += (own.data_ptr(), by, across, is_wide, n_columns, n_inner, width, 0)
+            is_wide = matrix.dtype != torch.bfloat16 or factor != 1
+            own = matrix.float() if is_wide else matrix
+            by_column, by_inner = own.stride()
+            if 1 not in (by_column, by_inner):
+                own, by_column, by_inner = own.contiguous(), n_inner, 1
+            across = by_inner != 1
+            by = by_inner if across else by_column
+            told += (own.data_ptr(), by, across, is_wide, n_columns, n_inner)
+            told += (width, team.bits_of(factor), 0)
             sizes.append(-(-n_columns // width) * width * (n_inner + n_inner % 2))
             kept.append(own)
-        if each[0].shape[1] % 2:
-            raise ValueError(f"A matrix of {each[0].shape[1]} inputs cannot be read in pairs.")
+        if a.shape[1] % 2:
+            raise ValueError(f"A matrix of {a.shape[1]} inputs cannot be read in pairs.")
     if not sizes:
         return []
     n_bytes = 2 * sum(sizes)
@@ -71,7 +80,7 @@ def in_order(matrices: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[LowR
     starts = accumulate((2 * size for size in sizes), initial=whole.data_ptr())
     places = list(starts)[:-1]
     told[order.N_NUMBERS - 1 :: order.N_NUMBERS] = places
-    order.order((len(sizes), *told), 1)  # by one thread: others are busy with passes
+    order.order.aside((len(sizes), *told))  # others are busy with passes
     pieces = whole.split(sizes)
     ranks = [len(a) for a, _ in matrices]
     return [

@@ -70,6 +70,7 @@ for _name, _function in (("tunery_member", _member), ("tunery_size", _size)):
     llvmlite.binding.add_symbol(_name, ctypes.cast(_function, ctypes.c_void_p).value)
 
 _alone = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
+_aside = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 member: Any = types.ExternalFunction("tunery_member", types.int32())
 """Inside of a loop: which of its threads this is."""
@@ -111,6 +112,16 @@ class Loop:
             # Two numbers of threads only: with fewer of them, the library lets the others go.
             n_threads = torch.get_num_threads() if n_tasks > 1 else 1
             _run(self.address, address, n_threads, 0)
+
+    def aside(self, numbers: Iterable[int]) -> None:
+        """Run with `numbers` on this thread alone, while others run Python.
+
+        For what takes milliseconds, in which nobody else's product should wait for Python's lock.
+        The loop asks neither `member` nor `size`.
+        """
+        told = array("q", numbers)
+        address, _ = told.buffer_info()
+        _aside(self.address)(address)
 
 
 @lru_cache(maxsize=1024)

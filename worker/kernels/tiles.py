@@ -212,33 +212,39 @@ narrow_tile_of_2: Any = _narrow_tile(2)
 narrow_tile_of_1: Any = _narrow_tile(1)
 
 
-def _transpose(by_target: int) -> Any:
-    """Make the function that writes the columns of 16 rows of 16 words of 32 bits as rows.
+def _transpose(by_target: int, n_words: int) -> Any:
+    """Make the function that writes the columns of 16 rows of words of 32 bits as rows.
 
     It takes addresses, of the first row and of where its words go, and how many bytes the next row
-    is further on; the next column goes `by_target` bytes further on.
+    is further on; the next column goes `by_target` bytes further on. Rows have 16 words, or 8.
     """
 
     def transpose(context: Any, source: Any, by_row: Any, target: Any) -> Any:
         signature = types.void(*(types.int64,) * 3)
         return signature, lambda context, builder, _, arguments: _transposed(
-            context, builder, by_target, arguments
+            context, builder, (by_target, n_words), arguments
         )
 
     return intrinsic(transpose)
 
 
-def _transposed(context: Any, builder: Any, by_target: int, arguments: Any) -> Any:
+def _transposed(context: Any, builder: Any, shape: tuple[int, int], arguments: Any) -> Any:
+    by_target, n_words = shape
     source, by_row, target = arguments
+    kind = ir.VectorType(_I32, n_words)
     rows = [
-        _load(builder, builder.add(source, builder.mul(by_row, _I64(n))), _SAME, 4)
+        _load(builder, builder.add(source, builder.mul(by_row, _I64(n))), kind, 4)
         for n in range(WIDTH)
     ]
+    if n_words < WIDTH:  # a register holds two rows
+        both = ir.Constant(_SAME, list(range(WIDTH)))
+        halves = zip(rows[:n_words], rows[n_words:], strict=True)
+        rows = [builder.shuffle_vector(*pair, both) for pair in halves]
     distance = 1
-    while distance < WIDTH:  # blocks of twice the size swap two quarters (Eklundh 1972)
+    while distance < n_words:  # blocks of twice the size swap two quarters (Eklundh 1972)
         low = [i if not i & distance else i - distance + WIDTH for i in range(WIDTH)]
         high = [i + distance if not i & distance else i + WIDTH for i in range(WIDTH)]
-        for n in range(WIDTH):
+        for n in range(n_words):
             if not n & distance:
                 pair = rows[n], rows[n + distance]
                 rows[n], rows[n + distance] = (
@@ -251,6 +257,7 @@ def _transposed(context: Any, builder: Any, by_target: int, arguments: Any) -> A
     return context.get_dummy_value()
 
 
-transpose_to_3: Any = _transpose(3 * WIDTH * 4)
-transpose_to_2: Any = _transpose(2 * WIDTH * 4)
-transpose_to_1: Any = _transpose(WIDTH * 4)
+transpose_to_3: Any = _transpose(3 * WIDTH * 4, WIDTH)
+transpose_to_2: Any = _transpose(2 * WIDTH * 4, WIDTH)
+transpose_to_1: Any = _transpose(WIDTH * 4, WIDTH)
+transpose_8_to_3: Any = _transpose(3 * WIDTH * 4, WIDTH // 2)

@@ -180,7 +180,7 @@ def test_what_is_not_finite_in_a_rows_own_stays_in_its_row() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64])
 def test_matrices_of_any_kind_are_brought_into_order_side_by_side(dtype: torch.dtype) -> None:
-    sizes = [(5, 8, 60), (16, 70, 48), (33, 34, 7), (1, 2, 1)]
+    sizes = [(5, 8, 60), (16, 70, 48), (33, 34, 7), (1, 2, 1), (16, 34, 100), (51, 48, 97)]
     given = [
         (torch.randn(rank, n_in).to(dtype), torch.randn(n_out, rank).to(dtype))
         for rank, n_in, n_out in sizes
@@ -204,6 +204,19 @@ def test_matrices_of_any_kind_are_brought_into_order_side_by_side(dtype: torch.d
     ends = [each.data_ptr() + each.nbytes for low in found for each in (low.a, low.b)]
     assert [each.data_ptr() for low in found for each in (low.a, low.b)][1:] == ends[:-1]
     assert in_order([]) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_each_b_is_multiplied_by_its_scale_before_it_is_rounded(dtype: torch.dtype) -> None:
+    scales = [0.3, 1.0, 1e5]
+    given = [(torch.randn(16, 6).to(dtype), torch.randn(50, 16).to(dtype)) for _ in scales]
+    given[1] = given[1][0], given[1][1].T.contiguous().T
+    scaled = [(a, b.float() * scale) for (a, b), scale in zip(given, scales, strict=True)]
+    for found, expected in zip(in_order(given, scales), in_order(scaled), strict=True):
+        assert torch.equal(found.a, expected.a)
+        assert torch.equal(found.b, expected.b)
+    with pytest.raises(ValueError, match="shorter"):
+        in_order(given, [1.0])
 
 
 def test_what_cannot_be_added_is_refused() -> None:

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import numpy as np
 import torch
+from numba import carray, types
 
 from worker.kernels import layers, team
 from worker.kernels.operators import rescale
@@ -80,3 +83,22 @@ def test_a_loop_takes_its_numbers_by_their_address() -> None:
     numbers = np.array((y.data_ptr(), x.data_ptr(), weight.data_ptr(), 1, 2, 0, 0))
     layers.rescale_float32(numbers, 1)
     torch.testing.assert_close(y, x / 12.5**0.5)
+
+
+usleep: Any = types.ExternalFunction("usleep", types.int32(types.int32))
+
+
+def _wait(address: Any) -> None:
+    usleep(carray(address, (1,), np.int64)[0])
+
+
+def test_a_loop_run_aside_lets_others_run_python_meanwhile() -> None:
+    loop = team.Loop(_wait)
+    loop.aside((0,))  # compiled
+    thread = Thread(target=loop.aside, args=((200_000,),))
+    thread.start()
+    n_turns = 0
+    while thread.is_alive():
+        time.sleep(0.001)
+        n_turns += 1
+    assert n_turns > 10

@@ -322,7 +322,7 @@ def test_what_is_saved_gives_the_same_logits_everywhere(run: Run, tmp_path: Path
         }
         slots = Slots(layers.shapes, 1, torch.empty(0))
         layers.attach(slots)
-        slots.use([stored.weights(layers.read)])
+        slots.use([slots.prepare(stored.weights(layers.read))])
         assert_close(logits(model), expected)
     if trainer.task.method.merges(trainer.task.method_params):
         merged: Any = copy.deepcopy(loaded).merge_and_unload()

@@ -8,6 +8,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ MAX_TENSORS = 10_000
 logger = logging.getLogger(__name__)
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_SURELY_FINITE = torch.finfo(torch.float32).max / 2
+"""A product of up to this is finite in float32, however its factors were rounded."""
+_ALONE = 16_384
+"""Numbers that PyTorch copies on one thread: others of its are busy with passes, or asleep."""
 _KEY = re.compile(
     r"base_model\.model\.(?P<path>[A-Za-z0-9_.]+?)\.(?P<name>(?:lora|ia3|own|meft)_[A-Za-z0-9_.]+)"
 )
@@ -37,7 +42,11 @@ class StoredAdapter:
     digest: str
     method: Method
     modules: Mapping[str, Mapping[str, torch.Tensor]]
+    """Views of the mapped file where it holds float32, so not to be kept: `cast` copies them."""
+    largest: float
+    """The largest magnitude of all their numbers."""
 
+    @torch.no_grad()
     def weights(self, base: Callable[[str], BaseLinear]) -> AdapterWeights:
         """Return what it does to the layers of the base model, whose weights `base` gives by path.
 
@@ -47,11 +56,15 @@ class StoredAdapter:
         modules = {
             path: self.method.change(path, tensors, base) for path, tensors in self.modules.items()
         }
+        # Those that were stored are known to be finite.
+        stored = {id(tensor) for tensors in self.modules.values() for tensor in tensors.values()}
         for path, change in modules.items():
-            stored = {id(tensor) for tensor in self.modules[path].values()}  # known to be finite
             for name, tensor in change.tensors().items():
                 if id(tensor) not in stored and not _is_finite(tensor):
                     raise AdapterFormatError("not_finite", f"the {name} of {path!r} is not finite")
+            may_overflow = change.scale * self.largest > _SURELY_FINITE
+            if may_overflow and change.b is not None and not _is_finite(change.b * change.scale):
+                raise AdapterFormatError("not_finite", f"the b of {path!r} is not finite")
         if all(change.changes_nothing() for change in modules.values()):
             # Sound, as after a first step with learning rate 0; yet hardly what anybody wants.
             logger.warning("Adapter %s changes nothing of the base model.", self.digest)
@@ -90,7 +103,7 @@ def read_adapter(directory: Path, digest: str, parts: Mapping[str, ModuleShape])
                 raise AdapterFormatError(
                     "shape_mismatch", f"{name} of {path!r} has shape {has}, expected {should}"
                 )
-    tensors = _read_tensors(file, header)
+    tensors, largest = _read_tensors(file, header)
     return StoredAdapter(
         digest,
         method,
@@ -98,6 +111,7 @@ def read_adapter(directory: Path, digest: str, parts: Mapping[str, ModuleShape])
             path: {name: tensors[key] for name, key in keys.items()}
             for path, keys in modules.items()
         },
+        largest,
     )
 
 
@@ -189,34 +203,60 @@ def _check_targets(
             )
 
 
-def _read_tensors(file: Path, header: _Header) -> dict[str, torch.Tensor]:
-    """Return all tensors as float32 copies, out of one view of the file.
+def _read_tensors(file: Path, header: _Header) -> tuple[dict[str, torch.Tensor], float]:
+    """Return all tensors in float32, and the largest magnitude of their numbers.
 
-    The library checks that the bytes of the tensors are as long as their shapes say, follow each
-    other and end with the file. Its own ``get_tensor`` takes twice as long as the copies.
+    They are views of the file where it holds float32; one that is cut short while they are read
+    ends the process. The library checks that the bytes of the tensors are as long as their shapes
+    say, follow each other and end with the file, so that those of one dtype are converted and
+    looked at together. Its own ``get_tensor`` takes as long as a copy of each.
     """
     try:
         with safe_open(file, framework="pt"):
             pass
     except SafetensorError as error:
         raise AdapterFormatError("bad_tensors", str(error)) from error
-    tensors = {}
     with file.open("rb") as stream:
         # Private, so that it may be written to, which torch wants; nobody does.
         data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    for key, entry in header.tensors.items():
-        if 0 in entry["shape"]:
-            tensors[key] = torch.empty(entry["shape"])
-            continue
-        dtype, start = _DTYPES[entry["dtype"]], header.n_bytes + entry["data_offsets"][0]
-        stored = torch.frombuffer(data, dtype=dtype, count=math.prod(entry["shape"]), offset=start)
-        # PEFT serves float32 whatever the file holds; a copy lets go of the mapped file.
-        tensors[key] = stored.view(entry["shape"]).to(torch.float32, copy=True)
-        if not _is_finite(tensors[key]):
+    tensors, largest = {}, 0.0
+    entries = sorted(header.tensors.items(), key=lambda each: each[1]["data_offsets"])
+    for name, run in groupby(entries, key=lambda each: each[1]["dtype"]):
+        shapes = {key: entry["shape"] for key, entry in run}
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        start = header.n_bytes + header.tensors[next(iter(shapes))]["data_offsets"][0]
+        numbers = _numbers(data, start, sum(sizes), _DTYPES[name])
+        for (key, shape), piece in zip(shapes.items(), numbers.split(sizes), strict=True):
+            tensors[key] = piece.view(shape)
+        magnitude = _largest(numbers)
+        if not math.isfinite(magnitude):
+            key = next(key for key in shapes if not _is_finite(tensors[key]))
             raise AdapterFormatError("not_finite", f"{key!r} holds NaN or Infinity")
-    return tensors
+        largest = max(largest, magnitude)
+    return tensors, largest
+
+
+def _numbers(data: mmap.mmap, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Return `count` numbers from byte `start` on as float32, which PEFT serves in any case."""
+    if not count:
+        return torch.empty(0)
+    stored = torch.frombuffer(data, dtype=dtype, count=count, offset=start)
+    if dtype == torch.float32 and start % dtype.itemsize == 0:  # loops read whole words
+        return stored
+    numbers = torch.empty(count)
+    for own, piece in zip(numbers.split(_ALONE), stored.split(_ALONE), strict=True):
+        own.copy_(piece)
+    return numbers
+
+
+def _largest(numbers: torch.Tensor) -> float:
+    """Return the largest magnitude; NaN or infinity where there is one.
+
+    NumPy looks at them on this thread alone, and takes no longer.
+    """
+    array = numbers.numpy()
+    return float(max(-array.min(), array.max())) if array.size else 0.0  # both NaN with one NaN
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    # One number that is not finite leaves no finite sum; a sum that is not may only be too large.
-    return math.isfinite(tensor.sum().item()) or bool(torch.isfinite(tensor).all())
+    return math.isfinite(_largest(tensor))

@@ -22,7 +22,7 @@ from worker.inference.engine.weights import (
     TwoStreams,
 )
 from worker.kernels import Numbers, tiles
-from worker.kernels.matrix import Rows, add_packed_, in_order
+from worker.kernels.matrix import LowRank, Rows, add_packed_, in_order
 from worker.kernels.operators import add_low_rank_
 
 
@@ -91,6 +91,8 @@ class LayerBuffers:
         self.b = _grown(self.b, size, self._shape.out_features, self._slots.like)
         mine, rank = self._slots.low_rank.of(index), 0
         if change is not None and change.a is not None and change.b is not None:
+            if change.scale != 1:
+                raise ValueError("A matrix is yet to be multiplied by its scale: `prepare` does.")
             rank = change.rank
             self.a[mine.start : mine.start + rank] = change.a
             self.b[mine.start : mine.start + rank] = change.b.T
@@ -185,10 +187,10 @@ class Slots:
         self._index: torch.Tensor | None = None
 
     def prepare(self, adapter: AdapterWeights) -> AdapterWeights:
-        """Return an adapter as `use` takes it; any thread may do so, once."""
+        """Return an adapter as `use` takes it, in memory of its own; any thread may do so, once."""
         if self.compiled is None:
             return adapter.cast(self.like.dtype)
-        adapter = self._in_order(adapter).cast(self.like.dtype, self.compiled)
+        adapter = adapter.cast(self.like.dtype, self.compiled, self._in_order(adapter))
         places = self._nothing.copy()
         for path, change in adapter.modules.items():
             if change.low_rank is not None:
@@ -197,17 +199,14 @@ class Slots:
                 places[self.numbers[path]] = change.a.data_ptr(), change.b.data_ptr(), change.rank
         return replace(adapter, places=places)
 
-    def _in_order(self, adapter: AdapterWeights) -> AdapterWeights:
-        """Return an adapter whose matrices lie as tiles read them, where those of a module do."""
-        matrices = {
-            path: (change.a, change.b)
-            for path, change in adapter.modules.items()
-            if path in self.in_tiles and change.a is not None and change.b is not None
-        }
-        modules = dict(adapter.modules)
-        for path, low_rank in zip(matrices, in_order(list(matrices.values())), strict=True):
-            modules[path] = replace(modules[path], a=None, b=None, low_rank=low_rank)
-        return replace(adapter, modules=modules)
+    def _in_order(self, adapter: AdapterWeights) -> dict[str, LowRank]:
+        """Return, by module, matrices as tiles read them, of those that are read by tiles."""
+        matrices, scales = {}, []
+        for path, change in adapter.modules.items():
+            if path in self.in_tiles and change.a is not None and change.b is not None:
+                matrices[path] = change.a, change.b
+                scales.append(change.scale)
+        return dict(zip(matrices, in_order(list(matrices.values()), scales), strict=True))
 
     def add_(self, outputs: Sequence[tuple[torch.Tensor, str]], x: torch.Tensor) -> None:
         """Add what each row's adapter makes of `x` to outputs of modules, in place.

@@ -1,9 +1,10 @@
 """What an adapter makes of the base model's linear layers, whatever method trained it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 
@@ -13,6 +14,7 @@ from worker.kernels.matrix import LowRank
 Variant = Literal["meft1", "meft2", "meft3"]
 VECTORS = {"gain_in": 1.0, "gain": 1.0, "shift": 0.0, "weight": 0.0, "bias": 0.0}
 """What has one vector for each adapter, and the number that stands for a row without."""
+_TENSORS = ("a", "b", *VECTORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class Bottleneck:
         return {name: getattr(self, name) for name in names}
 
     def cast(self, dtype: torch.dtype) -> "Bottleneck":
-        tensors = {name: each.to(dtype) for name, each in self.tensors().items()}
+        """Return a copy in `dtype`."""
+        tensors = {name: each.to(dtype, copy=True) for name, each in self.tensors().items()}
         return Bottleneck(**tensors, activation=self.activation)
 
 
@@ -60,13 +63,16 @@ class ModuleChange:
 
     A linear layer ``y = W x + b`` becomes ``gain · (W (gain_in · x) + b) + shift + B(A(x))``, and
     the bottleneck ``output``, if any, then adds its own of that. Low-rank methods have `a` [r, in]
-    and `b` [out, r], the scale in it; methods that rescale have `gain_in` [in], `gain` [out] and
-    `shift` [out], in float32. A norm has another `weight` or `bias` [d]. A Transformer layer has
-    `streams`, and bottlenecks by their places: ``attention``, ``feed_forward``, ``coupling``.
+    and `b` [out, r], yet to be multiplied by `scale`; methods that rescale have `gain_in` [in],
+    `gain` [out] and `shift` [out], in float32. A norm has another `weight` or `bias` [d]. A
+    Transformer layer has `streams`, and bottlenecks by their places: ``attention``,
+    ``feed_forward``, ``coupling``.
     """
 
     a: torch.Tensor | None = None
     b: torch.Tensor | None = None
+    scale: float = 1.0
+    """Above 0; 1 in what `cast` returns."""
     low_rank: LowRank | None = None
     """Stands for `a` and `b` where a compiled loop reads them in its own order."""
     gain_in: torch.Tensor | None = None
@@ -90,12 +96,34 @@ class ModuleChange:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors that are there, by name."""
-        found = {name: getattr(self, name) for name in ("a", "b", *VECTORS)}
+        found = {name: getattr(self, name) for name in _TENSORS}
         if self.low_rank is not None:
             found |= {"a": self.low_rank.a, "b": self.low_rank.b}
         for place, bottleneck in self.bottlenecks.items():
             found |= {f"{place}.{name}": each for name, each in bottleneck.tensors().items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    def cast(
+        self, dtype: torch.dtype, low_rank: torch.dtype | LowRank | None = None
+    ) -> "ModuleChange":
+        """Return a copy as `AdapterWeights.cast`; a `LowRank` stands for its A and B."""
+        matrices: dict[str, Any] = {"low_rank": self.low_rank}
+        if isinstance(low_rank, LowRank):
+            matrices = {"low_rank": low_rank}
+        elif self.a is not None and self.b is not None:
+            matrices["a"] = _times(self.a, 1, low_rank or dtype)
+            matrices["b"] = (
+                _times(self.b, self.scale, dtype)
+                if low_rank is None
+                else _times(self.b.T, self.scale, low_rank).T
+            )
+        vectors = {name: getattr(self, name) for name in VECTORS}
+        return ModuleChange(
+            **matrices,
+            **{name: each.clone() for name, each in vectors.items() if each is not None},
+            bottlenecks={name: each.cast(dtype) for name, each in self.bottlenecks.items()},
+            streams=self.streams,
+        )
 
     def changes_nothing(self) -> bool:
         """Whether the module stays what it was: B and U are zero, gains one, shifts zero."""
@@ -109,6 +137,11 @@ class ModuleChange:
             and self.bias is None
             and self.streams is None
         )
+
+
+def _times(matrix: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Return a contiguous copy, multiplied in float32 before it is rounded."""
+    return torch.mul(matrix, scale, out=matrix.new_empty(matrix.shape, dtype=dtype))
 
 
 @dataclass(frozen=True)
@@ -148,21 +181,23 @@ class AdapterWeights:
         tensors = [t for change in self.modules.values() for t in change.tensors().values()]
         return sum({each.data_ptr(): each.nbytes for each in tensors}.values())
 
-    def cast(self, dtype: torch.dtype, low_rank: torch.dtype | None = None) -> "AdapterWeights":
-        """Return it with its matrices in `dtype`; gains stay float32: half is coarse near 1.
+    def cast(
+        self,
+        dtype: torch.dtype,
+        low_rank: torch.dtype | None = None,
+        packed: Mapping[str, LowRank] = MappingProxyType({}),
+    ) -> "AdapterWeights":
+        """Return a copy with its matrices in `dtype`; gains stay float32: half is coarse near 1.
 
-        Nothing is copied that has the dtype already.
+        It owns its memory: an adapter that was read lies in its file.
 
         Args:
             dtype: Of bottlenecks, and of A and B unless `low_rank` is another.
             low_rank: Of A and B, which then are stored as A and Bᵀ.
+            packed: What stands for A and B of some modules.
         """
-        modules = {}
-        for path, change in self.modules.items():
-            a = None if change.a is None else change.a.to(low_rank or dtype)
-            b = None if change.b is None else change.b.to(low_rank or dtype)
-            if low_rank is not None and a is not None and b is not None:
-                a, b = a.contiguous(), b.T.contiguous().T
-            bottlenecks = {name: each.cast(dtype) for name, each in change.bottlenecks.items()}
-            modules[path] = replace(change, a=a, b=b, bottlenecks=bottlenecks)
+        modules = {
+            path: change.cast(dtype, packed.get(path, low_rank))
+            for path, change in self.modules.items()
+        }
         return AdapterWeights(self.digest, modules)

@@ -93,6 +93,36 @@ def test_matrices_that_tiles_read_lie_as_they_read_them_and_one_behind_the_other
         assert y.tolist() == [[[expected] * 2], [[0.0] * 2]]
 
 
+@pytest.mark.parametrize("compiled", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 0.3, 3.0])
+def test_b_is_scaled_in_float32_and_then_rounded_whichever_way_it_lies(
+    scale: float, compiled: torch.dtype | None
+) -> None:
+    shapes = {"x": ModuleShape(6, 50), "odd": ModuleShape(5, 50)}
+    dtype = compiled or torch.float32
+    slots = Slots(shapes, 1, torch.empty(0), compiled)
+    b = torch.randn(50, 3)
+    found = []
+    for way in (b, b.T.contiguous().T, b.repeat(1, 2)[:, :3]):
+        changes = {
+            path: ModuleChange(torch.ones(3, shape.in_features), way, scale)
+            for path, shape in shapes.items()
+        }
+        adapter = slots.prepare(AdapterWeights("1", changes))
+        for change in adapter.modules.values():
+            assert change.scale == 1
+            assert change.b is None or torch.equal(change.b, (b * scale).to(dtype))
+        found.append(adapter.modules["x"].tensors()["b"])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_weights_whose_scale_is_not_in_them_are_refused() -> None:
+    change = ModuleChange(torch.ones(1, 3), torch.ones(2, 1), 2.0)
+    with pytest.raises(ValueError, match="yet to be multiplied"):
+        make(1).use([AdapterWeights("1", {"x": change})])
+
+
 def test_places_are_those_of_the_weights_given_whatever_had_their_digest_before() -> None:
     slots = compiled(1)
     for _ in range(2):
@@ -198,7 +228,7 @@ def test_gains_are_a_rows_own_and_gone_with_their_adapter() -> None:
     assert layer.vectors["gain"].tolist() == [[1, 1]] * 3
 
 
-def test_matrices_of_low_rank_have_a_dtype_of_their_own_and_no_second_copy() -> None:
+def test_matrices_of_low_rank_have_a_dtype_of_their_own() -> None:
     down, up = ((torch.ones(2, 2), torch.ones(2)) for _ in range(2))
     bottleneck = Bottleneck(*down, *up, activation="relu")
     low = low_rank("1", 2).modules["x"]

@@ -85,16 +85,15 @@ class LoraConfig:
     def change(
         self, path: str, tensors: Mapping[str, torch.Tensor], base: ReadBase
     ) -> ModuleChange:
-        """Return A and the scaled B; for DoRA, its gain g = m / ‖W + s·B·A‖ as well.
+        """Return A, B and their scale; for DoRA, its gain g = m / ‖W + s·B·A‖ as well.
 
         DoRA's layer is ``g (W x + s B A x) + b`` (section 4.3: the norm is a constant), so that g
-        goes into B, and the bias, which it spares, comes back as a shift.
+        and s go into B, and the bias, which g spares, comes back as a shift.
         """
-        # B lies as its product reads it, and as the slots hold it: [r, out].
-        a, b = tensors[_A], tensors[_B].T.contiguous().mul_(self.scale(path)).T
+        a, b, scale = tensors[_A], tensors[_B], self.scale(path)
         if not self.use_dora:
-            return ModuleChange(a, b)
-        own = base(path)
+            return ModuleChange(a, b, scale)
+        own, b = base(path), b * scale
         norm = torch.linalg.norm(own.weight + b @ a, dim=1)
         gain = tensors[_MAGNITUDE] / norm
         shift = None if own.bias is None else (1 - gain) * own.bias
