@@ -206,10 +206,10 @@ def _check_targets(
 def _read_tensors(file: Path, header: _Header) -> tuple[dict[str, torch.Tensor], float]:
     """Return all tensors in float32, and the largest magnitude of their numbers.
 
-    They are views of the file where it holds float32; one that is cut short while they are read
-    ends the process. The library checks that the bytes of the tensors are as long as their shapes
-    say, follow each other and end with the file, so that those of one dtype are converted and
-    looked at together. Its own ``get_tensor`` takes as long as a copy of each.
+    They are views of the file where it holds float32: were it cut short before they are read, the
+    process would end. The library checks that the bytes of the tensors are as long as their shapes
+    say, follow each other and end with the file, so that neighbours of one dtype are converted and
+    looked at together, in a few calls.
     """
     try:
         with safe_open(file, framework="pt"):
