@@ -25,14 +25,14 @@ from bench._report import describe_machine, parse_options, print_figures
 from models.domain.reports import StepMetrics
 from models.domain.training import Hyperparameters, Optimizer, Precision, TrainingSpec
 from models.settings import child_environment, load_settings
-from worker.base_models import compute_dtype, load_model, materialise, pick_device
+from worker.base_models import compute_dtype, materialise, pick_device
 from worker.launch import MEMORY_ENVIRONMENT
 from worker.training import methods, objectives
 from worker.training.forward import PackedForward, choose_forward
 from worker.training.joint import JointRun, Member
 from worker.training.loop import Trainer
 from worker.training.memory import can_cache_weights, peak_bytes
-from worker.training.model import adapt
+from worker.training.model import adapt, load_base
 from worker.training.probe import RowMaker
 from worker.training.report import Silence
 from worker.training.run import import_libraries
@@ -53,9 +53,7 @@ def trainers(kind: str) -> list[Trainer]:
     device = pick_device("auto")
     directory, info = materialise(BASE, load_settings().models)
     method = methods.get_method("lora")
-    base = load_model(
-        directory, precision=precision.type, double_quant=precision.double_quant, device=device
-    )
+    base = load_base(directory, precision, device)
     model = None
     jobs = []
     for index, rank in enumerate(RANKS):
