@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
+from worker.kernels.masks import add_kept, copy_kept
 from worker.kernels.numbers import get, pointer, put
 from worker.kernels.order import by_columns, by_rows
 from worker.kernels.team import OPTIONS, Loop, member, size
@@ -32,10 +33,16 @@ PAIRS = 768
 """Pairs of numbers along the inner dimension that are in order at a time."""
 STRIP = 64
 """Rows of a left factor that lies by columns which are in order at a time."""
-SCRATCH_WORDS = (ROWS + PAIRS) * BLOCK * WIDTH + PAIRS * STRIP
+N_NUMBERS = 14
+N_NUMBERS_OF_TERM = 14
+_STRIP_AT = PAIRS * BLOCK * WIDTH
+_SUMS_AT = _STRIP_AT + PAIRS * STRIP
+_PATCH_AT = _SUMS_AT + ROWS * BLOCK * WIDTH
+_PRODUCT_AT = _PATCH_AT + PAIRS * BLOCK * WIDTH
+NUMBERS_AT = _PRODUCT_AT + STRIP * BLOCK * WIDTH
+"""Where in its memory a thread may have numbers of a sum of one term."""
+SCRATCH_WORDS = NUMBERS_AT + 2 * (N_NUMBERS + N_NUMBERS_OF_TERM)
 """What each thread needs, in 32 bits."""
-N_NUMBERS = 13
-N_NUMBERS_OF_TERM = 11
 
 
 @njit(**OPTIONS)
@@ -49,10 +56,12 @@ def _multiply(address: Any) -> None:
             products there are, of which all threads share each if it is 1; by how many elements
             the next C is further on; the number of terms; the number of terms after which sums are
             rounded to bfloat16 before others are added, or 0; how many rows each thread has, or 0
-            if each has own columns; where each thread has `SCRATCH_WORDS`. Then for each term:
-            where X is, and how it lies, as is said of C; the same of W [inner, columns]; inner; the
-            first row of C that X adds to, and the one after the last; by how many elements the next
-            X and the next W are further on.
+            if each has own columns; where each thread has `SCRATCH_WORDS`; what the sums are
+            multiplied by, the bits of a float64. Then for each term: where X is, and how it lies,
+            as is said of C; the same of W [inner, columns]; inner; the first row of C that X adds
+            to, and the one after the last; by how many elements the next X and the next W are
+            further on; where a mask (`masks`) is, or 0, by how many bytes its next row is further
+            on, and 1 if it is of the product [rows of X, columns], or 0 if it is of W as it lies.
     """
     numbers = carray(address, (N_NUMBERS,), np.int64)
     n_rows, n_columns = numbers[5:7]
@@ -69,7 +78,13 @@ def _multiply(address: Any) -> None:
         _share(address, 0, 0, n_rows, first, min(n_columns, first + share))
 
 
-@njit(**OPTIONS)  # a loop has its numbers as arguments
+@njit(**OPTIONS)
+def share(address: Any, rows: Any, columns: Any) -> None:
+    """Compute a span of rows and one of columns, which begins with a block, of the one product."""
+    _share(address, 0, rows[0], rows[1], columns[0], columns[1])
+
+
+@njit(**OPTIONS)
 def _share(
     address: Any, index: int, first_row: int, last_row: int, first_column: int, last_column: int
 ) -> None:
@@ -86,8 +101,7 @@ def _block(address: Any, index: int, row: int, n: int, column: int, n_columns: i
     numbers = carray(address, (N_NUMBERS,), np.int64)
     width = (n_columns + WIDTH - 1) // WIDTH * WIDTH
     scratch = numbers[12] + member() * SCRATCH_WORDS * 4
-    place = scratch + PAIRS * (BLOCK * WIDTH + STRIP) * 4
-    sums = carray(pointer(place), (n, width), np.float32)
+    sums = carray(pointer(scratch + _SUMS_AT * 4), (n, width), np.float32)
     sums[:] = np.float32(0)
     if numbers[4] != 0:
         bias = carray(pointer(numbers[4] + column * 2), (n_columns,), np.uint16)
@@ -102,9 +116,15 @@ def _block(address: Any, index: int, row: int, n: int, column: int, n_columns: i
         start, end = max(row, term[7]), min(row + n, term[8])
         if start < end:
             own = sums[start - row : end - row]
-            _add_term(term, index, start - term[7], column, n_columns, own, scratch)
+            if term[11] != 0 and term[13] != 0:
+                _add_kept_term(term, start - term[7], column, n_columns, own, scratch)
+            else:
+                _add_term(term, index, start - term[7], column, n_columns, own, scratch)
         if number + 1 == numbers[10]:
             _round(sums)
+    factor = np.float32(carray(address, (N_NUMBERS,), np.float64)[13])
+    if factor != np.float32(1):
+        sums *= factor
     if numbers[3] != 0:
         _write(numbers, index, sums, row, column, n_columns, 4, np.float32)
     else:
@@ -127,16 +147,24 @@ def _add_term(  # noqa: PLR0913
     n_rows, width = sums.shape
     by_x, by_w, n_inner = term[1] * 2, term[4] * 2, term[6]
     x, w = term[0] + index * term[9] * 2, term[3] + index * term[10] * 2 + column * 2
-    strip = scratch + PAIRS * BLOCK * WIDTH * 4
+    strip = scratch + _STRIP_AT * 4
+    is_masked = term[11] != 0 and term[13] == 0
     n_pairs = (n_inner + 1) // 2
     for pair in range(0, n_pairs, PAIRS):
         n = min(PAIRS, n_pairs - pair)
         n_left = n_inner - 2 * pair
         if term[5] == 0:
-            by_rows(w + 2 * pair * by_w, by_w, n_left, n_columns, n, scratch, width)
+            start, by = w + 2 * pair * by_w, by_w
+            if is_masked:
+                shape = (min(2 * n, n_left), n_columns)
+                start, by = _kept(term, start, by, shape, 2 * pair, column, scratch)
+            by_rows(start, by, n_left, n_columns, n, scratch, width)
         else:
-            start = w + column * (by_w - 2) + 4 * pair
-            by_columns(start, by_w, n_left, n_columns, n, scratch, width)
+            start, by = w + column * (by_w - 2) + 4 * pair, by_w
+            if is_masked:
+                shape = (n_columns, min(2 * n, n_left))
+                start, by = _kept(term, start, by, shape, column, 2 * pair, scratch)
+            by_columns(start, by, n_left, n_columns, n, scratch, width)
         if term[2] == 0 and n_left >= 2 * n:
             start = x + row * by_x + 4 * pair
             _tiles(width // WIDTH, scratch, start, by_x, 4, n, sums.ctypes.data, n_rows)
@@ -152,6 +180,33 @@ def _add_term(  # noqa: PLR0913
                 by_rows(start, by_x, n_left, n_now, n, strip, width_now)
             own = sums.ctypes.data + first * width * 4
             _tiles(width // WIDTH, scratch, strip, 4, width_now * 4, n, own, n_now)
+
+
+@njit(**OPTIONS)
+def _kept(  # noqa: PLR0913
+    term: Any, source: int, by_row: int, shape: Any, row: int, column: int, scratch: int
+) -> Any:
+    """Copy what is kept of a piece of W, as it lies; return where it is, and its rows' distance."""
+    target, by_target = scratch + _PATCH_AT * 4, shape[1] * 2
+    mask = term[11] + row * term[12] + column // 8
+    copy_kept(source, by_row, shape, mask, term[12], target, by_target)
+    return target, by_target
+
+
+@njit(**OPTIONS)
+def _add_kept_term(
+    term: Any, row: int, column: int, n_columns: int, sums: Any, scratch: int
+) -> None:
+    """Do what `_add_term` does, but for elements of the product that are dropped."""
+    n_rows, width = sums.shape
+    place = pointer(scratch + _PRODUCT_AT * 4)
+    for first in range(0, n_rows, STRIP):
+        n = min(STRIP, n_rows - first)
+        product = carray(place, (n, width), np.float32)
+        product[:] = np.float32(0)
+        _add_term(term, 0, row + first, column, n_columns, product, scratch)
+        mask = term[11] + (row + first) * term[12] + column // 8
+        add_kept(product, n_columns, mask, term[12], sums[first : first + n])
 
 
 @njit(**OPTIONS)

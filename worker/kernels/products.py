@@ -1,6 +1,6 @@
 """Sums of products as an operator on tensors in bfloat16, without a kernel for each shape."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -8,8 +8,11 @@ import torch
 
 from worker.kernels import gemm, tiles
 from worker.kernels.memory import Shelf
+from worker.kernels.team import bits_of
 
 _BLOCK = tiles.BLOCK * tiles.WIDTH
+_ONE = bits_of(1.0)
+NO_MASK = (0, 0, 0)
 _FEWEST_ROWS = 64
 """Threads share no fewer rows than these: each brings all of W into order."""
 
@@ -36,6 +39,7 @@ def add_up_(
     *,
     bias: torch.Tensor | None = None,
     n_rounded: int = 0,
+    told: Sequence[int] = (),
 ) -> None:
     """Set `out` to the sum of all terms and `bias`, rounded once.
 
@@ -45,6 +49,7 @@ def add_up_(
             neighbours.
         bias: [columns], bfloat16, contiguous.
         n_rounded: The sum of so many terms and the bias is rounded to bfloat16 by itself.
+        told: Further terms, as the loop is told of them (`gemm`).
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
@@ -61,8 +66,8 @@ def add_up_(
     numbers = [
         *(*_place(out), out.dtype is torch.float32),
         0 if bias is None else bias.data_ptr(),
-        *(n_rows, n_columns, 1, 0, len(terms), n_rounded),
-        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads)),
+        *(n_rows, n_columns, 1, 0, len(terms) + len(told) // gemm.N_NUMBERS_OF_TERM, n_rounded),
+        *(_rows_each(n_rows, n_columns, n_threads), scratch(n_threads), _ONE),
     ]
     for x, w, start in terms:
         n, inner = x.shape
@@ -71,7 +76,8 @@ def add_up_(
                 f"A product of {tuple(x.shape)} and {tuple(w.shape)} from row {start} on does not "
                 f"fit into {tuple(out.shape)}."
             )
-        numbers += (*_factor(x), *_factor(w), inner, start, start + n, 0, 0)
+        numbers += (*_factor(x), *_factor(w), inner, start, start + n, 0, 0, *NO_MASK)
+    numbers += told
     if n_rows and n_columns:
         gemm.multiply_sums(numbers, n_threads)
 
@@ -101,9 +107,9 @@ def multiply_each_(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
     numbers = [
         *(out.data_ptr(), out.stride(1), 0, 0, 0, n_rows, n_columns),
         *(n, out.stride(0), 1, 0),
-        *(_rows_each(n_rows, n_columns, n_threads), _scratch(n_threads)),
+        *(_rows_each(n_rows, n_columns, n_threads), scratch(n_threads), _ONE),
         *(*_factor(x[0]), *_factor(w[0])),
-        *(inner, 0, n_rows, x.stride(0), w.stride(0)),
+        *(inner, 0, n_rows, x.stride(0), w.stride(0), *NO_MASK),
     ]
     gemm.multiply_sums(numbers, n_threads)
 
@@ -138,7 +144,7 @@ _scratches: dict[int, torch.Tensor] = {}
 
 
 @cache
-def _scratch(n_threads: int) -> int:
+def scratch(n_threads: int) -> int:
     """Return where each thread makes sums: under Python's lock, one loop runs at a time."""
     found = _scratches[n_threads] = _SHELF.empty((n_threads, gemm.SCRATCH_WORDS), torch.float32)
     return found.data_ptr()

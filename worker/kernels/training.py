@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from worker.kernels import Numbers, gradients, heads
+from worker.kernels import Numbers, gradients, heads, masks
 from worker.kernels.operators import by_token, loops
 from worker.kernels.team import bits_of
 
@@ -20,12 +20,15 @@ _JOIN = loops(heads.join_bfloat16, heads.join_float32)
 _SOFTMAX = loops(heads.causal_softmax_bfloat16, heads.causal_softmax_float32)
 _SOFTMAX_BACK = loops(heads.causal_softmax_back_bfloat16, heads.causal_softmax_back_float32)
 _ALL = (_RESCALE_BACK, _GATE_BACK, _CROSS_ENTROPY, _SPLIT, _JOIN, _SOFTMAX, _SOFTMAX_BACK)
+_ZERO = {2: masks.zero_16, 4: masks.zero_32, 8: masks.zero_64}
+"""By the size of an element in bytes."""
 
 
 def compile_(dtype: torch.dtype) -> None:
     """Compile what tensors of `dtype` need, rather than in the first step."""
     for each in _ALL:
         each[dtype].address  # noqa: B018
+    masks.draw.address  # noqa: B018
 
 
 def rescale_back(  # noqa: PLR0913 - what `rescale` was given and made
@@ -191,3 +194,38 @@ def causal_softmax_back_(gradient: torch.Tensor, shares: torch.Tensor) -> torch.
     numbers = (gradient.data_ptr(), shares.data_ptr(), n_rows, n)
     _SOFTMAX_BACK[shares.dtype](numbers, n_rows)
     return gradient
+
+
+def draw_masks(rates: Sequence[float], n_rows: int, width: int, seed: int) -> torch.Tensor:
+    """Choose elements to drop: of tensor t each on its own, with probability ``rates[t]``.
+
+    Args:
+        rates: In [0, 1), to 32 bits.
+        n_rows: Rows of each tensor.
+        width: Elements of each row.
+        seed: From 0 to 2⁶³ − 1.
+
+    Returns:
+        int32 [tensors, rows, words]: bit j of word w is 1 if element ``32 w + j`` of the row is
+        kept.
+    """
+    n_words = -(-width // masks.WORD_BITS)
+    found = torch.empty(len(rates), n_rows, n_words, dtype=torch.int32)
+    limits = [round(rate * 2**32) for rate in rates]
+    masks.draw([found.data_ptr(), len(rates), n_rows, n_words, seed, *limits], n_rows)
+    return found
+
+
+def zero_dropped_(x: torch.Tensor, mask: torch.Tensor) -> None:
+    """Set to zero what `mask` [rows, words], of `draw_masks`, drops of a contiguous `x`, in place.
+
+    Raises:
+        ValueError: `x` has other rows, or its elements are not in one piece.
+    """
+    n_rows, n_words = mask.shape
+    if not x.numel():
+        return
+    width = x.numel() // n_rows if n_rows else 0
+    if not x.is_contiguous() or -(-width // masks.WORD_BITS) != n_words or x.numel() % n_rows:
+        raise ValueError(f"A mask {tuple(mask.shape)} does not belong to {tuple(x.shape)}.")
+    _ZERO[x.element_size()]((x.data_ptr(), mask.data_ptr(), n_rows, width), n_rows)

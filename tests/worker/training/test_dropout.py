@@ -1,10 +1,9 @@
-"""Dropout by geometric gaps: its statistics, its scale, its repeatability."""
+"""Dropout by bits: its statistics, its scale, its repeatability."""
 
-import numpy as np
 import pytest
 import torch
 
-from worker.training.dropout import Drop, GapDropout, dropped_positions, seeded
+from worker.training.dropout import BitDropout, Drop
 
 N = 400_000
 
@@ -12,7 +11,7 @@ N = 400_000
 @pytest.mark.parametrize("p", [0.05, 0.3, 0.9])
 def test_the_share_of_zeros_is_p_and_the_mean_stays(p: float) -> None:
     torch.manual_seed(0)
-    dropped = GapDropout(p)(torch.ones(N))
+    dropped = BitDropout(p)(torch.ones(N))
     deviation = (p * (1 - p) / N) ** 0.5
     assert abs(float((dropped == 0).float().mean()) - p) < 5 * deviation
     assert dropped.max() == pytest.approx(1 / (1 - p), rel=1e-3)
@@ -21,7 +20,7 @@ def test_the_share_of_zeros_is_p_and_the_mean_stays(p: float) -> None:
 
 def test_neighbours_are_dropped_independently() -> None:
     torch.manual_seed(0)
-    zero = (GapDropout(0.5)(torch.ones(N)) == 0).float()
+    zero = (BitDropout(0.5)(torch.ones(N)) == 0).float()
     for distance in range(1, 9):
         both = float((zero[:-distance] * zero[distance:]).mean())
         assert both == pytest.approx(0.25, abs=0.005)
@@ -30,13 +29,13 @@ def test_neighbours_are_dropped_independently() -> None:
 @pytest.mark.parametrize("shape", [(1,), (3,), (5, 7), (2, 3, 4)])
 def test_any_shape_and_type_is_kept(shape: tuple[int, ...]) -> None:
     for dtype in (torch.float32, torch.bfloat16):
-        result = GapDropout(0.5)(torch.ones(shape, dtype=dtype))
+        result = BitDropout(0.5)(torch.ones(shape, dtype=dtype))
         assert (result.shape, result.dtype) == (torch.Size(shape), dtype)
 
 
 def test_the_gradient_flows_where_the_value_does() -> None:
     x = torch.ones(1000, requires_grad=True)
-    result = GapDropout(0.3)(x)
+    result = BitDropout(0.3)(x)
     result.sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, result.detach())
@@ -44,11 +43,11 @@ def test_the_gradient_flows_where_the_value_does() -> None:
 
 def test_evaluation_drops_nothing() -> None:
     x = torch.ones(10)
-    assert GapDropout(0.5).eval()(x) is x
+    assert BitDropout(0.5).eval()(x) is x
 
 
 def test_a_generator_state_repeats_it() -> None:
-    dropout, x = GapDropout(0.5), torch.ones(1000)
+    dropout, x = BitDropout(0.5), torch.ones(1000)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = dropout(x)
@@ -61,26 +60,19 @@ def test_a_generator_state_repeats_it() -> None:
 @pytest.mark.parametrize("p", [0.0, 1.0, -0.1])
 def test_a_probability_without_sense_is_refused(p: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        GapDropout(p)
+        BitDropout(p)
 
 
-def test_a_draw_goes_on_until_the_last_element() -> None:
-    class Small:
-        """Gaps of one element each, as the rarest of draws has them."""
-
-        def standard_exponential(self, n: int) -> np.ndarray:
-            return np.zeros(n)
-
-    found = dropped_positions(1000, 0.05, Small())  # type: ignore[arg-type]
-    assert found.tolist() == list(range(1000))
+def test_a_drop_zeroes_the_same_elements_of_each_tensor_again() -> None:
+    drop = Drop([0.3, 0.0, 0.3], 10, 100, 5, torch.device("cpu"))
+    first, none, other = (drop.zero_(torch.ones(10, 100), index) for index in range(3))
+    assert torch.equal(drop.zero_(torch.ones(1000)), first.flatten())
+    assert 200 < int((first == 0).sum()) < 400
+    assert not (none == 0).any()
+    assert not torch.equal(first, other)
 
 
-def test_a_gap_past_the_end_drops_nothing() -> None:
-    assert dropped_positions(3, 1e-15, seeded(0)).tolist() == []
-
-
-def test_a_drop_zeroes_the_same_elements_again() -> None:
-    drop = Drop(1000, 0.3, seeded(5), torch.device("cpu"))
-    first, second = drop.zero_(torch.ones(10, 100)), drop.zero_(torch.ones(1000))
-    assert torch.equal(first.flatten(), second)
-    assert 200 < int((second == 0).sum()) < 400
+@pytest.mark.parametrize("shape", [(), (0,), (4, 0), (0, 4)])
+def test_nothing_and_a_single_number_are_taken(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    assert BitDropout(0.5)(torch.ones(shape)).shape == shape

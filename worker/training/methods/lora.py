@@ -166,7 +166,7 @@ class Lora(Method):
         from peft import LoraConfig
         from peft.tuners.lora import LoraLayer
 
-        from worker.training.dropout import GapDropout
+        from worker.training.dropout import BitDropout
         from worker.training.principal import start_principal
         from worker.training.tuners.attach import attach_adapter, is_transposed
         from worker.training.tuners.informed import start_loftq
@@ -194,7 +194,7 @@ class Lora(Method):
                 continue
             # DoRA's pass asks whether the module is PEFT's own dropout.
             if params.dropout and not params.use_dora:
-                module.lora_dropout[adapter] = GapDropout(params.dropout)
+                module.lora_dropout[adapter] = BitDropout(params.dropout)
         return adapted
 
     def redraw(self, model: "PeftModel", params: Any, seed: int) -> bool:

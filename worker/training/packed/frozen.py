@@ -1,5 +1,7 @@
 """The frozen weight of one linear layer, ready for a product whatever it is held in."""
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -41,3 +43,9 @@ class FrozenWeight:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self._packed.data, self._packed.quant_state)
+
+
+def columns_of(weights: Sequence[FrozenWeight]) -> list[tuple[FrozenWeight, slice]]:
+    """Return each weight with the columns that are its own where all outputs are side by side."""
+    ends = accumulate((weight.outputs for weight in weights), initial=0)
+    return [(weight, slice(*span)) for weight, span in zip(weights, pairwise(ends), strict=True)]

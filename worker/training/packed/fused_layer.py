@@ -7,6 +7,7 @@ keeps what the packed modules would. A layer is taken over only after it was tri
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ from worker.training.packed.attention import EXPLICIT_UP_TO, attend, attend_back
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup, gate, gate_back
 from worker.training.packed.norm import can_divide
-from worker.training.packed.products import Part, matrix_gradients, multiply, send_back
+from worker.training.packed.products import Part
+from worker.training.packed.ways import products_of
 from worker.transformer_blocks import UnknownLayersError, require_llama_parts
 
 PRODUCTS = (
@@ -121,6 +123,7 @@ class _Layer(torch.autograd.Function):
     ) -> torch.Tensor:
         weights = [group.weights for group in layer.groups]
         x = x.contiguous()
+        multiply = products_of(x).multiply
         first, second = (torch.empty(len(x), dtype=torch.float32) for _ in range(2))
         normal = rescale(x, *layer.norms[0], out=pool.empty(x, *x.shape), factors=first)
         projected, of_heads = multiply(normal, weights[0], parts[0])
@@ -141,6 +144,7 @@ class _Layer(torch.autograd.Function):
             *(each for several in hidden for each in several),
         )
         ctx.layer, ctx.parts, ctx.rows = layer, parts, rows
+        ctx.sizes = [len(several) for several in hidden]
         return output
 
     @staticmethod
@@ -151,7 +155,9 @@ class _Layer(torch.autograd.Function):
         normal, first, attended, other, second, both, *rest = ctx.saved_tensors
         turns, states = (rest[0], rest[1]), rest[2 : 2 + 3 * len(rows)]
         of_products = iter(rest[2 + len(states) :])
-        hidden = [[next(of_products) for _ in several] for several in parts]
+        hidden = [list(islice(of_products, n)) for n in ctx.sizes]
+        how = products_of(normal)
+        send_back, matrix_gradients = how.send_back, how.matrix_gradients
         gradient = gradient.contiguous()
 
         to_product, sent = send_back(gradient, weights[3], parts[3], hidden[3])

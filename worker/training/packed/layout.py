@@ -1,6 +1,6 @@
 """Where each row of a packed batch begins and ends, and whose it is."""
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,6 +34,8 @@ class Layout:
     def __init__(self, lengths: list[int], segments: tuple[Segment, ...]) -> None:
         self.spans = tuple(pairwise(accumulate(lengths, initial=0)))
         self.segments = segments
+        self.casts: dict[Hashable, torch.Tensor] = {}
+        """Matrices of adapters in the dtype of the product, for the passes of this layout."""
         self._ends: dict[torch.device, torch.Tensor] = {}
 
     @classmethod

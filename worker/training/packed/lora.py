@@ -6,36 +6,41 @@ backward pass, and where x needs no gradient (below the first adapter) none is c
 a batch may belong to different adapters.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from worker.kernels import operators
 from worker.kernels.training import gated_back
-from worker.training.dropout import Drop, draw_seed, seeded
+from worker.training.dropout import Drop, draw_seed
 from worker.training.packed import layout, pool
 from worker.training.packed.frozen import FrozenWeight
-from worker.training.packed.layout import Segment
-from worker.training.packed.products import (
-    Column,
-    Pair,
-    Part,
-    matrix_gradients,
-    multiply,
-    send_back,
-)
+from worker.training.packed.matrices import Matrices, Pair
+from worker.training.packed.products import Part
+from worker.training.packed.ways import products_of
 
 
 class LinearGroup:
-    """Layers with one input: their frozen weights, and the pairs of each adapter by its name."""
+    """Layers with one input: their frozen weights, and the pairs of each adapter by its name.
+
+    Args:
+        weights: Of each layer.
+        pairs: Those of the same layers, by adapter.
+        matrices: To which theirs are added: those of the model, which are cast together.
+    """
 
     def __init__(
-        self, weights: list[FrozenWeight], pairs: dict[str, tuple[Pair | None, ...]]
+        self,
+        weights: list[FrozenWeight],
+        pairs: Mapping[str, Sequence[Pair | None]],
+        matrices: Matrices | None = None,
     ) -> None:
         self.weights = weights
         self.outputs = [weight.outputs for weight in weights]
         self.pairs = pairs
-        self._columns = {name: _columns_of(self.outputs, row) for name, row in pairs.items()}
+        self._matrices = Matrices() if matrices is None else matrices
+        self._columns = self._matrices.add(self.outputs, pairs)
 
     def __call__(self, x: torch.Tensor, *, training: bool) -> torch.Tensor:
         """Return [..., all outputs] for x [..., inputs] under the active layout."""
@@ -58,40 +63,16 @@ class LinearGroup:
         parts, parameters = [], []
         for segment in layout.current().segments:
             columns = self._columns.get(segment.adapter)  # others may have matrices here
-            if not columns:
+            if columns is None:
                 continue
-            drops = self._drops(segment, columns, like.device) if training else None
-            parts.append(Part.of(slice(segment.start, segment.end), columns, like, drops))
-            parameters += [column.pair.a for column in columns]
-            parameters += [column.pair.b for column in columns]
+            matrices = self._matrices.cast(segment.adapter, like, training=training)
+            drop = None
+            if training and columns.drops:
+                shape = (segment.end - segment.start, self.weights[0].inputs)
+                drop = Drop(columns.rates, *shape, draw_seed(segment.generator), like.device)
+            parts.append(Part(segment.start, segment.end, columns, matrices, drop, training))
+            parameters += columns.parameters
         return parts, parameters
-
-    def _drops(
-        self, segment: Segment, columns: list[Column], device: torch.device
-    ) -> list[Drop | None] | None:
-        """Choose the inputs that each layer's A does not see; None if none drops any."""
-        if not any(column.pair.dropout for column in columns):
-            return None
-        random = seeded(draw_seed(segment.generator))
-        n = (segment.end - segment.start) * self.weights[0].inputs
-        return [
-            Drop(n, column.pair.dropout, random, device) if column.pair.dropout else None
-            for column in columns
-        ]
-
-
-def _columns_of(outputs: list[int], pairs: tuple[Pair | None, ...]) -> list[Column]:
-    columns = []
-    output = hidden = 0
-    for width, pair in zip(outputs, pairs, strict=True):
-        if pair is not None:
-            rank = pair.a.shape[0]
-            columns.append(
-                Column(pair, slice(output, output + width), slice(hidden, hidden + rank))
-            )
-            hidden += rank
-        output += width
-    return columns
 
 
 class _Product(torch.autograd.Function):
@@ -100,18 +81,19 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weights: list[FrozenWeight], parts: list[Part], *_: Any
     ) -> torch.Tensor:
         flat = x.reshape(-1, weights[0].inputs)
-        output, hidden = multiply(flat, weights, parts)
-        ctx.save_for_backward(flat, *hidden)
+        output, kept = products_of(x).multiply(flat, weights, parts)
+        ctx.save_for_backward(flat, *kept)
         ctx.weights, ctx.parts, ctx.shape = weights, parts, x.shape
         return output.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        flat, *hidden = ctx.saved_tensors
+        flat, *kept = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1]).contiguous()
         wanted = ctx.needs_input_grad[0]
-        to_x, sent = send_back(gradient, ctx.weights, ctx.parts, hidden, wanted=wanted)
-        gradients = matrix_gradients(flat, ctx.parts, sent)
+        how = products_of(flat)
+        to_x, sent = how.send_back(gradient, ctx.weights, ctx.parts, kept, wanted=wanted)
+        gradients = how.matrix_gradients(flat, ctx.parts, sent)
         return (to_x.view(ctx.shape) if to_x is not None else None, None, None, *gradients)
 
 
@@ -121,19 +103,20 @@ class _GatedProduct(torch.autograd.Function):
         ctx: Any, both: torch.Tensor, weights: list[FrozenWeight], parts: list[Part], *_: Any
     ) -> torch.Tensor:
         flat = both.reshape(-1, both.shape[-1])
-        output, hidden = multiply(gate(flat), weights, parts)
-        ctx.save_for_backward(flat, *hidden)
+        output, kept = products_of(flat).multiply(gate(flat), weights, parts)
+        ctx.save_for_backward(flat, *kept)
         ctx.weights, ctx.parts, ctx.shape = weights, parts, both.shape
         return output.view(*both.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        flat, *hidden = ctx.saved_tensors
+        flat, *kept = ctx.saved_tensors
         gradient = gradient.reshape(-1, gradient.shape[-1]).contiguous()
-        to_product, sent = send_back(gradient, ctx.weights, ctx.parts, hidden)
+        how = products_of(flat)
+        to_product, sent = how.send_back(gradient, ctx.weights, ctx.parts, kept)
         assert to_product is not None
         to_both, product = gate_back(to_product, flat)
-        gradients = matrix_gradients(product, ctx.parts, sent)
+        gradients = how.matrix_gradients(product, ctx.parts, sent)
         return to_both.view(ctx.shape), None, None, *gradients
 
 

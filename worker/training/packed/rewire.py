@@ -23,6 +23,7 @@ from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.fused_layer import FusedLayer, fuse
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup
+from worker.training.packed.matrices import Matrices
 from worker.training.packed.norm import RmsNorm, can_divide
 from worker.training.packed.siblings import (
     PROBE_TOKENS,
@@ -63,9 +64,10 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
     """
     done = Rewired()
     places: dict[nn.Module, tuple[LinearGroup, int]] = {}
+    matrices = Matrices()
     for modules in groups_by_input(model):
         weights = [FrozenWeight(base_layer(each), cache=cache_weights) for each in modules]
-        group = LinearGroup(weights, pairs_of(modules))
+        group = LinearGroup(weights, pairs_of(modules), matrices)
         shared = SharedInput(group, len(modules))
         for index, module in enumerate(modules):
             places[module] = (group, index)

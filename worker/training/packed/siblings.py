@@ -11,7 +11,7 @@ from torch import nn
 from worker.int8 import Int8Linear
 from worker.training.packed import layout
 from worker.training.packed.lora import LinearGroup
-from worker.training.packed.products import Pair
+from worker.training.packed.matrices import Pair
 
 PROBE_TOKENS = 8
 

@@ -14,11 +14,6 @@ class Sums(ABC):
 
     @staticmethod
     @abstractmethod
-    def gradients(like: torch.Tensor, n: int) -> torch.Tensor:
-        """Return memory for `n` numbers of gradients, in the dtype in which they are summed."""
-
-    @staticmethod
-    @abstractmethod
     def add_up(
         terms: Iterable[Term],
         out: torch.Tensor,
@@ -35,19 +30,11 @@ class Sums(ABC):
 class LoopSums(Sums):
     """Sums in float32, rounded once, or as gradients of matrices not at all."""
 
-    @staticmethod
-    def gradients(like: torch.Tensor, n: int) -> torch.Tensor:
-        return torch.empty(n, dtype=torch.float32)
-
     add_up = staticmethod(products.add_up_)
 
 
 class TorchSums(Sums):
     """One product after the other."""
-
-    @staticmethod
-    def gradients(like: torch.Tensor, n: int) -> torch.Tensor:
-        return like.new_empty(n)
 
     @staticmethod
     def add_up(

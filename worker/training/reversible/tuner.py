@@ -23,7 +23,7 @@ from torch import nn
 from transformers import Cache
 from transformers.activations import ACT2FN
 
-from worker.training.dropout import GapDropout
+from worker.training.dropout import BitDropout
 from worker.training.packed import layout
 from worker.training.reversible import blocks
 from worker.training.reversible.blocks import Call
@@ -78,7 +78,7 @@ class Bottleneck(nn.Module):
         self.down = nn.Linear(width, size)
         self.up = nn.Linear(size, width)
         self._activation = ACT2FN[activation]
-        self._dropout = GapDropout(dropout) if dropout else nn.Identity()
+        self._dropout = BitDropout(dropout) if dropout else nn.Identity()
         for linear in (self.down, self.up):
             nn.init.normal_(linear.weight, std=START_STD)
             nn.init.zeros_(linear.bias)

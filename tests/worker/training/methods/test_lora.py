@@ -14,7 +14,7 @@ from worker.base_shape import read_shape
 from worker.inference.engine.adapter_config import read_config
 from worker.inference.engine.methods.lora import LoraConfig
 from worker.training import checkpoint, methods
-from worker.training.dropout import GapDropout
+from worker.training.dropout import BitDropout
 from worker.training.model import trainable_parameters
 
 IDS = torch.tensor([[1, 2, 3, 4, 5, 6]])
@@ -99,7 +99,7 @@ def test_dropout_acts_on_the_adapter_in_training_only() -> None:
     assert not torch.equal(model(IDS).logits, model(IDS).logits)
     model.eval()
     assert torch.equal(model(IDS).logits, model(IDS).logits)
-    drops = [m for m in model.modules() if isinstance(m, GapDropout)]
+    drops = [m for m in model.modules() if isinstance(m, BitDropout)]
     assert [m.p for m in drops] == [0.5] * 2 * len(PROJECTIONS)
 
 

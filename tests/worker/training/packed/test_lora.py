@@ -1,5 +1,7 @@
 """Groups of adapted layers against the formula, with several adapters in one batch."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from worker.training.packed import layout
 from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.layout import Layout, Segment
 from worker.training.packed.lora import LinearGroup
-from worker.training.packed.products import Pair
+from worker.training.packed.matrices import Pair
 
 INPUTS, OUTPUTS = 6, (5, 4, 3)
 
@@ -43,7 +45,7 @@ def matrices_of(group: LinearGroup) -> list[nn.Parameter]:
 
 
 def reference(
-    x: torch.Tensor, layers: list[nn.Linear], pairs: tuple[Pair | None, ...]
+    x: torch.Tensor, layers: list[nn.Linear], pairs: Sequence[Pair | None]
 ) -> torch.Tensor:
     parts = []
     for layer, pair in zip(layers, pairs, strict=True):
