@@ -13,7 +13,7 @@ from numba import carray, njit
 from worker.kernels.masks import add_kept, copy_kept
 from worker.kernels.numbers import get, pointer, put
 from worker.kernels.order import by_columns, by_rows
-from worker.kernels.team import OPTIONS, Loop, member, size
+from worker.kernels.team import OPTIONS, Loop, bits_of, member, size
 from worker.kernels.tiles import (
     BLOCK,
     WIDTH,
@@ -33,15 +33,16 @@ PAIRS = 768
 """Pairs of numbers along the inner dimension that are in order at a time."""
 STRIP = 64
 """Rows of a left factor that lies by columns which are in order at a time."""
-N_NUMBERS = 14
-N_NUMBERS_OF_TERM = 14
+ONE = bits_of(1.0)
+"""The factor of what is multiplied by nothing."""
+N_NUMBERS = 12
+N_NUMBERS_OF_TERM = 12
 _STRIP_AT = PAIRS * BLOCK * WIDTH
 _SUMS_AT = _STRIP_AT + PAIRS * STRIP
 _PATCH_AT = _SUMS_AT + ROWS * BLOCK * WIDTH
 _PRODUCT_AT = _PATCH_AT + PAIRS * BLOCK * WIDTH
-NUMBERS_AT = _PRODUCT_AT + STRIP * BLOCK * WIDTH
-"""Where in its memory a thread may have numbers of a sum of one term."""
-SCRATCH_WORDS = NUMBERS_AT + 2 * (N_NUMBERS + N_NUMBERS_OF_TERM)
+_NUMBERS_AT = _PRODUCT_AT + STRIP * BLOCK * WIDTH
+SCRATCH_WORDS = _NUMBERS_AT + 2 * (N_NUMBERS + N_NUMBERS_OF_TERM)
 """What each thread needs, in 32 bits."""
 
 
@@ -51,56 +52,46 @@ def _multiply(address: Any) -> None:
 
     Args:
         address: Of these numbers: where C is, by how many elements its next row is further on, and
-            0, or, if C lies by columns, its next column, and 1; 1 if C is float32 and 0 if it is
-            bfloat16; where the bias [columns], bfloat16, is, or 0; rows; columns; how many such
-            products there are, of which all threads share each if it is 1; by how many elements
-            the next C is further on; the number of terms; the number of terms after which sums are
-            rounded to bfloat16 before others are added, or 0; how many rows each thread has, or 0
-            if each has own columns; where each thread has `SCRATCH_WORDS`; what the sums are
-            multiplied by, the bits of a float64. Then for each term: where X is, and how it lies,
-            as is said of C; the same of W [inner, columns]; inner; the first row of C that X adds
-            to, and the one after the last; by how many elements the next X and the next W are
-            further on; where a mask (`masks`) is, or 0, by how many bytes its next row is further
-            on, and 1 if it is of the product [rows of X, columns], or 0 if it is of W as it lies.
+            0, or, if C lies by columns, its next column, and 1; 0 if C is bfloat16, 1 if it is
+            float32, and 2 if it is that and is added to, by rows; where the bias [columns],
+            bfloat16, is, or 0; rows; columns; the number of terms; the number of terms after which
+            sums are rounded to bfloat16 before others are added, or 0; how many rows each thread
+            has, or 0 if each has own columns; where each thread has `SCRATCH_WORDS`; what the sums
+            are multiplied by, the bits of a float64. Then for each term: where X is, and how it
+            lies, as is said of C; the same of W [inner, columns]; inner; the first row of C that X
+            adds to, and the one after the last; where a mask (`masks`) is, or 0, by how many bytes
+            its next row is further on, and 1 if it is of the product [rows of X, columns], or 0 if
+            it is of W as it lies.
     """
     numbers = carray(address, (N_NUMBERS,), np.int64)
     n_rows, n_columns = numbers[5:7]
-    if numbers[7] > 1:
-        for index in range(member(), numbers[7], size()):
-            _share(address, index, 0, n_rows, 0, n_columns)
-    elif numbers[11] != 0:
-        first = min(n_rows, member() * numbers[11])
-        _share(address, 0, first, min(n_rows, first + numbers[11]), 0, n_columns)
+    if numbers[9] != 0:
+        first = min(n_rows, member() * numbers[9])
+        _share(address, first, min(n_rows, first + numbers[9]), 0, n_columns)
     else:
         n_blocks = (n_columns + BLOCK * WIDTH - 1) // (BLOCK * WIDTH)
         share = (n_blocks + size() - 1) // size() * BLOCK * WIDTH
         first = min(n_columns, member() * share)
-        _share(address, 0, 0, n_rows, first, min(n_columns, first + share))
-
-
-@njit(**OPTIONS)
-def share(address: Any, rows: Any, columns: Any) -> None:
-    """Compute a span of rows and one of columns, which begins with a block, of the one product."""
-    _share(address, 0, rows[0], rows[1], columns[0], columns[1])
+        _share(address, 0, n_rows, first, min(n_columns, first + share))
 
 
 @njit(**OPTIONS)
 def _share(
-    address: Any, index: int, first_row: int, last_row: int, first_column: int, last_column: int
+    address: Any, first_row: int, last_row: int, first_column: int, last_column: int
 ) -> None:
     step = BLOCK * WIDTH
     for row in range(first_row, last_row, ROWS):
         n = min(ROWS, last_row - row)
         for column in range(first_column, last_column, step):
-            _block(address, index, row, n, column, min(step, last_column - column))
+            _block(address, row, n, column, min(step, last_column - column))
 
 
 @njit(**OPTIONS)
-def _block(address: Any, index: int, row: int, n: int, column: int, n_columns: int) -> None:
+def _block(address: Any, row: int, n: int, column: int, n_columns: int) -> None:
     """Compute `n` rows from `row` on and `n_columns` columns from `column` on."""
     numbers = carray(address, (N_NUMBERS,), np.int64)
     width = (n_columns + WIDTH - 1) // WIDTH * WIDTH
-    scratch = numbers[12] + member() * SCRATCH_WORDS * 4
+    scratch = numbers[10] + member() * SCRATCH_WORDS * 4
     sums = carray(pointer(scratch + _SUMS_AT * 4), (n, width), np.float32)
     sums[:] = np.float32(0)
     if numbers[4] != 0:
@@ -109,26 +100,28 @@ def _block(address: Any, index: int, row: int, n: int, column: int, n_columns: i
             own = sums[i]
             for j in range(n_columns):
                 own[j] = get(bias, j)
-    all_terms = carray(address, (N_NUMBERS + numbers[9] * N_NUMBERS_OF_TERM,), np.int64)
-    for number in range(numbers[9]):
+    all_terms = carray(address, (N_NUMBERS + numbers[7] * N_NUMBERS_OF_TERM,), np.int64)
+    for number in range(numbers[7]):
         at = N_NUMBERS + number * N_NUMBERS_OF_TERM
         term = all_terms[at : at + N_NUMBERS_OF_TERM]
         start, end = max(row, term[7]), min(row + n, term[8])
         if start < end:
             own = sums[start - row : end - row]
-            if term[11] != 0 and term[13] != 0:
+            if term[9] != 0 and term[11] != 0:
                 _add_kept_term(term, start - term[7], column, n_columns, own, scratch)
             else:
-                _add_term(term, index, start - term[7], column, n_columns, own, scratch)
-        if number + 1 == numbers[10]:
+                _add_term(term, start - term[7], column, n_columns, own, scratch)
+        if number + 1 == numbers[8]:
             _round(sums)
-    factor = np.float32(carray(address, (N_NUMBERS,), np.float64)[13])
+    factor = np.float32(carray(address, (N_NUMBERS,), np.float64)[11])
     if factor != np.float32(1):
         sums *= factor
-    if numbers[3] != 0:
-        _write(numbers, index, sums, row, column, n_columns, 4, np.float32)
+    if numbers[3] == 2:
+        _add_to(numbers, sums, row, column, n_columns)
+    elif numbers[3] == 1:
+        _write(numbers, sums, row, column, n_columns, 4, np.float32)
     else:
-        _write(numbers, index, sums, row, column, n_columns, 2, np.uint16)
+        _write(numbers, sums, row, column, n_columns, 2, np.uint16)
 
 
 @njit(**OPTIONS)
@@ -140,15 +133,13 @@ def _round(sums: Any) -> None:
 
 
 @njit(**OPTIONS)
-def _add_term(  # noqa: PLR0913
-    term: Any, index: int, row: int, column: int, n_columns: int, sums: Any, scratch: int
-) -> None:
+def _add_term(term: Any, row: int, column: int, n_columns: int, sums: Any, scratch: int) -> None:
     """Add to `sums` [rows, columns in whole registers] the product of X's rows from `row` on."""
     n_rows, width = sums.shape
     by_x, by_w, n_inner = term[1] * 2, term[4] * 2, term[6]
-    x, w = term[0] + index * term[9] * 2, term[3] + index * term[10] * 2 + column * 2
+    x, w = term[0], term[3] + column * 2
     strip = scratch + _STRIP_AT * 4
-    is_masked = term[11] != 0 and term[13] == 0
+    is_masked = term[9] != 0 and term[11] == 0
     n_pairs = (n_inner + 1) // 2
     for pair in range(0, n_pairs, PAIRS):
         n = min(PAIRS, n_pairs - pair)
@@ -188,8 +179,8 @@ def _kept(  # noqa: PLR0913
 ) -> Any:
     """Copy what is kept of a piece of W, as it lies; return where it is, and its rows' distance."""
     target, by_target = scratch + _PATCH_AT * 4, shape[1] * 2
-    mask = term[11] + row * term[12] + column // 8
-    copy_kept(source, by_row, shape, mask, term[12], target, by_target)
+    mask = term[9] + row * term[10] + column // 8
+    copy_kept(source, by_row, shape, mask, term[10], target, by_target)
     return target, by_target
 
 
@@ -204,9 +195,9 @@ def _add_kept_term(
         n = min(STRIP, n_rows - first)
         product = carray(place, (n, width), np.float32)
         product[:] = np.float32(0)
-        _add_term(term, 0, row + first, column, n_columns, product, scratch)
-        mask = term[11] + (row + first) * term[12] + column // 8
-        add_kept(product, n_columns, mask, term[12], sums[first : first + n])
+        _add_term(term, row + first, column, n_columns, product, scratch)
+        mask = term[9] + (row + first) * term[10] + column // 8
+        add_kept(product, n_columns, mask, term[10], sums[first : first + n])
 
 
 @njit(**OPTIONS)
@@ -246,11 +237,11 @@ def _tiles(  # noqa: PLR0913
 
 @njit(**OPTIONS)
 def _write(  # noqa: PLR0913
-    numbers: Any, index: int, sums: Any, row: int, column: int, n_columns: int, n: int, kind: Any
+    numbers: Any, sums: Any, row: int, column: int, n_columns: int, n: int, kind: Any
 ) -> None:
     """Write sums to C, in numbers of `n` bytes."""
     n_rows = sums.shape[0]
-    start, by_c = numbers[0] + index * numbers[8] * n, numbers[1] * n
+    start, by_c = numbers[0], numbers[1] * n
     if numbers[2] == 0:
         for i in range(n_rows):
             place = pointer(start + (row + i) * by_c + column * n)
@@ -263,6 +254,55 @@ def _write(  # noqa: PLR0913
             target = carray(place, (n_rows,), kind)
             for i in range(n_rows):
                 put(target, i, sums[i, j])
+
+
+@njit(**OPTIONS)
+def _add_to(numbers: Any, sums: Any, row: int, column: int, n_columns: int) -> None:
+    for i in range(sums.shape[0]):
+        place = pointer(numbers[0] + ((row + i) * numbers[1] + column) * 4)
+        target, own = carray(place, (n_columns,), np.float32), sums[i]
+        for j in range(n_columns):
+            target[j] += own[j]
+
+
+@njit(**OPTIONS)
+def _own(scratch: int) -> int:
+    return scratch + (member() * SCRATCH_WORDS + _NUMBERS_AT) * 4
+
+
+@njit(**OPTIONS)
+def tell(scratch: int, shape: Any, out: Any, kind: int, factor: int) -> Any:
+    """Note one product that this thread is to make; return its term, for `tell_factors`.
+
+    Args:
+        scratch: Where each thread has `SCRATCH_WORDS`.
+        shape: Rows and columns of C.
+        out: Where C is, and how it lies, as `_multiply` is told.
+        kind: What it is: 0, 1 or 2.
+        factor: What sums are multiplied by, the bits of a float64.
+    """
+    numbers = carray(pointer(_own(scratch)), (N_NUMBERS + N_NUMBERS_OF_TERM,), np.int64)
+    numbers[0], numbers[1], numbers[2] = out
+    numbers[3], numbers[4] = kind, 0
+    numbers[5], numbers[6] = shape
+    numbers[7], numbers[8], numbers[9], numbers[10], numbers[11] = 1, 0, 0, scratch, factor
+    return numbers[N_NUMBERS:]
+
+
+@njit(**OPTIONS)
+def tell_factors(term: Any, x: Any, w: Any, n_inner: int, n_rows: int, mask: Any) -> None:
+    """Note X and W, and of W's mask where it is, or 0, and how far its next row is."""
+    term[0], term[1], term[2] = x
+    term[3], term[4], term[5] = w
+    term[6], term[7], term[8] = n_inner, 0, n_rows
+    term[9], term[10], term[11] = mask[0], mask[1], 0
+
+
+@njit(**OPTIONS)
+def multiply_one(scratch: int, rows: Any, columns: Any) -> None:
+    """Make a span of rows and one of columns, which begins with a block, of what was told."""
+    address = pointer(_own(scratch))
+    _share(address, rows[0], rows[1], columns[0], columns[1])
 
 
 @Loop

@@ -41,7 +41,7 @@ def _split(address: Any, kind: Any) -> None:
             token = firsts[row] + i
             at = token * by_token + head * by_head
             if numbers[4] != 0:
-                _turn(tokens[at : at + d], cosines[token], sines[token], scale, own[i])
+                turn(tokens[at : at + d], cosines[token], sines[token], scale, own[i])
             else:
                 _scale(tokens[at : at + d], scale, own[i])
         for i in range(lengths[row], n):
@@ -74,7 +74,7 @@ def _join(address: Any, kind: Any) -> None:
                 at = token * by_token + head * by_head
                 x, y = heads[row, head, i], tokens[at : at + d]
                 if numbers[4] != 0:
-                    _turn_back(x, cosines[token], sines[token], scale, y)
+                    turn_back(x, cosines[token], sines[token], scale, y)
                 else:
                     _scale(x, scale, y)
 
@@ -86,7 +86,7 @@ def _scale(x: Any, scale: Any, y: Any) -> None:
 
 
 @njit(**OPTIONS)
-def _turn(x: Any, cosine: Any, sine: Any, scale: Any, y: Any) -> None:
+def turn(x: Any, cosine: Any, sine: Any, scale: Any, y: Any) -> None:
     half = x.shape[0] // 2
     for i in range(half):
         put(y, i, (get(x, i) * get(cosine, i) - get(x, half + i) * get(sine, i)) * scale)
@@ -96,8 +96,8 @@ def _turn(x: Any, cosine: Any, sine: Any, scale: Any, y: Any) -> None:
 
 
 @njit(**OPTIONS)
-def _turn_back(x: Any, cosine: Any, sine: Any, scale: Any, y: Any) -> None:
-    """The transpose of `_turn`, which is its backward pass."""
+def turn_back(x: Any, cosine: Any, sine: Any, scale: Any, y: Any) -> None:
+    """The transpose of `turn`, which is its backward pass."""
     half = x.shape[0] // 2
     for i in range(half):
         j = half + i

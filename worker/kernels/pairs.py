@@ -9,9 +9,10 @@ import numpy as np
 from numba import carray, njit
 
 from worker.kernels import gemm
+from worker.kernels.gemm import ONE, tell, tell_factors
 from worker.kernels.masks import WORD_BITS
 from worker.kernels.numbers import pointer, put
-from worker.kernels.team import OPTIONS, Loop, bits_of, member, size
+from worker.kernels.team import OPTIONS, Loop, member, size
 from worker.kernels.tiles import BLOCK, WIDTH
 
 N_NUMBERS = 7
@@ -23,7 +24,6 @@ _BLOCKS = 4
 """Blocks of columns of one task, where there are many."""
 _ROWS = 64
 """Rows of one task."""
-_ONE = bits_of(1.0)
 """
 What the loops here are told of: where x is, [tokens, inputs], bfloat16; by how many elements its
 next row is further on; inputs; where the gradient of the outputs is, [tokens, all outputs]; by how
@@ -54,32 +54,6 @@ def _column(part: Any, index: int) -> Any:
 
 
 @njit(**OPTIONS)
-def _own(head: Any) -> int:
-    """Return where this thread tells `gemm` of a product."""
-    return head[6] + (member() * gemm.SCRATCH_WORDS + gemm.NUMBERS_AT) * 4
-
-
-@njit(**OPTIONS)
-def _tell(head: Any, shape: Any, out: Any, is_wide: int, factor: int) -> Any:
-    """Tell `gemm` of one product: its shape, and where it goes, as is said of C there."""
-    numbers = carray(pointer(_own(head)), (gemm.N_NUMBERS + gemm.N_NUMBERS_OF_TERM,), np.int64)
-    numbers[0], numbers[1], numbers[2] = out
-    numbers[3], numbers[4] = is_wide, 0
-    numbers[5], numbers[6] = shape
-    numbers[7], numbers[8], numbers[9], numbers[10], numbers[11] = 1, 0, 1, 0, 0
-    numbers[12], numbers[13] = head[6], factor
-    return numbers[gemm.N_NUMBERS :]
-
-
-@njit(**OPTIONS)
-def _tell_factors(term: Any, x: Any, w: Any, n_inner: int, n_rows: int, mask: Any) -> None:
-    term[0], term[1], term[2] = x
-    term[3], term[4], term[5] = w
-    term[6], term[7], term[8], term[9], term[10] = n_inner, 0, n_rows, 0, 0
-    term[11], term[12], term[13] = mask[0], mask[1], 0
-
-
-@njit(**OPTIONS)
 def _mask(head: Any, part: Any, index: int) -> Any:
     """Return where the mask of the input of a layer is, or 0, and the distance of its rows."""
     n_bytes = (head[2] + WORD_BITS - 1) // WORD_BITS * 4
@@ -92,7 +66,7 @@ def _by_columns(head: Any, n_rows: int, n_columns: int, step: int, turn: int) ->
     for first in range(0, n_columns, step):
         if turn % size() == member():
             last = min(n_columns, first + step)
-            gemm.share(pointer(_own(head)), (0, n_rows), (first, last))
+            gemm.multiply_one(head[6], (0, n_rows), (first, last))
         turn += 1
     return turn
 
@@ -113,15 +87,15 @@ def _to_hidden(address: Any) -> None:
         x = (head[0] + part[0] * head[1] * 2, head[1], 1)
         n, n_ranks, place = part[1], part[2], part[6]
         if part[9] == 0:  # all layers see the same
-            term = _tell(head, (n_ranks, n), (place, n_ranks, 1), 0, _ONE)
-            _tell_factors(term, (part[5], head[2], 0), x, head[2], n_ranks, (0, 0))
+            term = tell(head[6], (n_ranks, n), (place, n_ranks, 1), 0, ONE)
+            tell_factors(term, (part[5], head[2], 0), x, head[2], n_ranks, (0, 0))
             turn = _by_columns(head, n_ranks, n, _share_of(n), turn)
             continue
         for index in range(part[3]):
             column = _column(part, index)
             a = (part[5] + column[4] * 2, head[2], 0)
-            term = _tell(head, (column[1], n), (place + column[0] * 2, n_ranks, 1), 0, _ONE)
-            _tell_factors(term, a, x, head[2], column[1], _mask(head, part, index))
+            term = tell(head[6], (column[1], n), (place + column[0] * 2, n_ranks, 1), 0, ONE)
+            tell_factors(term, a, x, head[2], column[1], _mask(head, part, index))
             turn = _by_columns(head, column[1], n, _share_of(n), turn)
 
 
@@ -137,16 +111,16 @@ def _send_back(address: Any) -> None:
             rank, n_out = column[1], column[3]
             outer = (head[3] + (part[0] * head[4] + column[2]) * 2, head[4], 0)
             b = (part[5] + column[5] * 2, rank, 0)
-            term = _tell(head, (n, rank), (part[7] + column[0] * 2, n_ranks, 0), 0, _ONE)
-            _tell_factors(term, outer, b, n_out, n, (0, 0))
+            term = tell(head[6], (n, rank), (part[7] + column[0] * 2, n_ranks, 0), 0, ONE)
+            tell_factors(term, outer, b, n_out, n, (0, 0))
             for first in range(0, n, _ROWS):
                 if turn % size() == member():
                     rows = (first, min(n, first + _ROWS))
-                    gemm.share(pointer(_own(head)), rows, (0, rank))
+                    gemm.multiply_one(head[6], rows, (0, rank))
                 turn += 1
             hidden = (part[6] + column[0] * 2, n_ranks, 1)
-            term = _tell(head, (rank, n_out), (part[8] + column[5] * 4, rank, 1), 1, _ONE)
-            _tell_factors(term, hidden, outer, n, rank, (0, 0))
+            term = tell(head[6], (rank, n_out), (part[8] + column[5] * 4, rank, 1), 1, ONE)
+            tell_factors(term, hidden, outer, n, rank, (0, 0))
             turn = _by_columns(head, rank, n_out, _BLOCKS * _WIDTH, turn)
 
 
@@ -161,8 +135,8 @@ def _to_a(address: Any) -> None:
             column = _column(part, index)
             to_hidden = (part[7] + column[0] * 2, part[2], 1)
             out = (part[8] + column[4] * 4, head[2], 0)
-            term = _tell(head, (column[1], head[2]), out, 1, column[6])
-            _tell_factors(term, to_hidden, x, part[1], column[1], _mask(head, part, index))
+            term = tell(head[6], (column[1], head[2]), out, 1, column[6])
+            tell_factors(term, to_hidden, x, part[1], column[1], _mask(head, part, index))
             turn = _by_columns(head, column[1], head[2], _BLOCKS * _WIDTH, turn)
 
 
@@ -204,3 +178,6 @@ def to_a(address: Any) -> None:
 @Loop
 def cast(address: Any) -> None:
     _cast(address)
+
+
+ALL = (to_hidden, send_back, to_a, cast)

@@ -8,10 +8,8 @@ import torch
 
 from worker.kernels import gemm, tiles
 from worker.kernels.memory import Shelf
-from worker.kernels.team import bits_of
 
 _BLOCK = tiles.BLOCK * tiles.WIDTH
-_ONE = bits_of(1.0)
 NO_MASK = (0, 0, 0)
 _FEWEST_ROWS = 64
 """Threads share no fewer rows than these: each brings all of W into order."""
@@ -66,8 +64,8 @@ def add_up_(
     numbers = [
         *(*_place(out), out.dtype is torch.float32),
         0 if bias is None else bias.data_ptr(),
-        *(n_rows, n_columns, 1, 0, len(terms) + len(told) // gemm.N_NUMBERS_OF_TERM, n_rounded),
-        *(_rows_each(n_rows, n_columns, n_threads), scratch(n_threads), _ONE),
+        *(n_rows, n_columns, len(terms) + len(told) // gemm.N_NUMBERS_OF_TERM, n_rounded),
+        *(_rows_each(n_rows, n_columns, n_threads), scratch(n_threads), gemm.ONE),
     ]
     for x, w, start in terms:
         n, inner = x.shape
@@ -76,42 +74,10 @@ def add_up_(
                 f"A product of {tuple(x.shape)} and {tuple(w.shape)} from row {start} on does not "
                 f"fit into {tuple(out.shape)}."
             )
-        numbers += (*_factor(x), *_factor(w), inner, start, start + n, 0, 0, *NO_MASK)
+        numbers += (*_factor(x), *_factor(w), inner, start, start + n, *NO_MASK)
     numbers += told
     if n_rows and n_columns:
         gemm.multiply_sums(numbers, n_threads)
-
-
-def multiply_each_(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
-    """Set each of `out` [N, rows, columns] to that of x [N, rows, inner] · w [N, inner, columns].
-
-    Args:
-        x: bfloat16; the numbers of a row or those of a column are neighbours.
-        w: The same.
-        out: bfloat16; the numbers of a row are neighbours.
-
-    Raises:
-        ValueError: shapes, dtypes or strides do not fit.
-    """
-    n, n_rows, n_columns = out.shape
-    inner = w.shape[1]
-    if x.shape != (n, n_rows, inner) or w.shape != (n, inner, n_columns):
-        raise ValueError(
-            f"Products of {tuple(x.shape)} and {tuple(w.shape)} are not {tuple(out.shape)}."
-        )
-    if out.dtype != torch.bfloat16 or out.stride(2) != 1:
-        raise ValueError(f"Products are not written to {tuple(out.shape)} in {out.dtype}.")
-    if not out.numel():
-        return
-    n_threads = torch.get_num_threads()
-    numbers = [
-        *(out.data_ptr(), out.stride(1), 0, 0, 0, n_rows, n_columns),
-        *(n, out.stride(0), 1, 0),
-        *(_rows_each(n_rows, n_columns, n_threads), scratch(n_threads), _ONE),
-        *(*_factor(x[0]), *_factor(w[0])),
-        *(inner, 0, n_rows, x.stride(0), w.stride(0), *NO_MASK),
-    ]
-    gemm.multiply_sums(numbers, n_threads)
 
 
 def _factor(matrix: torch.Tensor) -> tuple[int, int, int]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from worker.kernels import Numbers, gradients, heads, masks
+from worker.kernels import Numbers, causal, gemm, gradients, heads, masks, pairs, tiles
 from worker.kernels.operators import by_token, loops
 from worker.kernels.team import bits_of
 
@@ -29,6 +29,9 @@ def compile_(dtype: torch.dtype) -> None:
     for each in _ALL:
         each[dtype].address  # noqa: B018
     masks.draw.address  # noqa: B018
+    if dtype == torch.bfloat16 and tiles.is_supported():
+        for loop in (gemm.multiply_sums, *pairs.ALL, *causal.ALL):
+            loop.address  # noqa: B018
 
 
 def rescale_back(  # noqa: PLR0913 - what `rescale` was given and made

@@ -7,7 +7,7 @@ import torch
 
 from tests.worker.kernels.exact import THREADS, assert_near
 from worker.kernels import gemm, tiles
-from worker.kernels.products import Term, add_up_, is_supported, multiply_each_
+from worker.kernels.products import Term, add_up_, is_supported
 
 pytestmark = pytest.mark.skipif(
     not tiles.is_supported(), reason="this processor has no AVX512-BF16"
@@ -108,24 +108,9 @@ def test_parts_of_wider_matrices_are_read_and_written_where_they_are() -> None:
     assert not place[:, 60:].any()
 
 
-@THREADS
-@pytest.mark.parametrize("n", [1, 2, 5])
-def test_many_small_products_are_those_of_each(n: int, n_threads: int) -> None:
-    torch.set_num_threads(n_threads)
-    for x, w in (
-        (draw(n, 36, 64), by_column(n, 64, 12)),
-        (draw(n, 36, 12), draw(n, 12, 64)),
-        (by_column(n, 12, 36), draw(n, 36, 64)),
-    ):
-        out = torch.full((n, x.shape[1], w.shape[2]), torch.nan, dtype=torch.bfloat16)
-        multiply_each_(x, w, out)
-        assert_near(out, x.double() @ w.double())
-
-
 def test_nothing_times_something_is_nothing() -> None:
     place = torch.ones(4, 8, dtype=torch.bfloat16)
     add_up_([Term(draw(0, INNER), draw(INNER, 8))], place[2:2])
-    multiply_each_(draw(0, 4, 6), draw(0, 6, 8), place.expand(3, 4, 8)[1:1])
     assert place.eq(1).all()
     add_up_([Term(draw(4, 0), draw(0, 8))], place)
     assert not place.any()
@@ -154,13 +139,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written() -> None:
             add_up_(terms, out, bias=bias)
     with pytest.raises(ValueError, match="not written in"):
         add_up_([Term(draw(6, 4), draw(4, 8))], out.double())
-    several = torch.zeros(2, 6, 8, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="are not"):
-        multiply_each_(draw(2, 6, 4), draw(3, 4, 8), several)
-    with pytest.raises(ValueError, match="not written to"):
-        multiply_each_(draw(2, 6, 4), draw(2, 4, 8), several.float())
     assert not out.any()
-    assert not several.any()
 
 
 def test_other_kinds_of_numbers_are_left_to_others() -> None:

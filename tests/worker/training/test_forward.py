@@ -40,7 +40,7 @@ from tests.worker.training.tiny import SIZES, attach, lora, make_examples
 from worker.training.forward import PackedForward, PaddedForward, choose_forward, label_logits
 from worker.training.objectives.base import IGNORED, Batch, Example, LanguageForward
 from worker.training.objectives.sft import Sft
-from worker.training.packed import attention
+from worker.training.packed import attend
 
 FP32 = Precision(type="fp32")
 ALONE = {key: value for key, value in SIZES.items() if key != "num_key_value_heads"}
@@ -220,7 +220,7 @@ def test_choosing_changes_no_bit_of_the_weights() -> None:
 
 def test_a_wrong_packed_pass_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     # Rows see the future.
-    monkeypatch.setattr(attention, "causal_softmax_", lambda scores: scores.softmax(-1))
+    monkeypatch.setattr(attend, "causal_softmax_", lambda scores: scores.softmax(-1))
     forward, reason = choose_forward(build(FAMILIES["llama"]), FP32, "cpu", 0, cache_weights=False)
     assert isinstance(forward, PaddedForward)
     assert reason is not None

@@ -8,29 +8,18 @@ all rows go through one call of the flash kernel for rows of different lengths. 
 """
 
 import inspect
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.nn import functional
 
-from worker.kernels import products
 from worker.kernels.operators import is_supported
-from worker.kernels.training import (
-    Rows,
-    Turns,
-    causal_softmax_,
-    causal_softmax_back_,
-    join_heads,
-    split_heads,
-)
 from worker.training.packed import layout, pool
+from worker.training.packed.attend import attention_of
 from worker.training.packed.layout import Layout
 
 NAME = "tunery_packed"
-EXPLICIT_UP_TO = 1024
-"""Longest row, in tokens, for which the whole matrix of probabilities is kept."""
 HALF_PRECISION = (torch.bfloat16, torch.float16)
 """What the flash kernel computes in."""
 
@@ -107,12 +96,12 @@ def packed_attention(  # noqa: PLR0913 - the interface of transformers
     if (
         query.device.type == "cpu"
         and is_supported(query.dtype)
-        and rows.longest <= EXPLICIT_UP_TO
+        and rows.longest <= attention_of(query).longest
         and is_causal
         and not windowed
         and not dropout
     ):
-        output: torch.Tensor = _ExplicitAttention.apply(query, key, value, scale, rows.buckets)
+        output: torch.Tensor = _ExplicitAttention.apply(query, key, value, scale, rows)
         return output, None
     if query.device.type == "cuda" and query.dtype in HALF_PRECISION and not dropout:
         window = sliding_window if windowed else None
@@ -204,107 +193,24 @@ class _ExplicitAttention(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         scale: float,
-        buckets: list[Rows],
+        rows: Layout,
     ) -> torch.Tensor:
         projected = [each[0].transpose(0, 1) for each in (query, key, value)]
         output = pool.empty(query, *projected[0].shape)
-        saved = attend(projected, None, scale, buckets, output)
+        ctx.how = attention_of(query)
+        saved = ctx.how.attend(projected, None, scale, rows, output)
         ctx.save_for_backward(*saved)
-        ctx.scale, ctx.buckets = scale, buckets
+        ctx.scale, ctx.rows, ctx.n_keys = scale, rows, key.shape[1]
         return output[None]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         saved = ctx.saved_tensors  # once: a pass that runs again gives them out once
         n_tokens, n_heads, width = gradient.shape[1:]
-        n_keys = saved[1].shape[1]
         to_projected = [
-            pool.empty(gradient, n_tokens, heads, width) for heads in (n_heads, n_keys, n_keys)
+            pool.empty(gradient, n_tokens, heads, width)
+            for heads in (n_heads, ctx.n_keys, ctx.n_keys)
         ]
-        attend_back(gradient[0].contiguous(), saved, None, ctx.scale, ctx.buckets, to_projected)
+        outer = gradient[0].contiguous()
+        ctx.how.attend_back(outer, saved, None, ctx.scale, ctx.rows, to_projected)
         return (*(each.transpose(0, 1)[None] for each in to_projected), None, None)
-
-
-def attend(
-    projected: Sequence[torch.Tensor],
-    turns: Turns | None,
-    scale: float,
-    buckets: list[Rows],
-    output: torch.Tensor,
-) -> list[torch.Tensor]:
-    """Compute softmax(s·QKᵀ)·V of each row; the G = H / K queries of a key head are one product.
-
-    The probabilities, which of all that is kept would grow with the square of a row's length, are
-    made again in the backward pass. Places after the ends of a bucket's shorter rows hold 0 and
-    need no mask: they come after all that is real, so that nothing real sees them.
-
-    Args:
-        projected: Queries [T, H, D], keys and values [T, K, D].
-        turns: Positions that are put into queries and keys, or None if they are there.
-        scale: s.
-        buckets: All rows, in groups.
-        output: [T, H, D], is filled.
-
-    Returns:
-        For each bucket of S rows the scaled queries [S, H, n, D], keys and values [S, K, n, D], as
-        `attend_back` needs them.
-    """
-    saved = []
-    for rows in buckets:
-        factors, places = (scale, 1.0, 1.0), (turns, turns, None)
-        queries, keys, values = (
-            split_heads(x, rows, place, factor, out=_heads(x, rows))
-            for x, place, factor in zip(projected, places, factors, strict=True)
-        )
-        saved += [queries, keys, values]
-        results = _bmm(_shares(queries, keys), _by_key(values, values))
-        join_heads(results.view_as(queries), rows, None, 1.0, out=output)
-    return saved
-
-
-def attend_back(
-    gradient: torch.Tensor,
-    saved: Sequence[torch.Tensor],
-    turns: Turns | None,
-    scale: float,
-    buckets: list[Rows],
-    to_projected: Sequence[torch.Tensor],
-) -> None:
-    """Fill `to_projected`, shaped as queries, keys and values, from the gradient [T, H, D]."""
-    to_query, to_key, to_value = to_projected
-    for index, rows in enumerate(buckets):
-        queries, keys, values = saved[3 * index : 3 * index + 3]
-        shares = _shares(queries, keys)
-        outer = split_heads(gradient, rows, None, 1.0, out=_heads(gradient, rows))
-        outer = _by_key(outer, values)
-        join_heads(
-            _bmm(shares.transpose(1, 2), outer).view_as(values), rows, None, 1.0, out=to_value
-        )
-        to_scores = causal_softmax_back_(_bmm(outer, _by_key(values, values).mT), shares)
-        back = _bmm(to_scores, _by_key(keys, keys)).view_as(queries)
-        join_heads(back, rows, turns, scale, out=to_query)
-        back = _bmm(to_scores.mT, _by_key(queries, keys)).view_as(keys)
-        join_heads(back, rows, turns, 1.0, out=to_key)
-
-
-def _heads(tokens: torch.Tensor, rows: Rows) -> torch.Tensor:
-    return pool.empty(tokens, len(rows), tokens.shape[1], rows.n, tokens.shape[2])
-
-
-def _by_key(x: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return x [S, K·G, n, D] as [S·K, G·n, D], as many as `keys` [S, K, n, D] has heads."""
-    return x.view(keys.shape[0] * keys.shape[1], -1, keys.shape[3])
-
-
-def _shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return the probabilities [S·K, G·n, n] of scaled queries [S, H, n, D], keys [S, K, n, D]."""
-    return causal_softmax_(_bmm(_by_key(queries, keys), _by_key(keys, keys).mT))
-
-
-def _bmm(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """Return the products [N, I, J] of one [N, I, K] and other [N, K, J]."""
-    out = pool.empty(one, *one.shape[:2], other.shape[2])
-    if products.is_supported(one):
-        products.multiply_each_(one, other, out)
-        return out
-    return torch.bmm(one, other, out=out)

@@ -15,9 +15,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from worker.kernels.operators import add_and_rescale, is_supported, rescale
-from worker.kernels.training import Rows, Turns, rescale_back
+from worker.kernels.training import Turns, rescale_back
 from worker.training.packed import layout, pool
-from worker.training.packed.attention import EXPLICIT_UP_TO, attend, attend_back
+from worker.training.packed.attend import attention_of
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup, gate, gate_back
 from worker.training.packed.norm import can_divide
@@ -97,13 +97,14 @@ class FusedLayer:
         if turns[0].shape != (1, x.shape[1], self.width):
             return False
         longest = layout.current().longest
-        return longest <= EXPLICIT_UP_TO and (self._window is None or longest <= self._window)
+        most = attention_of(x).longest
+        return longest <= most and (self._window is None or longest <= self._window)
 
     def run(self, x: torch.Tensor, turns: Turns) -> torch.Tensor:
         """Return the layer's output for hidden states x [T, d] under the active layout."""
         training = self._layer.training
         found = [group.parts(x, training=training) for group in self.groups]
-        rows = layout.current().buckets
+        rows = layout.current()
         parameters = [each for _, several in found for each in several]
         parts = [each for each, _ in found]
         output: torch.Tensor = _Layer.apply(x, self, parts, turns, rows, *parameters)
@@ -118,7 +119,7 @@ class _Layer(torch.autograd.Function):
         layer: FusedLayer,
         parts: list[list[Part]],
         turns: Turns,
-        rows: list[Rows],
+        rows: Layout,
         *_: Any,
     ) -> torch.Tensor:
         weights = [group.weights for group in layer.groups]
@@ -129,7 +130,7 @@ class _Layer(torch.autograd.Function):
         projected, of_heads = multiply(normal, weights[0], parts[0])
         heads = _by_head(projected, layer)
         attended = pool.empty(x, *heads[0].shape)
-        states = attend(heads, turns, layer.scale, rows, attended)
+        states = attention_of(x).attend(heads, turns, layer.scale, rows, attended)
         attended = attended.flatten(1)
         found, of_output = multiply(attended, weights[1], parts[1])
         places = pool.empty(x, *x.shape), pool.empty(x, *x.shape)
@@ -144,7 +145,7 @@ class _Layer(torch.autograd.Function):
             *(each for several in hidden for each in several),
         )
         ctx.layer, ctx.parts, ctx.rows = layer, parts, rows
-        ctx.sizes = [len(several) for several in hidden]
+        ctx.sizes = [len(several) for several in (states, *hidden)]
         return output
 
     @staticmethod
@@ -153,9 +154,8 @@ class _Layer(torch.autograd.Function):
         weights = [group.weights for group in layer.groups]
         # Once: a pass that runs again gives them out once.
         normal, first, attended, other, second, both, *rest = ctx.saved_tensors
-        turns, states = (rest[0], rest[1]), rest[2 : 2 + 3 * len(rows)]
-        of_products = iter(rest[2 + len(states) :])
-        hidden = [list(islice(of_products, n)) for n in ctx.sizes]
+        turns, others = (rest[0], rest[1]), iter(rest[2:])
+        states, *hidden = (list(islice(others, n)) for n in ctx.sizes)
         how = products_of(normal)
         send_back, matrix_gradients = how.send_back, how.matrix_gradients
         gradient = gradient.contiguous()
@@ -176,7 +176,7 @@ class _Layer(torch.autograd.Function):
         to_projected = pool.empty(normal, len(normal), sum(layer.groups[0].outputs))
         by_head = to_attended.unflatten(1, (-1, layer.width))
         to_heads = _by_head(to_projected, layer)
-        attend_back(by_head, states, turns, layer.scale, rows, to_heads)
+        attention_of(normal).attend_back(by_head, states, turns, layer.scale, rows, to_heads)
         wanted = ctx.needs_input_grad[0]
         sender = to_projected, weights[0], parts[0], hidden[0]
         to_normal, sent = send_back(*sender, wanted=wanted)

@@ -57,6 +57,11 @@ class Layout:
         return found
 
     @cached_property
+    def whole(self) -> Rows:
+        """All rows, of whatever lengths."""
+        return Rows(self.spans)
+
+    @cached_property
     def buckets(self) -> list[Rows]:
         """The rows in groups of about equal length, in order, the longest of each first."""
         groups: list[list[tuple[int, int]]] = []

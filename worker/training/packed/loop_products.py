@@ -137,7 +137,7 @@ def _outputs(index: int, parts: Sequence[Part], hidden: torch.Tensor) -> list[in
             numbers += (
                 *(place + first * _BYTES, part.columns.rank, 0),
                 *(_matrices(part) + column.b * _BYTES, rank, 1),
-                *(rank, part.start, part.end, 0, 0, *NO_MASK),
+                *(rank, part.start, part.end, *NO_MASK),
             )
         place += _n_hidden(part) * _BYTES
     return numbers
@@ -149,7 +149,7 @@ def _inputs(n_inputs: int, parts: Sequence[Part], to_hidden: torch.Tensor) -> li
     place = to_hidden.data_ptr()
     for part in parts:
         rank, matrices, masks = part.columns.rank, _matrices(part), _masks(part)
-        span = (part.start, part.end, 0, 0)
+        span = (part.start, part.end)
         if not masks:  # all layers see the same
             numbers += (place, rank, 0, matrices, n_inputs, 0, rank, *span, *NO_MASK)
         else:

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from worker.training.packed import attention, layout
+from worker.training.packed import layout
+from worker.training.packed.attend import ProductAttention
 from worker.training.packed.attention import UnsupportedAttentionError, packed_attention
 from worker.training.packed.layout import Layout
 
@@ -53,7 +54,7 @@ def packed(inputs: Triple, lengths: list[int], **options: Any) -> torch.Tensor:
 def test_rows_attend_to_themselves_alone(
     n_heads: int, n_keys: int, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "EXPLICIT_UP_TO", limit)
+    monkeypatch.setattr(ProductAttention, "longest", limit)
     inputs, twins = tensors(n_heads, n_keys, LENGTHS), tensors(n_heads, n_keys, LENGTHS)
     found, expected = packed(inputs, LENGTHS), reference(*twins, LENGTHS)
     torch.testing.assert_close(found, expected)
