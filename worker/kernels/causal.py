@@ -11,11 +11,13 @@ from numba import carray, njit
 
 from worker.kernels.gemm import ONE, multiply_one, tell, tell_factors
 from worker.kernels.heads import turn, turn_back
-from worker.kernels.numbers import exp, get, largest_of, pointer, put
+from worker.kernels.numbers import exp, get, largest_of, pointer, put, share_of
 from worker.kernels.team import OPTIONS, Loop, member, size
 
-STRIP = 64
-"""Queries whose scores are there at a time."""
+STRIP = 96
+"""Queries whose scores are there at a time, at most."""
+UNROLLED = 64
+"""Numbers that a loop over float32 takes at a time."""
 N_NUMBERS = 28
 N_NUMBERS_OF_TURN = 8
 _NO_MASK = (0, 0)
@@ -23,16 +25,23 @@ _NO_MASK = (0, 0)
 What the loops that attend are told of: where, in int64, the rows' first tokens and their numbers of
 tokens are; rows; heads; key heads; d; the factor of scores, the bits of a float64; where each
 thread has `gemm.SCRATCH_WORDS`; where each thread has `scratch_bytes`; at least how many tokens the
-longest row has, a multiple of 16. Then, of queries, keys, values, and the result or its gradient,
-where they are and by how many elements the next token, and the next head, is further on; and
-backward of the queries' gradient the same. Last where the gradients of keys and values go that each
-head sends, [heads, tokens, d], float32: how many tokens; keys; values.
+longest row has, a multiple of `UNROLLED`. Then, of queries, keys, values, and the result or its
+gradient, where they are and by how many elements the next token, and the next head, is further on;
+and backward of the queries' gradient the same. Last where the gradients of keys and values go that
+each head sends, [heads, tokens, d], float32: how many tokens; keys; values.
 """
 
 
 def scratch_bytes(longest: int) -> int:
     """Return how much each thread needs for rows of up to `longest` tokens."""
-    return STRIP * longest * 12
+    return STRIP * longest * 12  # two float32 and two bfloat16
+
+
+@njit(**OPTIONS)
+def _step(n: int) -> int:
+    """Return how many of a row's `n` queries are a strip, so that all strips are about equal."""
+    n_strips = (n + STRIP - 1) // STRIP
+    return ((n + n_strips - 1) // n_strips + 7) // 8 * 8  # the rows of a tile
 
 
 @njit(**OPTIONS)
@@ -83,37 +92,46 @@ def _send(  # noqa: PLR0913
 
 
 @njit(**OPTIONS)
+def _whole(n: int) -> int:
+    """Return `n` or more: what the loops below go through without a rest, which is slow."""
+    return (n + UNROLLED - 1) // UNROLLED * UNROLLED
+
+
+@njit(**OPTIONS)
 def _make_shares(scores: Any, shares: Any, first: int, n_keys: int) -> None:
     """Make probabilities of scores: the query of row i sees keys up to ``first + i``."""
     for i in range(scores.shape[0]):
-        n_seen = first + i + 1
-        own, made = scores[i, :n_seen], shares[i]
+        n = first + i + 1
+        n_whole = _whole(n)
+        own, made = scores[i, :n_whole], shares[i, :n_whole]
+        own[n:] = own[0]
         largest = largest_of(own)
+        own[n:] = largest - np.float32(100)  # adds nothing to a sum that is 1 at least
         total = np.float32(0)
-        for j in range(n_seen):
+        for j in range(n_whole):
             own[j] = exp(own[j] - largest)
             total += own[j]
-        # What is not finite shows: the difference is 0, or NaN.
-        one_over = np.float32(1) / total + (largest - largest)
-        for j in range(n_seen):
-            put(made, j, own[j] * one_over)
-        for j in range(n_seen, n_keys):
-            made[j] = 0
+        share = share_of(total, largest)
+        for j in range(n_whole):
+            put(made, j, own[j] * share)
+        shares[i, n:n_keys] = 0
 
 
 @njit(**OPTIONS)
 def _send_to_scores(back: Any, shares: Any, made: Any, first: int, n_keys: int) -> None:
     """Make gradients of scores of those of their shares."""
     for i in range(back.shape[0]):
-        n_seen = first + i + 1
-        gradient, own, target = back[i], shares[i], made[i]
+        n = first + i + 1
+        n_whole = _whole(n)
+        gradient, own, target = back[i, :n_whole], shares[i, :n_whole], made[i, :n_whole]
+        gradient[n:] = np.float32(0)
+        own[n:] = 0
         along = np.float32(0)
-        for j in range(n_seen):
+        for j in range(n_whole):
             along += gradient[j] * get(own, j)
-        for j in range(n_seen):
+        for j in range(n_whole):
             put(target, j, (gradient[j] - along) * get(own, j))
-        for j in range(n_seen, n_keys):
-            target[j] = 0
+        made[i, n:n_keys] = 0
 
 
 @njit(**OPTIONS)
@@ -129,8 +147,9 @@ def _attend(address: Any) -> None:
         first = firsts[row]
         keys = _of(numbers, 1, first, head // n_sharing)
         values = _of(numbers, 2, first, head // n_sharing)
-        for start in range(0, lengths[row], STRIP):
-            n_seen = min(lengths[row], start + STRIP)
+        step = _step(lengths[row])
+        for start in range(0, lengths[row], step):
+            n_seen = min(lengths[row], start + step)
             n = n_seen - start
             scores = _strip(numbers, 0, n, np.float32)
             shares = _strip(numbers, 8, n, np.uint16)
@@ -157,8 +176,9 @@ def _attend_back(address: Any) -> None:
         by_head = (head * numbers[25] + first) * d * 4
         to_keys, to_values = numbers[26] + by_head, numbers[27] + by_head
         kind = 1  # the last strip sees all and sets, others add
-        for start in range((lengths[row] - 1) // STRIP * STRIP, -1, -STRIP):
-            n_seen = min(lengths[row], start + STRIP)
+        step = _step(lengths[row])
+        for start in range((lengths[row] - 1) // step * step, -1, -step):
+            n_seen = min(lengths[row], start + step)
             n = n_seen - start
             scores = _strip(numbers, 0, n, np.float32)
             back = _strip(numbers, 4, n, np.float32)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.kernels.numbers import copy, exp, get, largest_of, pointer, put
+from worker.kernels.numbers import copy, exp, get, largest_of, pointer, put, share_of
 from worker.kernels.team import OPTIONS, Loop, member, size
 
 
@@ -121,7 +121,7 @@ def _cross_entropy(address: Any, kind: Any) -> None:
         # Of equal logits the first is the answer.
         hits[row] = own == largest and (label == 0 or largest_of(z[:label]) < largest)
         if numbers[6]:
-            share = np.float32(1) / total + (largest - largest)  # NaN, if that is not finite
+            share = share_of(total, largest)
             powers[label] -= total
             for i in range(d):
                 put(z, i, powers[i] * share)

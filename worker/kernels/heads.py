@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numba import carray, njit
 
-from worker.kernels.numbers import exp, get, largest_of, pointer, put
+from worker.kernels.numbers import exp, get, largest_of, pointer, put, share_of
 from worker.kernels.team import OPTIONS, Loop, member, size
 
 
@@ -120,18 +120,17 @@ def _causal_softmax(address: Any, kind: Any) -> None:
     n_rows, n = numbers[1], numbers[2]
     rows = carray(pointer(numbers[0]), (n_rows, n), kind)
     powers = np.empty(n, np.float32)
-    share = (n_rows + size() - 1) // size()
-    for row in range(member() * share, min(n_rows, (member() + 1) * share)):
+    n_each = (n_rows + size() - 1) // size()
+    for row in range(member() * n_each, min(n_rows, (member() + 1) * n_each)):
         own, n_seen = rows[row], row % n + 1
         largest = largest_of(own[:n_seen])
         total = np.float32(0)
         for i in range(n_seen):
             powers[i] = exp(get(own, i) - largest)
             total += powers[i]
-        # What is not finite shows: the difference is 0, or NaN.
-        one_over = np.float32(1) / total + (largest - largest)
+        share = share_of(total, largest)
         for i in range(n_seen):
-            put(own, i, powers[i] * one_over)
+            put(own, i, powers[i] * share)
         for i in range(n_seen, n):
             own[i] = 0
 

@@ -139,18 +139,31 @@ def exp(x: Any) -> Any:
     return value * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(fastmath={"reassoc", "nsz", "nnan"}, error_model="numpy")
-def _largest_number(x: Any) -> Any:
-    largest = get(x, 0)
-    for i in range(x.shape[0]):
-        largest = max(largest, get(x, i))
-    return largest
+@njit(**OPTIONS)
+def _turned(bits: Any) -> Any:
+    """Make integers in the order of numbers of the bits of these, and the other way round."""
+    return np.int32(bits ^ np.int32((bits >> np.int32(31)) & np.int32(2**31 - 1)))
 
 
 @njit(**OPTIONS)
 def largest_of(x: Any) -> Any:
-    """Return the largest number; NaN where one is. In two ways through, which are vectorised."""
-    n_none = 0
+    """Return the largest number; NaN where one is.
+
+    Integers are compared, which is vectorised, unlike comparing numbers.
+    """
+    largest, n_none = np.int32(-(2**31)), np.int32(0)
     for i in range(x.shape[0]):
-        n_none += get(x, i) != get(x, i)
-    return np.float32(np.nan) if n_none else _largest_number(x)
+        number = np.float32(get(x, i))
+        largest = max(largest, _turned(number.view(np.int32)))
+        n_none += np.int32(number != number)
+    bits = np.int32(_turned(largest))
+    return np.float32(np.nan) if n_none else bits.view(np.float32)
+
+
+@njit(**OPTIONS)
+def share_of(total: Any, largest: Any) -> Any:
+    """Return what powers e^(x - largest) of that total are multiplied by; NaN if it was not finite.
+
+    Then what is not finite shows in all shares, though `exp` of it does not.
+    """
+    return np.float32(1) / total if abs(largest) < np.float32(np.inf) else np.float32(np.nan)

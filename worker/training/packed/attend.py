@@ -190,7 +190,8 @@ def _told(
 ) -> tuple[list[int], torch.Tensor]:
     """Return what the loops that attend are told of first, and memory that they use meanwhile."""
     queries, keys, _ = projected
-    n_threads, longest = torch.get_num_threads(), -(-rows.longest // 16) * 16
+    n_threads = torch.get_num_threads()
+    longest = -(-rows.longest // causal.UNROLLED) * causal.UNROLLED
     n_bytes = n_threads * causal.scratch_bytes(longest)
     scratch = pool.empty(queries, n_bytes, dtype=torch.uint8)
     whole = rows.whole
