@@ -98,13 +98,18 @@ def peft_config() -> Any:
     )
 
 
-def run_trl(folder: Path, precision: str, *, best: bool) -> None:
-    """TRL's SFTTrainer: as it comes, or without checkpointing on batches of like lengths."""
+def run_trl(folder: Path, precision: str, *, best: bool, turned: bool = False) -> None:
+    """TRL's SFTTrainer: as it comes, or without checkpointing on batches of like lengths.
+
+    With `turned`, the rows of each batch come the other way round.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     rows = Rows(folder, "grouped" if best else "random")
+    if turned:
+        rows.batches = [batch[::-1] for batch in rows.batches]
     model = load_base(folder, precision)
     data = Dataset.from_list(
         [
@@ -338,8 +343,10 @@ def main() -> None:
             run_ours(folder, precision)
         case "plain":
             run_plain(folder, precision)
-        case "trl default" | "trl best":
-            run_trl(folder, precision, best=contestant == "trl best")
+        case "trl default":
+            run_trl(folder, precision, best=False)
+        case "trl best" | "trl turned":
+            run_trl(folder, precision, best=True, turned=contestant == "trl turned")
         case _:
             raise SystemExit(f"There is no contestant {contestant!r}.")
 

@@ -158,9 +158,8 @@ class LoopAttention(Attention):
         if turns is not None:
             for each in (queries, keys):
                 causal.turn_heads([*_turned(each), *_places(turns)], 2)
-        told, scratch = _told(projected, output, scale, rows)
-        causal.attend([*told, *[0] * 6], 2)
-        del scratch
+        scratch = _scratch(queries, rows)
+        causal.attend([*_told(projected, output, scale, rows, scratch), *[0] * 6], 2)
         return [queries, keys, values]
 
     @staticmethod
@@ -177,32 +176,42 @@ class LoopAttention(Attention):
         shape = (2, n_heads, n_tokens, width)
         sent = pool.empty(gradient, *shape, dtype=torch.float32)
         places = [each.data_ptr() for each in sent]
-        told, scratch = _told(saved, gradient, scale, rows)
+        scratch = _scratch(gradient, rows)
+        told = _told(saved, gradient, scale, rows, scratch)
         causal.attend_back([*told, *_place(to_query), n_tokens, *places], 2)
-        del scratch
         others = [number for each in to_others for number in _place(each)]
         n_keys = to_others[0].shape[1]
         causal.join_back([*_turned(to_query), *_places(turns), *others, n_keys, *places], 2)
 
 
+def _longest(rows: Layout) -> int:
+    return -(-rows.longest // causal.UNROLLED) * causal.UNROLLED
+
+
+def _scratch(like: torch.Tensor, rows: Layout) -> torch.Tensor:
+    """Return memory that the loops that attend use meanwhile."""
+    n_bytes = torch.get_num_threads() * causal.scratch_bytes(_longest(rows))
+    return pool.empty(like, n_bytes, dtype=torch.uint8)
+
+
 def _told(
-    projected: Sequence[torch.Tensor], result: torch.Tensor, scale: float, rows: Layout
-) -> tuple[list[int], torch.Tensor]:
-    """Return what the loops that attend are told of first, and memory that they use meanwhile."""
+    projected: Sequence[torch.Tensor],
+    result: torch.Tensor,
+    scale: float,
+    rows: Layout,
+    scratch: torch.Tensor,
+) -> list[int]:
+    """Return what the loops that attend are told of first."""
     queries, keys, _ = projected
-    n_threads = torch.get_num_threads()
-    longest = -(-rows.longest // causal.UNROLLED) * causal.UNROLLED
-    n_bytes = n_threads * causal.scratch_bytes(longest)
-    scratch = pool.empty(queries, n_bytes, dtype=torch.uint8)
     whole = rows.whole
     numbers = [
         *(whole.firsts.ctypes.data, whole.lengths.ctypes.data, len(whole)),
         *(queries.shape[1], keys.shape[1], queries.shape[2], bits_of(scale)),
-        *(products.scratch(n_threads), scratch.data_ptr(), longest),
+        *(products.scratch(torch.get_num_threads()), scratch.data_ptr(), _longest(rows)),
     ]
     for each in (*projected, result):
         numbers += _place(each)
-    return numbers, scratch
+    return numbers
 
 
 def _place(tokens: torch.Tensor) -> tuple[int, int, int]:

@@ -32,19 +32,11 @@ class Part:
     def rows(self) -> slice:
         return slice(self.start, self.end)
 
-    @property
-    def a(self) -> list[torch.Tensor]:
-        """Those of each layer, times their factors, views."""
-        return self._views()[: len(self.columns)]
-
-    @property
-    def b(self) -> list[torch.Tensor]:
-        """Those of each layer, views."""
-        return self._views()[len(self.columns) :]
-
-    def _views(self) -> list[torch.Tensor]:
-        start = self.columns.start
-        return self.columns.views(self.matrices[start : start + self.columns.size])
+    def by_layer(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return A, times its factor, and B of each layer, views."""
+        start, n = self.columns.start, len(self.columns)
+        views = self.columns.views(self.matrices[start : start + self.columns.size])
+        return views[:n], views[n:]
 
 
 class Products(ABC):

@@ -33,20 +33,21 @@ class TorchProducts(Products):
         x: torch.Tensor, weights: Sequence[FrozenWeight], parts: Sequence[Part]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         kept = []
-        for part in parts:
+        matrices = [part.by_layer() for part in parts]
+        for part, (all_a, _) in zip(parts, matrices, strict=True):
             rows = x[part.rows]
             hidden = pool.empty(x, rows.shape[0], part.columns.rank)
             if part.drop is None:
-                torch.mm(rows, _whole(part, part.a).t(), out=hidden)
+                torch.mm(rows, _whole(part, all_a).t(), out=hidden)
             else:
-                for number, (column, a) in enumerate(zip(part.columns, part.a, strict=True)):
+                for number, (column, a) in enumerate(zip(part.columns, all_a, strict=True)):
                     torch.mm(_seen(rows, part, number), a.t(), out=hidden[:, column.hidden])
             kept.append(hidden)
         output = pool.empty(x, x.shape[0], sum(weight.outputs for weight in weights))
         for index, (weight, own) in enumerate(columns_of(weights)):
             terms = [Term(x, weight.get().t())]
-            for part, hidden in zip(parts, kept, strict=True):
-                for column, b in zip(part.columns, part.b, strict=True):
+            for part, hidden, (_, all_b) in zip(parts, kept, matrices, strict=True):
+                for column, b in zip(part.columns, all_b, strict=True):
                     if column.index == index:
                         terms.append(Term(hidden[:, column.hidden], b.t(), part.start))
             TorchSums.add_up(terms, output[:, own], bias=weight.bias)
@@ -62,25 +63,26 @@ class TorchProducts(Products):
         wanted: bool = True,
     ) -> tuple[torch.Tensor | None, list[Sent]]:
         added, all_sent = [], []
-        for part, hidden in zip(parts, kept, strict=True):
+        matrices = [part.by_layer() for part in parts]
+        for part, hidden, (all_a, all_b) in zip(parts, kept, matrices, strict=True):
             gradients = gradient.new_empty(part.columns.size)
             sent = Sent(torch.empty_like(hidden), gradients, part.columns.views(gradients))
             to_b = sent.views[len(part.columns) :]
-            for column, b, out in zip(part.columns, part.b, to_b, strict=True):
+            for column, b, out in zip(part.columns, all_b, to_b, strict=True):
                 outer = gradient[part.rows, column.output]
                 torch.mm(outer, b, out=sent.to_hidden[:, column.hidden])
                 torch.mm(outer.t(), hidden[:, column.hidden], out=out)
             if part.drop is None:
-                added.append(Term(sent.to_hidden, _whole(part, part.a), part.start))
+                added.append(Term(sent.to_hidden, _whole(part, all_a), part.start))
             all_sent.append(sent)
         if not wanted:
             return None, all_sent
         to_x = pool.empty(gradient, gradient.shape[0], weights[0].inputs)
         frozen = (Term(gradient[:, own], weight.get()) for weight, own in columns_of(weights))
         TorchSums.add_up(chain(frozen, added), to_x)
-        for part, sent in zip(parts, all_sent, strict=True):
+        for part, sent, (all_a, _) in zip(parts, all_sent, matrices, strict=True):
             if part.drop is not None:
-                _add_kept(part, sent, to_x[part.rows])
+                _add_kept(part, all_a, sent, to_x[part.rows])
         return to_x, all_sent
 
     @staticmethod
@@ -114,10 +116,10 @@ def _seen(rows: torch.Tensor, part: Part, number: int) -> torch.Tensor:
     return part.drop.zero_(rows.clone(memory_format=torch.contiguous_format), number)
 
 
-def _add_kept(part: Part, sent: Sent, to_x: torch.Tensor) -> None:
+def _add_kept(part: Part, all_a: Sequence[torch.Tensor], sent: Sent, to_x: torch.Tensor) -> None:
     """Add what the matrices of a part with dropout send back to the inputs that it kept."""
     assert part.drop is not None
-    for number, (column, a) in enumerate(zip(part.columns, part.a, strict=True)):
+    for number, (column, a) in enumerate(zip(part.columns, all_a, strict=True)):
         to_rows = pool.empty(to_x, *to_x.shape)
         torch.mm(sent.to_hidden[:, column.hidden], a, out=to_rows)
         to_x.add_(part.drop.zero_(to_rows, number))
