@@ -2,6 +2,14 @@
 
 A strip of queries at a time sees only the keys up to its end. Its scores stay in a cache, in
 float32, and are made again in the backward pass, so that nothing grows with the square of a row.
+
+What the loops that attend are told of: where, in int64, the rows' first tokens and their numbers of
+tokens are; rows; heads; key heads; d; the factor of scores, the bits of a float64; where each
+thread has `gemm.SCRATCH_WORDS`; where each thread has `scratch_bytes`; at least how many tokens the
+longest row has, a multiple of `UNROLLED`. Then, of queries, keys, values, and the result or its
+gradient, where they are and by how many elements the next token, and the next head, is further on;
+and backward of the queries' gradient the same. Last where the gradients of keys and values go that
+each head sends, [heads, tokens, d], float32: how many tokens; keys; values.
 """
 
 from typing import Any
@@ -21,15 +29,6 @@ UNROLLED = 64
 N_NUMBERS = 28
 N_NUMBERS_OF_TURN = 8
 _NO_MASK = (0, 0)
-"""
-What the loops that attend are told of: where, in int64, the rows' first tokens and their numbers of
-tokens are; rows; heads; key heads; d; the factor of scores, the bits of a float64; where each
-thread has `gemm.SCRATCH_WORDS`; where each thread has `scratch_bytes`; at least how many tokens the
-longest row has, a multiple of `UNROLLED`. Then, of queries, keys, values, and the result or its
-gradient, where they are and by how many elements the next token, and the next head, is further on;
-and backward of the queries' gradient the same. Last where the gradients of keys and values go that
-each head sends, [heads, tokens, d], float32: how many tokens; keys; values.
-"""
 
 
 def scratch_bytes(longest: int) -> int:

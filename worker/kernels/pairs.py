@@ -1,6 +1,20 @@
 """What LoRA adds to the layers that read one input, and its gradients, for all segments at once.
 
 One call does what would be dozens of small ones, each of which takes longer to begin than to run.
+
+What the loops here are told of: where x is, [tokens, inputs], bfloat16; by how many elements its
+next row is further on; inputs; where the gradient of the outputs is, [tokens, all outputs]; by how
+many elements its next row is further on; the number of parts; where each thread has
+`gemm.SCRATCH_WORDS`.
+
+Then of each part, which has the matrices of one adapter: its first token; its number of tokens; the
+sum of its ranks; the number of its layers; where their table is; where all A [rank, inputs], times
+their factors, and B [width, rank] are, bfloat16; where A x [tokens, ranks] is or goes, and its
+gradient; where the gradients of the matrices go, float32, placed as these are; where the masks of x
+are, [layers, tokens, words], or 0.
+
+A table has of each layer: the first of its ranks; how many; the first of its outputs; how many;
+behind how many elements of the matrices A is, and B; the factor of A, the bits of a float64.
 """
 
 from typing import Any
@@ -24,21 +38,6 @@ _BLOCKS = 4
 """Blocks of columns of one task, where there are many."""
 _ROWS = 64
 """Rows of one task."""
-"""
-What the loops here are told of: where x is, [tokens, inputs], bfloat16; by how many elements its
-next row is further on; inputs; where the gradient of the outputs is, [tokens, all outputs]; by how
-many elements its next row is further on; the number of parts; where each thread has
-`gemm.SCRATCH_WORDS`.
-
-Then of each part, which has the matrices of one adapter: its first token; its number of tokens; the
-sum of its ranks; the number of its layers; where their table is; where all A [rank, inputs], times
-their factors, and B [width, rank] are, bfloat16; where A x [tokens, ranks] is or goes, and its
-gradient; where the gradients of the matrices go, float32, placed as these are; where the masks of x
-are, [layers, tokens, words], or 0.
-
-A table has of each layer: the first of its ranks; how many; the first of its outputs; how many;
-behind how many elements of the matrices A is, and B; the factor of A, the bits of a float64.
-"""
 
 
 @njit(**OPTIONS)
