@@ -102,3 +102,19 @@ def test_a_loop_run_aside_lets_others_run_python_meanwhile() -> None:
         time.sleep(0.001)
         n_turns += 1
     assert n_turns > 10
+
+
+def test_all_loops_can_be_compiled_ahead() -> None:
+    code = (
+        "import runpy; runpy.run_module('worker.kernels', run_name='__main__')\n"
+        "from worker.kernels import causal, masks, pairs, tiles\n"
+        "from worker.kernels.training import _ALL\n"
+        "ready = [masks.draw, *(loop for each in _ALL for loop in each.values())]\n"
+        "if tiles.is_supported():\n"
+        "    ready += [*pairs.ALL, *causal.ALL]\n"
+        "print(all('_compiled' in vars(loop) for loop in ready))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600
+    )
+    assert run.stdout.split() == ["True"], run.stderr

@@ -20,7 +20,7 @@ from worker.int8 import Int8Linear
 from worker.kernels.training import compile_
 from worker.training.packed import layout, rope
 from worker.training.packed.frozen import FrozenWeight
-from worker.training.packed.fused_layer import FusedLayer, fuse
+from worker.training.packed.fused_layer import PRODUCTS, FusedLayer, fuse
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup
 from worker.training.packed.matrices import Matrices
@@ -30,6 +30,7 @@ from worker.training.packed.siblings import (
     SharedInput,
     Sibling,
     base_layer,
+    can_take,
     groups_by_input,
     pairs_of,
 )
@@ -40,6 +41,7 @@ log = structlog.get_logger(__name__)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Largest relative error of a swapped module against its own forward pass."""
 
+ALL_PRODUCTS = {name for names in PRODUCTS for name in names}
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -65,7 +67,7 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
     done = Rewired()
     places: dict[nn.Module, tuple[LinearGroup, int]] = {}
     matrices = Matrices()
-    for modules in groups_by_input(model):
+    for modules in groups_by_input(model, _beside_adapters(model)):
         weights = [FrozenWeight(base_layer(each), cache=cache_weights) for each in modules]
         group = LinearGroup(weights, pairs_of(modules), matrices)
         shared = SharedInput(group, len(modules))
@@ -91,6 +93,22 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
     if done.n_fused:
         compile_(_product_dtype(model))
     return done
+
+
+def _beside_adapters(model: nn.Module) -> set[nn.Module]:
+    """Return what multiplies in layers that can be fused only as a whole, if adapters are there.
+
+    So a layer of which some products have no adapter is one node, too.
+    """
+    found: set[nn.Module] = set()
+    for layer in model.modules():
+        if not isinstance(layer, GradientCheckpointingLayer):
+            continue
+        products = {module for name, module in layer.named_modules() if name in ALL_PRODUCTS}
+        tuners = [module for module in layer.modules() if isinstance(module, BaseTunerLayer)]
+        if tuners and products.issuperset(tuners) and all(map(can_take, tuners)):
+            found |= products
+    return found
 
 
 def _fuse(layer: nn.Module, places: dict[nn.Module, tuple[LinearGroup, int]], adapter: str) -> bool:

@@ -1,5 +1,6 @@
 """Linear layers that read the same input, found by watching one forward pass, taken together."""
 
+from collections.abc import Collection
 from itertools import groupby
 from typing import Any
 
@@ -16,13 +17,18 @@ from worker.training.packed.matrices import Pair
 PROBE_TOKENS = 8
 
 
-def groups_by_input(model: PeftModel) -> list[list[nn.Module]]:
-    """Return the linear layers that can be taken, each with those that read the same tensor."""
+def groups_by_input(model: PeftModel, beside: Collection[nn.Module] = ()) -> list[list[nn.Module]]:
+    """Return the linear layers that can be taken, each with those that read the same tensor.
+
+    Args:
+        model: With its adapters attached.
+        beside: Layers that are taken without an adapter of their own, if they are frozen.
+    """
     calls: list[tuple[nn.Module, torch.Tensor]] = []
     hooks = [
         module.register_forward_pre_hook(lambda module, args: calls.append((module, args[0])))
         for module in model.modules()
-        if _can_take(module)
+        if can_take(module) or (module in beside and _is_plain(module))
     ]
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device=model.device)
     try:
@@ -48,21 +54,24 @@ def base_layer(module: nn.Module) -> nn.Linear:
     return layer
 
 
-def _can_take(module: nn.Module) -> bool:
+def can_take(module: nn.Module) -> bool:
     """Tell whether a module is plain LoRA on a linear layer that is not split, tied or merged."""
     if not isinstance(module, LoraLayer) or not isinstance(module, nn.Module):
         return False
-    layer = module.base_layer
-    plain = type(layer) in (nn.Linear, Int8Linear) or type(layer).__name__ == "Linear4bit"
     return (
-        plain
+        _is_plain(module.base_layer)
         and not module.merged
         and not any(module.use_dora.values())
         and not any(module.lora_bias.values())
         and not any(getattr(module, "lora_variant", {}).values())
         and all(type(each) is nn.Linear for each in module.lora_A.values())
-        and not layer.weight.requires_grad
     )
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Tell whether a layer is a frozen linear one of a kind that is known."""
+    known = type(layer) in (nn.Linear, Int8Linear) or type(layer).__name__ == "Linear4bit"
+    return known and not any(each.requires_grad for each in layer.parameters())
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
@@ -72,13 +81,12 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 def pairs_of(modules: list[nn.Module]) -> dict[str, tuple[Pair | None, ...]]:
     """Return for each adapter its matrices in each of the modules."""
-    layers = [module for module in modules if isinstance(module, LoraLayer)]
-    names = {name for layer in layers for name in layer.lora_A}
-    return {name: tuple(_pair(layer, name) for layer in layers) for name in names}
+    names = {name for each in modules if isinstance(each, LoraLayer) for name in each.lora_A}
+    return {name: tuple(_pair(module, name) for module in modules) for name in names}
 
 
-def _pair(layer: LoraLayer, name: str) -> Pair | None:
-    if name not in layer.lora_A:
+def _pair(layer: nn.Module, name: str) -> Pair | None:
+    if not isinstance(layer, LoraLayer) or name not in layer.lora_A:
         return None
     a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
     assert isinstance(a, nn.Parameter)

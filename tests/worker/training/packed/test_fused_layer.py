@@ -98,6 +98,16 @@ def test_loss_and_gradients_are_those_of_the_layers_themselves(
     assert_same(model, forward, gradients(model, PaddedForward(model, precision(), "cpu", 0)))
 
 
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "v_proj"], ["q_proj", "k_proj", "v_proj", "o_proj"], ["down_proj"]]
+)
+def test_a_layer_whose_products_have_not_all_an_adapter_is_one_node(targets: list[str]) -> None:
+    model = model_of("llama", {"target_modules": targets})
+    forward = packed(model)
+    assert n_fused(model) == 2
+    assert_same(model, forward, gradients(model, PaddedForward(model, precision(), "cpu", 0)))
+
+
 def test_without_its_adapter_a_layer_is_its_base() -> None:
     model = model_of("llama")
     forward = packed(model)
@@ -148,10 +158,16 @@ def test_rows_longer_than_a_window_go_through_the_layer_itself() -> None:
         ("qwen3", {"head_dim": 8}, {}),
         ("llama", {"attention_dropout": 0.1}, {}),
         ("llama", {"hidden_act": "gelu"}, {}),
-        ("llama", {}, {"target_modules": ["q_proj", "v_proj"]}),
+        ("llama", {}, {"target_modules": ["q_proj"], "use_dora": True}),
         ("olmo2", {}, {}),
     ],
-    ids=["norms of heads", "dropout of attention", "another gate", "few layers", "other norms"],
+    ids=[
+        "norms of heads",
+        "dropout of attention",
+        "another gate",
+        "another adapter",
+        "other norms",
+    ],
 )
 def test_layers_of_another_kind_stay(
     family: str, changes: dict[str, Any], peft: dict[str, Any]

@@ -64,7 +64,7 @@ def test_adapters_of_another_kind_are_named() -> None:
     layer = model.base_model.model.model.layers[1].self_attn.q_proj
     layer.use_dora["default"] = True
     done = rewire(model, cache_weights=False)
-    assert done.n_groups == 1
+    assert (done.n_groups, done.n_fused) == (4, 1)  # those of the other layer
     assert [name.rpartition("layers.")[2] for name in done.missed] == ["1.self_attn.q_proj"]
 
 
