@@ -21,6 +21,13 @@ OPTIMIZER_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03}
 """What an optimizer keeps for a trained parameter; the others' is paged out, or next to nothing."""
 PROBE_OPTIMIZER_BYTES = 8
 """AdamW's two moments of a parameter, in float32."""
+CAST_BYTES = 2
+"""Of an adapter's parameter in a pass: in the dtype of products, beside the one in float32."""
+SAVED_BYTES = 8
+"""Of the same while it is saved, on a CPU: two moments as the bytes that are written."""
+SAVED_PER_SECOND = 100e6
+"""Bytes of weights and moments that are copied, written, hashed and published; on two cores 70 to
+140 MB were."""
 MEMORY_BAND, TIME_BAND = 0.2, 0.3
 """How far a measured job may be from its estimate, as a share of it."""
 LOW_RANK_COST = 1.5
@@ -219,7 +226,9 @@ def estimate(
         min(batch, rows.n_held_out) * min(steps_per_epoch, VALIDATIONS_PER_EPOCH) * numbers.n_epochs
     )
     validation = probe.forward_share * passes * n_validated / batch
-    train_seconds = corrections.time * (total_steps * step_seconds + validation)
+    saved_bytes = (4 + PROBE_OPTIMIZER_BYTES) * n_adapter
+    saving = ceil(total_steps / spec.checkpoint_steps) * saved_bytes / SAVED_PER_SECOND
+    train_seconds = corrections.time * (total_steps * step_seconds + validation) + saving
     overhead = corrections.overhead_seconds
     if overhead is None:
         overhead = probe.start_seconds + OVERHEAD_SECONDS
@@ -239,7 +248,7 @@ def estimate(
         seconds_band=_band(seconds, TIME_BAND),
         train_seconds=train_seconds,
         # Adapter and moments of the newest, the one before it, and the best; tokens as int32 + 1.
-        disk_bytes=3 * (4 + PROBE_OPTIMIZER_BYTES) * n_adapter + 5 * rows.n_tokens,
+        disk_bytes=3 * saved_bytes + 5 * rows.n_tokens,
         n_jobs_learned_from=corrections.n_jobs,
     )
 
@@ -259,13 +268,16 @@ def _memory(
     weights = shape.weight_bytes(spec.precision)
     activations = round(probe.token_bytes * tokens + probe.square_bytes * tokens * longest)
     optimizer = round(OPTIMIZER_BYTES.get(spec.optimizer.type, 0.0) * n_adapter)
-    known = weights + 8 * n_adapter + optimizer + activations
-    process = probe.fixed_bytes - weights - (8 + PROBE_OPTIMIZER_BYTES) * probe.n_adapter
+    # What a save takes comes on top: memory of activations is kept for the next step.
+    adapter = 4 + CAST_BYTES + (SAVED_BYTES if probe.device.startswith("CPU") else 0)
+    known = weights + (adapter + 4) * n_adapter + optimizer + activations
+    in_probe = 4 + CAST_BYTES + 4 + PROBE_OPTIMIZER_BYTES
+    process = probe.fixed_bytes - weights - in_probe * probe.n_adapter
     # What jobs took more or less than was reckoned is the heap's doing, so it is the process's.
     process = round((known + process) * correction) - known
     return MemoryParts(
         weights=weights,
-        adapter=4 * n_adapter,
+        adapter=adapter * n_adapter,
         gradients=4 * n_adapter,
         optimizer=optimizer,
         activations=activations,
