@@ -31,7 +31,7 @@ def is_mapped(n_bytes):
     tensor = torch.empty(n_bytes, dtype=torch.uint8)
     return libc.mallinfo2().hblks > before
 
-print(is_mapped(16 << 20))
+# First, since what was freed before might be taken again.
 with passing_allocations():
     print(is_mapped(16 << 20), is_mapped(1 << 10))
 print(is_mapped(16 << 20), is_mapped({large}))
@@ -47,4 +47,4 @@ def test_what_is_allocated_while_a_base_is_loaded_is_mapped() -> None:
         text=True,
         check=True,
     )
-    assert run.stdout.split() == ["False", "True", "False", "False", "True"]
+    assert run.stdout.split() == ["True", "False", "False", "True"]
