@@ -1,6 +1,7 @@
 """Fixtures that every part of the suite shares."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ from worker.base_models import BaseModelInfo, materialise
 
 # The fixtures that run real servers: valkey_url, postgres_url, seaweedfs.
 pytest_plugins = ("tests.services", "tests.browser", "tests.scheduling")
+
+if not Path("/dev/nvidiactl").exists():
+    # Triton asks when it is imported: without a GPU its interpreter runs our kernels.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SMOLLM2 = "smollm2-135m-instruct"
 

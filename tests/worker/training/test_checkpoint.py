@@ -5,30 +5,27 @@ import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models.domain.reports import StepMetrics
 from models.errors import TrainingFailedError
-from tests.worker.training.tiny import lora, make_examples, make_spec, make_trainer
+from tests.worker.training.tiny import (
+    Losses,
+    lora,
+    make_examples,
+    make_spec,
+    make_trainer,
+    tiny_llama,
+)
 from worker.training import checkpoint
 from worker.training.checkpoint import StateError
 from worker.training.loop import Trainer
 from worker.training.task import Outcome, Stop
 
 SPEC = make_spec(peft=lora(dropout=0.2), optimizer={"learning_rate": 0.01, "weight_decay": 0.1})
-
-
-class Losses(list[float]):
-    def untrained(self, *_: Any) -> None:
-        return
-
-    def step(self, metrics: StepMetrics, *_: Any) -> None:
-        self.append(metrics.train_loss)
 
 
 @pytest.fixture(params=[1.0, 16.0], ids=["one rate", "two rates"], autouse=True)
@@ -191,3 +188,30 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
         checkpoint.save(new_trainer(), tmp_path / "state", "tiny")
     assert caught.value.code == "storage_full"
     assert not list((tmp_path / "state").iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kind", ["adamw", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "adafactor"]
+)
+def test_on_a_gpu_a_resumed_run_goes_on_as_the_uninterrupted_one(kind: str, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(
+        update={
+            "precision": SPEC.precision.model_copy(update={"type": "bf16"}),
+            "optimizer": SPEC.optimizer.model_copy(update={"type": kind}),
+        }
+    )
+
+    def trainer() -> Trainer:
+        model = tiny_llama(dtype=torch.bfloat16, device="cuda")
+        return make_trainer(spec, model=model, valid=make_examples(4, seed=1))
+
+    checkpoint.seed_everything(spec.seed)
+    expected = train(trainer())
+    checkpoint.seed_everything(spec.seed)
+    before = train(trainer(), lambda own, _: checkpoint.save(own, tmp_path / "state", "tiny"), 3)
+    torch.manual_seed(99)
+    resumed = trainer()
+    checkpoint.restore(resumed, tmp_path / "state")
+    # The flash kernel adds up in whatever order its blocks end.
+    assert before + train(resumed) == pytest.approx(expected, rel=2e-2)

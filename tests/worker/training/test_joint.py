@@ -314,3 +314,22 @@ def test_members_need_one_model_and_adapters_of_their_own() -> None:
         JointRun(members_of([one, other])[0])
     with pytest.raises(ValueError, match="adapter of its own"):
         JointRun(members_of([one, one])[0])
+
+
+@pytest.mark.gpu
+def test_jobs_together_on_a_gpu_stay_near_what_each_gives_alone(passes: list[int]) -> None:
+    jobs = different_jobs(precision={"type": "bf16"})
+
+    def model() -> Any:
+        return tiny_llama(dtype=torch.bfloat16, device="cuda")
+
+    members, logs = members_of(make_trainers_on_one_base(jobs, model()))
+    assert JointRun(members).run() == [Outcome.FINISHED] * 3
+    assert max(passes) == 3
+    for log, (spec, train) in zip(logs, jobs, strict=True):
+        trainer = make_trainer(spec, train=train, valid=train[:2], model=model())
+        checkpoint.seed_everything(spec.seed)
+        own = Log()
+        trainer.run(own, own.save, never)
+        assert log.losses[:4] == pytest.approx(own.losses[:4], abs=0.02)
+        assert log.losses == pytest.approx(own.losses, abs=0.08)

@@ -9,7 +9,13 @@ import torch
 
 from models.domain.reports import StepMetrics
 from models.errors import InvalidRequestError, LeaseLostError, TrainingFailedError
-from tests.worker.training.tiny import lora, make_examples, make_spec, make_trainer, tiny_llama
+from tests.worker.training.tiny import (
+    lora,
+    make_examples,
+    make_spec,
+    make_trainer,
+    tiny_llama,
+)
 from worker.training.batches import epoch_batches
 from worker.training.loop import Trainer
 from worker.training.task import Outcome, Progress, Stop

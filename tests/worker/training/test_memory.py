@@ -8,12 +8,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from torch import nn
 
+from tests.worker.training.tiny import VOCABULARY, Losses, make_spec, make_trainer, tiny_llama
 from worker.training import memory
+from worker.training.objectives.base import Example
+from worker.training.task import Outcome
 
 GIB = 1 << 30
 
@@ -68,3 +72,48 @@ def test_a_job_whose_batches_do_not_fit_succeeds_with_the_same_losses() -> None:
     assert free["warnings"] == []
     assert limited["warnings"]
     assert limited["losses"] == pytest.approx(free["losses"], rel=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_gpu_without_room_for_a_step_goes_on_in_smaller_parts() -> None:
+    """The limit is torch's own for this process, so that the error is the real one."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "initializer_range": 0.02,
+    }
+    draw = np.random.default_rng(0)
+    rows = [
+        Example(
+            line, draw.integers(VOCABULARY, size=200).astype(np.int32), np.arange(200) > 99, 100
+        )
+        for line in range(1, 65)
+    ]
+    numbers = {"n_epochs": 2, "batch_size": 32, "learning_rate_multiplier": 1.0}
+    spec = make_spec(hyperparameters=numbers, precision={"type": "bf16"})
+
+    def run() -> tuple[Losses, list[str]]:
+        warnings: list[str] = []
+        model = tiny_llama(dtype=torch.bfloat16, device="cuda", **sizes)
+        trainer = make_trainer(spec, train=rows, model=model, warn=warnings.append)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        losses = Losses()
+        outcome = trainer.run(losses, lambda *_: None, lambda: None)
+        assert outcome is Outcome.FINISHED
+        return losses, warnings
+
+    plenty, silence = run()
+    assert silence == []
+    peak, whole = torch.cuda.max_memory_allocated(), torch.cuda.mem_get_info()[1]
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.6 * peak / whole)
+    try:
+        little, warnings = run()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.cuda.max_memory_allocated() <= 0.6 * peak
+    assert warnings
+    assert "a step is computed in parts of at most" in warnings[-1]
+    assert little == pytest.approx(plenty, rel=1e-2)

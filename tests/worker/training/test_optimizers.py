@@ -7,21 +7,13 @@ import pytest
 import torch
 
 from models.domain.training import Optimizer
-from tests.worker.training.tiny import make_spec, make_trainer
+from tests.worker.training.tiny import Losses, make_spec, make_trainer
 from worker.training import checkpoint, optimizers
 from worker.training.checkpoint import StateError
 from worker.training.loop import Trainer
 from worker.training.task import Stop
 
 TYPES = get_args(Optimizer.model_fields["type"].annotation)
-
-
-class Losses(list[float]):
-    def untrained(self, *_: Any) -> None:
-        return
-
-    def step(self, metrics: Any, *_: Any) -> None:
-        self.append(metrics.train_loss)
 
 
 def trainer_with(kind: str) -> Trainer:

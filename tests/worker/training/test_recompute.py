@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.worker.training.tiny import (
+    Losses,
     lora,
     make_examples,
     make_spec,
@@ -19,14 +20,6 @@ from worker.training.loop import Trainer
 from worker.training.task import Outcome
 
 SPEC = make_spec(peft=lora(dropout=0.3))
-
-
-class Losses(list[float]):
-    def untrained(self, *_: Any) -> None:
-        return
-
-    def step(self, metrics: Any, *_: Any) -> None:
-        self.append(metrics.train_loss)
 
 
 def kept_bytes(trainer: Trainer) -> int:

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from models.domain.reports import StepMetrics
 from models.domain.training import TrainingSpec
 from worker.training import methods, objectives
 from worker.training.forward import PackedForward, PaddedForward, choose_forward
@@ -35,7 +36,11 @@ SIZES: dict[str, Any] = {
 
 
 def tiny_llama(
-    vocab_size: int = VOCABULARY, *, dtype: torch.dtype = torch.float32, **changes: Any
+    vocab_size: int = VOCABULARY,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    **changes: Any,
 ) -> LlamaForCausalLM:
     """A random two-layer Llama; the same weights on every call."""
     sizes: dict[str, Any] = {
@@ -53,7 +58,7 @@ def tiny_llama(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
-    prepared: LlamaForCausalLM = model.to(dtype).eval().requires_grad_(False)
+    prepared: LlamaForCausalLM = model.to(device, dtype).eval().requires_grad_(False)
     return prepared
 
 
@@ -120,9 +125,11 @@ def make_trainer(
     spec = spec or make_spec()
     adapted = attach(model or tiny_llama(), spec.peft, spec.seed)
     if padded:
-        forward: LanguageForward = PaddedForward(adapted, spec.precision, "cpu", 0)
+        forward: LanguageForward = PaddedForward(adapted, spec.precision, device_of(adapted), 0)
     else:
-        forward, reason = choose_forward(adapted, spec.precision, "cpu", 0, cache_weights=False)
+        forward, reason = choose_forward(
+            adapted, spec.precision, device_of(adapted), 0, cache_weights=False
+        )
         assert reason is None
     task = make_task(adapted, forward, spec, train=train, valid=valid)
     return Trainer(task, **options)
@@ -148,9 +155,13 @@ def make_task(
         spec=spec,
         train=make_examples(8) if train is None else train,
         valid=valid,
-        device="cpu",
+        device=device_of(model),
         adapter=adapter,
     )
+
+
+def device_of(model: PeftModel) -> str:
+    return str(model.device)
 
 
 def make_trainers_on_one_base(
@@ -163,7 +174,9 @@ def make_trainers_on_one_base(
     for index, (spec, _) in enumerate(jobs):
         adapted = attach(adapted, spec.peft, spec.seed, f"job{index}")
     assert isinstance(adapted, PeftModel)
-    forward, reason = choose_forward(adapted, jobs[0][0].precision, "cpu", 0, cache_weights=False)
+    forward, reason = choose_forward(
+        adapted, jobs[0][0].precision, device_of(adapted), 0, cache_weights=False
+    )
     assert reason is None
     assert isinstance(forward, PackedForward)
     return [
@@ -180,6 +193,16 @@ def make_trainers_on_one_base(
         )
         for index, (spec, train) in enumerate(jobs)
     ]
+
+
+class Losses(list[float]):
+    """A reporter that keeps the loss of each step."""
+
+    def untrained(self, *_: Any) -> None:
+        return
+
+    def step(self, metrics: StepMetrics, *_: Any) -> None:
+        self.append(metrics.train_loss)
 
 
 ADAPTER_PARTS = (

@@ -1,4 +1,4 @@
-"""Causal attention within rows on a CPU, forward and backward, in one of two ways.
+"""Causal attention within rows, forward and backward: on a CPU in one of two ways.
 
 The probabilities, which of all that is kept would grow with the square of a row's length, are made
 again in the backward pass.
@@ -238,5 +238,9 @@ def _places(turns: Turns | None) -> tuple[int, int]:
 
 
 def attention_of(like: torch.Tensor) -> type[Attention]:
-    """Return the way for such tensors on a CPU."""
+    """Return the way for such tensors."""
+    if like.device.type == "cuda":
+        from worker.training.packed.flash import FlashAttention  # which builds on this module
+
+        return FlashAttention
     return LoopAttention if products.is_supported(like) else ProductAttention

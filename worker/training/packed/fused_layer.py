@@ -1,6 +1,6 @@
-"""A Transformer layer of Llama's kind as one node of the graph, on a CPU.
+"""A Transformer layer of Llama's kind as one node of the graph.
 
-Between its products stand compiled loops (`worker.kernels`) where transformers has a hundred
+Between its products stand loops or kernels of our own (`between`) where transformers has a hundred
 operations, each of which goes through memory, and often through new pages of it. It computes and
 keeps what the packed modules would. A layer is taken over only after it was tried on numbers.
 """
@@ -14,10 +14,11 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from worker.kernels.operators import add_and_rescale, is_supported, rescale
-from worker.kernels.training import Turns, rescale_back
+from worker.kernels.training import Turns
 from worker.training.packed import layout, pool
 from worker.training.packed.attend import attention_of
+from worker.training.packed.between import Operators, operators_of
+from worker.training.packed.flash import FlashAttention
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup, gate, gate_back
 from worker.training.packed.norm import can_divide
@@ -124,9 +125,9 @@ class _Layer(torch.autograd.Function):
     ) -> torch.Tensor:
         weights = [group.weights for group in layer.groups]
         x = x.contiguous()
-        multiply = products_of(x).multiply
-        first, second = (torch.empty(len(x), dtype=torch.float32) for _ in range(2))
-        normal = rescale(x, *layer.norms[0], out=pool.empty(x, *x.shape), factors=first)
+        multiply, between = products_of(x).multiply, _operators_of(x)
+        first, second = x.new_empty(2, len(x), dtype=torch.float32)
+        normal = between.rescale(x, *layer.norms[0], out=pool.empty(x, *x.shape), factors=first)
         projected, of_heads = multiply(normal, weights[0], parts[0])
         heads = _by_head(projected, layer)
         attended = pool.empty(x, *heads[0].shape)
@@ -134,10 +135,12 @@ class _Layer(torch.autograd.Function):
         attended = attended.flatten(1)
         found, of_output = multiply(attended, weights[1], parts[1])
         places = pool.empty(x, *x.shape), pool.empty(x, *x.shape)
-        between, other = add_and_rescale(x, found, *layer.norms[1], out=places, factors=second)
+        middle, other = between.add_and_rescale(
+            x, found, *layer.norms[1], out=places, factors=second
+        )
         both, of_gates = multiply(other, weights[2], parts[2])
         output, of_down = multiply(gate(both), weights[3], parts[3])
-        output.add_(between)
+        output.add_(middle)
         hidden = [of_heads, of_output, of_gates, of_down]
         ctx.save_for_backward(
             *(normal, first, attended, other, second, both, *turns),
@@ -156,7 +159,7 @@ class _Layer(torch.autograd.Function):
         normal, first, attended, other, second, both, *rest = ctx.saved_tensors
         turns, others = (rest[0], rest[1]), iter(rest[2:])
         states, *hidden = (list(islice(others, n)) for n in ctx.sizes)
-        how = products_of(normal)
+        how, rescale_back = products_of(normal), _operators_of(normal).rescale_back
         send_back, matrix_gradients = how.send_back, how.matrix_gradients
         gradient = gradient.contiguous()
 
@@ -168,9 +171,9 @@ class _Layer(torch.autograd.Function):
         of_gates = matrix_gradients(other, parts[2], sent)
         assert to_other is not None
         (weight, _), out = layer.norms[1], pool.empty(gradient, *gradient.shape)
-        to_between = rescale_back(to_other, other, weight, second, gradient, out=out)
+        to_middle = rescale_back(to_other, other, weight, second, gradient, out=out)
 
-        to_attended, sent = send_back(to_between, weights[1], parts[1], hidden[1])
+        to_attended, sent = send_back(to_middle, weights[1], parts[1], hidden[1])
         of_output = matrix_gradients(attended, parts[1], sent)
         assert to_attended is not None
         to_projected = pool.empty(normal, len(normal), sum(layer.groups[0].outputs))
@@ -184,8 +187,14 @@ class _Layer(torch.autograd.Function):
         to_x = None
         if to_normal is not None:
             (weight, _), out = layer.norms[0], pool.empty(gradient, *gradient.shape)
-            to_x = rescale_back(to_normal, normal, weight, first, to_between, out=out)
+            to_x = rescale_back(to_normal, normal, weight, first, to_middle, out=out)
         return (to_x, None, None, None, None, *of_heads, *of_output, *of_gates, *of_down)
+
+
+def _operators_of(x: torch.Tensor) -> Operators:
+    found = operators_of(x)
+    assert found is not None  # or the layer would not have been fused
+    return found
 
 
 def _by_head(projected: torch.Tensor, layer: FusedLayer) -> list[torch.Tensor]:
@@ -227,7 +236,7 @@ def fuse(
     """Return a `FusedLayer` that on random numbers was within `tolerance` of `layer` itself.
 
     Args:
-        layer: On a CPU, with its norms and products not yet swapped, or swapped.
+        layer: With its norms and products not yet swapped, or swapped.
         places: Of each adapted linear layer the group that it is in, and at which place.
         adapter: Which adapter it is tried with.
         tolerance: Largest relative difference of what the layer adds, by dtype.
@@ -237,14 +246,15 @@ def fuse(
     """
     fused = FusedLayer(layer, places)
     weight, _ = fused.norms[0]
-    if weight.device.type != "cpu" or not is_supported(weight.dtype):
+    on_gpu = weight.device.type == "cuda"
+    if operators_of(weight) is None or (on_gpu and not FlashAttention.takes(weight, fused.width)):
         raise UnknownLayersError(f"it is on {weight.device} in {weight.dtype}")
     draw = torch.Generator().manual_seed(0)
     n = sum(TRIED_TOKENS)
-    x = torch.randn(n, len(weight), generator=draw).to(weight.dtype)
+    x = torch.randn(n, len(weight), generator=draw).to(weight)
     angles = torch.rand(n, fused.width // 2, generator=draw) * 6
     angles = torch.cat((angles, angles), -1)
-    turns = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    turns = angles.cos().to(x), angles.sin().to(x)
     was_training = layer.training
     layer.eval()
     try:

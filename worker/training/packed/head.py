@@ -10,13 +10,13 @@ import torch
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from worker.kernels.operators import is_supported
 from worker.kernels.products import Term
-from worker.kernels.training import cross_entropy_
 from worker.training.packed import pool, sums
+from worker.training.packed.between import operators_of
 
-CHUNK_BYTES = 24 << 20
-"""About what the logits of one chunk take at most; twice as much is not faster."""
+CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}
+"""About what the logits of one chunk take at most; twice as much is not faster on a CPU, and a GPU
+reads the whole weight for each."""
 BLOCK_BYTES = 16 << 20
 """About what the float32 probabilities take that are made at a time on a GPU."""
 
@@ -86,7 +86,8 @@ def log_probabilities(
 
 def _rows_of_chunk(n: int, weight: torch.Tensor) -> int:
     """Return how many of `n` rows make a chunk, so that all chunks are about equal."""
-    most = max(16, CHUNK_BYTES // (weight.element_size() * weight.shape[0]))
+    chunk_bytes = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cpu"])
+    most = max(16, chunk_bytes // (weight.element_size() * weight.shape[0]))
     n_chunks = max(1, -(-n // most))
     return -(-n // n_chunks) or 1
 
@@ -140,8 +141,8 @@ def _losses_(
 
     With `wants_gradient`, the gradient takes the place of the logits.
     """
-    if logits.device.type == "cpu" and is_supported(logits.dtype):
-        return cross_entropy_(logits, labels, wants_gradient=wants_gradient)
+    if (own := operators_of(logits)) is not None:
+        return own.cross_entropy_(logits, labels, wants_gradient=wants_gradient)
     losses, hits = [], []
     n_block = max(8, BLOCK_BYTES // (4 * logits.shape[1]))
     wanted = labels[:, None]

@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 
-from worker.kernels import operators
-from worker.kernels.training import gated_back
 from worker.training.dropout import Drop, draw_seed
 from worker.training.packed import layout, pool
+from worker.training.packed.between import operators_of
 from worker.training.packed.frozen import FrozenWeight
 from worker.training.packed.matrices import Matrices, Pair
 from worker.training.packed.products import Part
@@ -123,8 +122,8 @@ class _GatedProduct(torch.autograd.Function):
 def gate(both: torch.Tensor) -> torch.Tensor:
     """Return silu(gate) · up [T, inputs] of both, [T, 2 · inputs], side by side."""
     first, up = both.chunk(2, -1)
-    if _takes_loops(both):
-        return operators.gated(first, up, out=pool.empty(first, *first.shape))
+    if (own := operators_of(both)) is not None:
+        return own.gated(first, up, out=pool.empty(first, *first.shape))
     return _silu(first).mul_(up)
 
 
@@ -132,8 +131,8 @@ def gate_back(gradient: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor,
     """Return the gradient of both, and `gate` of them once more; `gradient` is used up."""
     to_both = pool.empty(both, *both.shape)
     product = pool.empty(gradient, *gradient.shape)
-    if _takes_loops(both):
-        gated_back(gradient, both, out=(to_both, product))
+    if (own := operators_of(both)) is not None:
+        own.gated_back(gradient, both, out=(to_both, product))
         return to_both, product
     first, up = both.chunk(2, -1)
     to_first, to_up = to_both.chunk(2, -1)
@@ -142,10 +141,6 @@ def gate_back(gradient: torch.Tensor, both: torch.Tensor) -> tuple[torch.Tensor,
     torch.mul(gradient, active, out=to_up)
     torch.ops.aten.silu_backward.grad_input(gradient.mul_(up), first, grad_input=to_first)
     return to_both, product
-
-
-def _takes_loops(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and operators.is_supported(x.dtype)
 
 
 def _silu(x: torch.Tensor) -> torch.Tensor:

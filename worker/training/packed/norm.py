@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from worker.kernels.operators import is_supported, rescale
-from worker.kernels.training import rescale_back
 from worker.training.packed import pool
+from worker.training.packed.between import Operators, operators_of
 
 
 class RmsNorm(torch.autograd.Function):
@@ -23,10 +22,12 @@ class RmsNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float, divides: bool
     ) -> torch.Tensor:
-        ctx.divides, ctx.by_loops = divides, _takes_loops(x, weight)
-        if ctx.by_loops and divides:
-            inverse = torch.empty(*x.shape[:-1], 1, dtype=torch.float32)
-            y = rescale(x, weight, epsilon, out=pool.empty(x, *x.shape), factors=inverse)
+        own = _operators_of(x, weight)
+        ctx.divides, ctx.own = divides, own
+        if own is not None and divides:
+            inverse = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+            out = pool.empty(x, *x.shape)
+            y = own.rescale(x.contiguous(), weight, epsilon, out=out, factors=inverse)
             ctx.save_for_backward(y, inverse, weight)
             return y
         wide = pool.copy(x, torch.float32)
@@ -42,8 +43,8 @@ class RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         kept, inverse, weight = ctx.saved_tensors
         shape = gradient.shape
-        if ctx.by_loops:
-            to_x = rescale_back(
+        if ctx.own is not None:
+            to_x = ctx.own.rescale_back(
                 gradient.contiguous(),
                 kept,
                 weight,
@@ -63,8 +64,8 @@ class RmsNorm(torch.autograd.Function):
         return pool.cast(to_x, gradient.dtype), None, None, None
 
 
-def _takes_loops(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and is_supported(x.dtype) and weight.dtype == x.dtype
+def _operators_of(x: torch.Tensor, weight: torch.Tensor) -> Operators | None:
+    return operators_of(x) if weight.dtype == x.dtype else None
 
 
 def can_divide(weight: torch.Tensor) -> bool:

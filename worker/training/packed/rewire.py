@@ -90,7 +90,7 @@ def rewire(model: PeftModel, *, cache_weights: bool) -> Rewired:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             done.n_fused += _fuse(module, places, adapter)
-    if done.n_fused:
+    if done.n_fused and model.device.type == "cpu":
         compile_(_product_dtype(model))
     return done
 

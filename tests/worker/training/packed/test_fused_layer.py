@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from models.domain.training import Precision
 from tests.worker.training.tiny import SIZES, attach, lora
 from worker.training import recompute
 from worker.training.forward import PackedForward, PaddedForward, choose_forward
@@ -34,16 +35,14 @@ def model_of(family: str, peft: dict[str, Any] | None = None, **changes: Any) ->
     return model.eval()
 
 
-def packed(model: Any) -> PackedForward:
-    forward, reason = choose_forward(model, precision(), "cpu", 0, cache_weights=False)
+def packed(model: Any, device: str = "cpu") -> PackedForward:
+    forward, reason = choose_forward(model, precision(), device, 0, cache_weights=False)
     assert reason is None
     assert isinstance(forward, PackedForward)
     return forward
 
 
-def precision() -> Any:
-    from models.domain.training import Precision
-
+def precision() -> Precision:
     return Precision(type="fp32")
 
 
@@ -51,17 +50,17 @@ def n_fused(model: nn.Module) -> int:
     return sum(isinstance(each.__dict__.get("forward"), FusedLayer) for each in model.modules())
 
 
-def batch() -> Batch:
+def batch(device: str = "cpu") -> Batch:
     draw = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 97, (sum(LENGTHS),), generator=draw)
     targets = torch.randint(3, 97, (sum(LENGTHS),), generator=draw)
     targets[::3] = IGNORED
-    return Batch(ids, targets, LENGTHS)
+    return Batch(ids.to(device), targets.to(device), LENGTHS)
 
 
 def gradients(model: Any, forward: Any) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad(set_to_none=True)
-    loss = forward.cross_entropy(batch()).loss
+    loss = forward.cross_entropy(batch(str(model.device))).loss
     loss.backward()
     found = {}
     for name, parameter in trainable_parameters(model, "default").items():
@@ -219,3 +218,44 @@ def test_outside_of_packed_passes_and_when_undone_a_layer_is_its_own() -> None:
     assert calls == [1]
     undo(model)
     assert n_fused(model) == 0
+
+
+def error_of(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    """Return how far gradients are from the exact ones, as a share of all these together."""
+    squares = sum(float((found[name].cpu() - each).square().sum()) for name, each in exact.items())
+    return (squares / sum(float(each.square().sum()) for each in exact.values())) ** 0.5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("family", "changes", "peft"),
+    [
+        ("llama", {}, {}),
+        ("llama", {"head_dim": 64, "num_key_value_heads": 4}, {"target_modules": ["q_proj"]}),
+        ("mistral", {"head_dim": 16, "sliding_window": None}, {"r": 3}),
+        ("qwen2", {}, {}),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_a_layer_is_one_node_and_as_near_to_the_exact_gradients_as_peft_is(
+    family: str, changes: dict[str, Any], peft: dict[str, Any], again: bool
+) -> None:
+    exact_model = model_of(family, peft, **changes)
+    for each in exact_model.parameters():
+        if not each.requires_grad:
+            each.data = each.data.bfloat16().float()
+    exact_loss, exact = gradients(exact_model, PaddedForward(exact_model, precision(), "cpu", 0))
+    model = exact_model.cuda()
+    for each in model.parameters():
+        if not each.requires_grad:
+            each.data = each.data.bfloat16()
+    padded = PaddedForward(model, Precision(type="bf16"), "cuda:0", 0)
+    peft_loss, peft_found = gradients(model, padded)
+    forward = packed(model, "cuda:0")
+    assert n_fused(model) == 2
+    if again:
+        recompute.enable(model.train())
+    loss, found = gradients(model, forward)
+    assert abs(loss - exact_loss) < 2 * abs(peft_loss - exact_loss) + 1e-2
+    assert error_of(found, exact) < 1.25 * error_of(peft_found, exact)

@@ -13,7 +13,7 @@ from worker.training.packed.head import summed_cross_entropies, summed_cross_ent
 def test_loss_hits_and_gradient_do_not_depend_on_the_chunks(
     has_bias: bool, sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(head, "CHUNK_BYTES", sizes[0])
+    monkeypatch.setattr(head, "CHUNK_BYTES", {"cpu": sizes[0]})
     monkeypatch.setattr(head, "BLOCK_BYTES", sizes[1])
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(53, 12, generator=generator).requires_grad_()
