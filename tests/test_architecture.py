@@ -40,7 +40,6 @@ TESTED_ELSEWHERE = {
     "worker/kernels/numbers.py": "its neighbour's tests: test_operators.py",
     "worker/kernels/pairs.py": "tests/worker/training/packed/test_ways.py and test_matrices.py",
     "worker/kernels/causal.py": "tests/worker/training/packed/test_attend.py: beside the formula",
-    "worker/gpu/kernels.py": "its neighbour's tests: test_operators.py",
     "worker/training/packed/products.py": "test_lora.py: through the groups that multiply",
     "worker/training/packed/loop_products.py": "test_ways.py: beside the formula",
     "worker/training/packed/torch_products.py": "test_ways.py: beside the formula",

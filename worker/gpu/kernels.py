@@ -1,6 +1,7 @@
-"""The kernels. Numbers are read into float32, and rounded where PyTorch's operations round them."""
+"""The kernels. Numbers are read into float32, and rounded where PyTorch's operations round them.
 
-from typing import Any
+Arguments are pointers and numbers. They have no types here: Triton compiles annotations, too.
+"""
 
 import triton
 import triton.language as tl
@@ -8,17 +9,17 @@ import triton.language as tl
 
 @triton.jit
 def rescale(  # noqa: PLR0913 - a kernel has its tensors and numbers as arguments
-    y: Any,
-    total: Any,
-    x: Any,
-    z: Any,
-    weight: Any,
-    factors: Any,
-    d: Any,
-    epsilon: Any,
+    y,
+    total,
+    x,
+    z,
+    weight,
+    factors,
+    d,
+    epsilon,
     adds: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """One token of y [tokens, d] = w · s / √(mean s² + ε), the quotient rounded before w.
 
     s is x, or x + z, rounded, which is put into `total`.
@@ -42,17 +43,17 @@ def rescale(  # noqa: PLR0913 - a kernel has its tensors and numbers as argument
 
 @triton.jit
 def rescale_back(  # noqa: PLR0913
-    result: Any,
-    gradient: Any,
-    y: Any,
-    other: Any,
-    weight: Any,
-    factors: Any,
-    d: Any,
+    result,
+    gradient,
+    y,
+    other,
+    weight,
+    factors,
+    d,
     is_bare: tl.constexpr,
     adds: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """One token of the gradient of x, of `rescale`, plus what comes by another way if it `adds`.
 
     With `is_bare`, y is what it was before it was multiplied with w.
@@ -75,7 +76,7 @@ def rescale_back(  # noqa: PLR0913
 
 
 @triton.jit
-def _share(x: Any) -> Any:
+def _share(x):
     """Return 1 / (1 + exp(−x)), of no power that is infinite."""
     power = tl.exp(-tl.abs(x))
     return tl.where(x >= 0.0, 1.0, power) / (1.0 + power)
@@ -83,14 +84,14 @@ def _share(x: Any) -> Any:
 
 @triton.jit
 def gate(  # noqa: PLR0913
-    y: Any,
-    gates: Any,
-    values: Any,
-    d: Any,
-    by_gate: Any,
-    by_value: Any,
+    y,
+    gates,
+    values,
+    d,
+    by_gate,
+    by_value,
     block: tl.constexpr,
-) -> None:
+):
     """A block of one token of y [tokens, d] = silu(g) · u; `by_…` tokens of g and u are apart."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * block + tl.arange(0, block)
@@ -102,15 +103,15 @@ def gate(  # noqa: PLR0913
 
 @triton.jit
 def gate_back(  # noqa: PLR0913
-    to_both: Any,
-    y: Any,
-    gradient: Any,
-    both: Any,
-    d: Any,
-    by_result: Any,
-    by_token: Any,
+    to_both,
+    y,
+    gradient,
+    both,
+    d,
+    by_result,
+    by_token,
     block: tl.constexpr,
-) -> None:
+):
     """A block of one token of the gradients of g and u, side by side, and of y once more."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * block + tl.arange(0, block)
@@ -131,20 +132,20 @@ def gate_back(  # noqa: PLR0913
 
 @triton.jit
 def turn(  # noqa: PLR0913
-    results: Any,
-    tokens: Any,
-    cosines: Any,
-    sines: Any,
-    n_heads: Any,
-    half: Any,
-    by_result: Any,
-    result_by_head: Any,
-    by_token: Any,
-    by_head: Any,
+    results,
+    tokens,
+    cosines,
+    sines,
+    n_heads,
+    half,
+    by_result,
+    result_by_head,
+    by_token,
+    by_head,
     back: tl.constexpr,
     heads: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """All heads of one token with its position put in, or with `back` the transpose of that.
 
     ``x·cos + rotate_half(x)·sin`` (arXiv 2104.09864, eq. 34, with halves for pairs). The result may
@@ -176,14 +177,14 @@ def turn(  # noqa: PLR0913
 
 @triton.jit
 def cross_entropy(  # noqa: PLR0913
-    logits: Any,
-    labels: Any,
-    losses: Any,
-    hits: Any,
-    d: Any,
+    logits,
+    labels,
+    losses,
+    hits,
+    d,
     wants_gradient: tl.constexpr,
     block: tl.constexpr,
-) -> None:
+):
     """−log softmax(z)[label] of one row, in nats; its gradient takes the place of the logits z."""
     row = tl.program_id(0).to(tl.int64)
     z = logits + row * d
