@@ -16,7 +16,7 @@ from worker.training.objectives.base import IGNORED, Batch
 from worker.training.packed import layout
 from worker.training.packed.fused_layer import FusedLayer, fuse
 from worker.training.packed.layout import Layout
-from worker.training.packed.rewire import undo
+from worker.training.packed.rewire import TOLERANCE, undo
 from worker.transformer_blocks import UnknownLayersError
 
 LENGTHS = [9, 8, 3, 1]
@@ -42,6 +42,13 @@ def packed(model: Any, device: str = "cpu") -> PackedForward:
     return forward
 
 
+def to_dtype(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is frozen."""
+    for each in model.parameters():
+        if not each.requires_grad:
+            each.data = each.data.to(dtype)
+
+
 def precision() -> Precision:
     return Precision(type="fp32")
 
@@ -65,7 +72,7 @@ def gradients(model: Any, forward: Any) -> tuple[float, dict[str, torch.Tensor]]
     found = {}
     for name, parameter in trainable_parameters(model, "default").items():
         assert parameter.grad is not None
-        found[name] = parameter.grad
+        found[name] = parameter.grad.cpu().clone()
     return float(loss.detach()), found
 
 
@@ -177,8 +184,12 @@ def test_layers_of_another_kind_stay(
     assert_same(model, forward, gradients(model, PaddedForward(model, precision(), "cpu", 0)))
 
 
-def test_a_layer_with_other_numbers_than_it_seems_to_have_is_left_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_with_other_numbers_than_it_seems_to_have_is_left_alone(
+    dtype: torch.dtype,
+) -> None:
     model = model_of("llama")
+    to_dtype(model, dtype)
     packed(model)
     layer = model.get_base_model().model.layers[0]
     fused = layer.forward
@@ -195,11 +206,18 @@ def test_a_layer_with_other_numbers_than_it_seems_to_have_is_left_alone() -> Non
         )
     }
     del layer.forward
-    assert isinstance(fuse(layer, places, "default", {torch.float32: 1e-4}), FusedLayer)
+    assert isinstance(fuse(layer, places, "default", TOLERANCE), FusedLayer)
     layer.input_layernorm.variance_epsilon = 3.0
     layer.input_layernorm.forward = lambda x: x
     with pytest.raises(UnknownLayersError, match="tried on numbers"):
-        fuse(layer, places, "default", {torch.float32: 1e-4})
+        fuse(layer, places, "default", TOLERANCE)
+
+
+def test_a_layer_that_makes_much_of_roundings_may_differ_by_what_they_make() -> None:
+    model = model_of("llama", hidden_size=128, intermediate_size=256, head_dim=32)
+    to_dtype(model, torch.bfloat16)
+    packed(model)
+    assert n_fused(model) == 2
 
 
 def test_outside_of_packed_passes_and_when_undone_a_layer_is_its_own() -> None:
@@ -222,7 +240,7 @@ def test_outside_of_packed_passes_and_when_undone_a_layer_is_its_own() -> None:
 
 def error_of(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
     """Return how far gradients are from the exact ones, as a share of all these together."""
-    squares = sum(float((found[name].cpu() - each).square().sum()) for name, each in exact.items())
+    squares = sum(float((found[name] - each).square().sum()) for name, each in exact.items())
     return (squares / sum(float(each.square().sum()) for each in exact.values())) ** 0.5
 
 
@@ -242,14 +260,13 @@ def test_on_a_gpu_a_layer_is_one_node_and_as_near_to_the_exact_gradients_as_peft
     family: str, changes: dict[str, Any], peft: dict[str, Any], again: bool
 ) -> None:
     exact_model = model_of(family, peft, **changes)
-    for each in exact_model.parameters():
-        if not each.requires_grad:
-            each.data = each.data.bfloat16().float()
+    for each in trainable_parameters(exact_model, "default").values():
+        each.data *= 0.2
+    to_dtype(exact_model, torch.bfloat16)
+    to_dtype(exact_model, torch.float32)
     exact_loss, exact = gradients(exact_model, PaddedForward(exact_model, precision(), "cpu", 0))
     model = exact_model.cuda()
-    for each in model.parameters():
-        if not each.requires_grad:
-            each.data = each.data.bfloat16()
+    to_dtype(model, torch.bfloat16)
     padded = PaddedForward(model, Precision(type="bf16"), "cuda:0", 0)
     peft_loss, peft_found = gradients(model, padded)
     forward = packed(model, "cuda:0")
@@ -258,4 +275,4 @@ def test_on_a_gpu_a_layer_is_one_node_and_as_near_to_the_exact_gradients_as_peft
         recompute.enable(model.train())
     loss, found = gradients(model, forward)
     assert abs(loss - exact_loss) < 2 * abs(peft_loss - exact_loss) + 1e-2
-    assert error_of(found, exact) < 1.25 * error_of(peft_found, exact)
+    assert error_of(found, exact) < 1.5 * error_of(peft_found, exact)
