@@ -26,6 +26,7 @@ from worker import companions, machine, tasks
 from worker.deliveries import deliver_due
 from worker.launch import Seat, TrainerProcess
 from worker.lint_files import FileLinter
+from worker.loops import compile_all
 from worker.measure import measure_next
 from worker.merging import merge_next
 
@@ -168,16 +169,14 @@ class _Slot(_Looker):
         self._worker = worker
         self._spare: TrainerProcess | None = None
         self._device = machine.look().devices[0].type
+        self._may_compile = self._device == "cpu"
 
     def look(self) -> bool:
         if self._settings.warm_spare:
             self._spare = self._warm()
         claimed = self._claim()
         if not claimed:
-            is_stopping = self._stopping.is_set
-            return merge_next(self._database, is_stopping) or measure_next(
-                self._database, is_stopping
-            )
+            return self._fill_time()
         trainer = self._warm()
         self._spare = None
         if len(claimed) == 1:
@@ -190,6 +189,15 @@ class _Slot(_Looker):
             finally:
                 trainer.kill()  # every end was told: it has nothing left to do but to exit
         return True
+
+    def _fill_time(self) -> bool:
+        """Do what a job would interrupt; return whether to look again at once."""
+        is_stopping = self._stopping.is_set
+        if merge_next(self._database, is_stopping) or measure_next(self._database, is_stopping):
+            return True
+        if self._may_compile:
+            self._may_compile = not compile_all(self._database, is_stopping)
+        return False
 
     def _claim(self) -> list[Job]:
         """Take the next job, and those that are trained beside it; none where nothing waits."""

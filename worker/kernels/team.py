@@ -10,14 +10,13 @@ import os
 from array import array
 from collections.abc import Callable, Iterable
 from functools import cached_property, lru_cache
-from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, Final
 
 import llvmlite.binding
 import torch  # loads the library
-import xxhash
 from numba import cfunc, config, types
+
+from worker.kernels import cache
 
 OPTIONS: Final[dict[str, Any]] = {
     # Sums in any order, so that they are made side by side; all else is as in IEEE 754.
@@ -26,26 +25,8 @@ OPTIONS: Final[dict[str, Any]] = {
 }
 
 
-def _cache() -> str:
-    """Return where compiled loops of just these files are kept; nothing, if they cannot be.
-
-    Numba itself would look at the one file that a loop is in.
-    """
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    digest = xxhash.xxh64_hexdigest(b"".join(file.read_bytes() for file in files))
-    for parent in (Path(__file__).parent / "__pycache__", Path("~/.cache/tunery/loops")):
-        try:
-            folder = parent.expanduser() / digest
-            folder.mkdir(parents=True, exist_ok=True)
-            TemporaryFile(dir=folder).close()
-        except (OSError, RuntimeError):  # not to be written to; nobody's home
-            continue
-        return str(folder)
-    return ""
-
-
 _settings: Any = config
-_settings.CACHE_DIR = _cache()
+_settings.CACHE_DIR = str(cache.folder() or "")
 
 
 def _team() -> ctypes.PyDLL | None:
