@@ -343,6 +343,8 @@ def main() -> None:
             run_ours(folder, precision)
         case "plain":
             run_plain(folder, precision)
+        case "exact":  # on the same weights, with none of their roundings
+            run_plain(folder, "fp32")
         case "trl default":
             run_trl(folder, precision, best=False)
         case "trl best" | "trl turned":

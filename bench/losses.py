@@ -2,7 +2,7 @@
 
 ``trl turned`` has the rows of each batch the other way round, which changes no formula, only in
 which order numbers are rounded: what it differs by from ``trl best`` is what rounding alone does.
-Contestants, rows and rotation are those of ``bench.train``. Needs ``pip install trl``.
+``exact`` computes in float32 on the same weights: what rounding to bfloat16 does to each. Contestants, rows and rotation are those of ``bench.train``. Needs ``pip install trl``.
 ``python -m bench.losses [--quick] [--json]``
 """
 
@@ -17,7 +17,7 @@ from rich.table import Table
 from bench._report import describe_machine, parse_options, print_figures
 from bench.train import N_WARM, Contestant, prepare, race
 
-CONTESTANTS = ("ours", "trl best", "trl turned", "plain")
+CONTESTANTS = ("ours", "trl best", "trl turned", "plain", "exact")
 N_STEPS, QUICK_STEPS = 50, 6
 WITHIN = 0.01
 """Goal: ours from TRL's in the mean, in nats."""
