@@ -2,7 +2,8 @@
 
 ``trl turned`` has the rows of each batch the other way round, which changes no formula, only in
 which order numbers are rounded: what it differs by from ``trl best`` is what rounding alone does.
-``exact`` computes in float32 on the same weights: what rounding to bfloat16 does to each. Contestants, rows and rotation are those of ``bench.train``. Needs ``pip install trl``.
+``exact`` computes in float32 on the same weights: what rounding to bfloat16 does to each.
+Contestants, rows and rotation are those of ``bench.train``. Needs ``pip install trl``.
 ``python -m bench.losses [--quick] [--json]``
 """
 
