@@ -7,7 +7,7 @@ keeps what the packed modules would. A layer is taken over only after it was tri
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import accumulate, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -260,30 +260,35 @@ def fuse(
     was_training = layer.training
     layer.eval()
     try:
-        expected, shaken = (_row_by_row(layer, each, turns) for each in (x, _shaken(x, draw)))
+        own = _row_by_row(layer, x, turns)
         with layout.active(Layout.of(TRIED_TOKENS, adapter)):
-            tried = fused.run(x, turns)
+            error = _difference(fused.run(x, turns), own, x)
+        if not error <= tolerance[x.dtype]:
+            noise = _difference(_row_by_row(layer, _shaken(x, draw), turns), own, x)
+            if not error <= ROUNDINGS * noise:
+                raise UnknownLayersError(f"tried on numbers, it differs by {error:.1e}")
     finally:
         layer.train(was_training)
-    # In float64: what a layer adds may be small beside what it is added to.
-    exact, own_way, other_way = (each.double() - x for each in (expected, tried, shaken))
-    error, noise = (float((each - exact).norm() / exact.norm()) for each in (own_way, other_way))
-    if not error <= max(tolerance[x.dtype], ROUNDINGS * noise):
-        raise UnknownLayersError(f"tried on numbers, it differs by {error:.1e}")
     return fused
 
 
 def _row_by_row(layer: Any, x: torch.Tensor, turns: Turns) -> torch.Tensor:
     """Return what a layer's own forward pass makes of rows of `TRIED_TOKENS`."""
     found = []
-    for n_before, n in zip(accumulate(TRIED_TOKENS, initial=0), TRIED_TOKENS, strict=False):
-        own = slice(n_before, n_before + n)
-        place = tuple(each[None, own] for each in turns)
-        output = layer.forward(x[None, own], attention_mask=None, position_embeddings=place)
+    for row, *place in zip(*(each.split(TRIED_TOKENS) for each in (x, *turns)), strict=True):
+        turned = tuple(each[None] for each in place)
+        output = layer.forward(row[None], attention_mask=None, position_embeddings=turned)
         if not isinstance(output, torch.Tensor):
             raise UnknownLayersError("it returns more than hidden states")
         found.append(output[0])
     return torch.cat(found)
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor, x: torch.Tensor) -> float:
+    """Return by what share two ways differ in what a layer adds to x."""
+    # In float64: what a layer adds may be small beside what it is added to.
+    one, other = (each.double() - x for each in (found, expected))
+    return float((one - other).norm() / other.norm())
 
 
 def _shaken(x: torch.Tensor, draw: torch.Generator) -> torch.Tensor:
