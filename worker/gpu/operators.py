@@ -1,5 +1,7 @@
 """The kernels as operators on tensors of a GPU, in bfloat16, float16 or float32."""
 
+from typing import Any
+
 import torch
 import triton
 
@@ -42,7 +44,7 @@ def rescale(
     """
     d = x.shape[-1]
     told = (out, x, x, x, weight, factors, d, epsilon)
-    kernels.rescale[(x.numel() // d,)](*told, adds=False, **_row(d))
+    _launch(kernels.rescale, (x.numel() // d,), told, adds=False, **_row(d))
     return out
 
 
@@ -59,7 +61,7 @@ def add_and_rescale(
     total, y = out
     d = x.shape[-1]
     told = (y, total, x, z, weight, factors, d, epsilon)
-    kernels.rescale[(x.numel() // d,)](*told, adds=True, **_row(d))
+    _launch(kernels.rescale, (x.numel() // d,), told, adds=True, **_row(d))
     return out
 
 
@@ -87,7 +89,7 @@ def rescale_back(  # noqa: PLR0913 - what `rescale` was given and made
     d = y.shape[-1]
     adds = other is not None
     told = (out, gradient, y, other if adds else y, weight, factors, d)
-    kernels.rescale_back[(y.numel() // d,)](*told, is_bare=is_bare, adds=adds, **_row(d))
+    _launch(kernels.rescale_back, (y.numel() // d,), told, is_bare=is_bare, adds=adds, **_row(d))
     return out
 
 
@@ -96,7 +98,7 @@ def gated(gate: torch.Tensor, value: torch.Tensor, *, out: torch.Tensor) -> torc
     n_tokens, d = out.shape
     blocks = (n_tokens, triton.cdiv(d, GATE_BLOCK))
     told = (out, gate, value, d, gate.stride(0), value.stride(0))
-    kernels.gate[blocks](*told, block=GATE_BLOCK)
+    _launch(kernels.gate, blocks, told, block=GATE_BLOCK)
     return out
 
 
@@ -112,7 +114,7 @@ def gated_back(gradient: torch.Tensor, both: torch.Tensor, *, out: _Pair) -> Non
     n_tokens, d = gradient.shape
     blocks = (n_tokens, triton.cdiv(d, GATE_BLOCK))
     told = (to_both, y, gradient, both, d, to_both.stride(0), both.stride(0))
-    kernels.gate_back[blocks](*told, block=GATE_BLOCK)
+    _launch(kernels.gate_back, blocks, told, block=GATE_BLOCK)
 
 
 def turn(tokens: torch.Tensor, turns: _Pair, *, out: torch.Tensor, back: bool = False) -> None:
@@ -128,7 +130,7 @@ def turn(tokens: torch.Tensor, turns: _Pair, *, out: torch.Tensor, back: bool = 
     half = width // 2
     told = (out, tokens, *turns, n_heads, half, *out.stride()[:2], *tokens.stride()[:2])
     sizes = {"heads": triton.next_power_of_2(n_heads), "block": triton.next_power_of_2(half)}
-    kernels.turn[(n_tokens,)](*told, back=back, **sizes)
+    _launch(kernels.turn, (n_tokens,), told, back=back, **sizes)
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, *, wants_gradient: bool) -> _Pair:
@@ -147,8 +149,16 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, *, wants_gradient
     hits = logits.new_empty(n, dtype=torch.bool)
     block = min(LOGITS_BLOCK, triton.next_power_of_2(d))
     told = (logits, labels.contiguous(), losses, hits, d)
-    kernels.cross_entropy[(n,)](*told, wants_gradient=wants_gradient, block=block, num_warps=8)
+    _launch(
+        kernels.cross_entropy, (n,), told, wants_gradient=wants_gradient, block=block, num_warps=8
+    )
     return losses, hits
+
+
+def _launch(kernel: Any, blocks: tuple[int, ...], told: tuple[Any, ...], **sizes: Any) -> None:
+    """Start a kernel on the device of its first tensor, which need not be the current one."""
+    with torch.cuda.device_of(told[0]):
+        kernel[blocks](*told, **sizes)
 
 
 def _row(d: int) -> dict[str, int]:
