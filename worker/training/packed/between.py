@@ -79,11 +79,14 @@ class LoopOperators:
     cross_entropy_ = staticmethod(training.cross_entropy_)
 
 
+_LOOPS = LoopOperators()
+
+
 def operators_of(like: torch.Tensor) -> Operators | None:
     """Return the operators for such tensors, or None where there are only PyTorch's own."""
     match like.device.type:
         case "cpu" if operators.is_supported(like.dtype):
-            return LoopOperators()
+            return _LOOPS
         case "cuda" if like.dtype in GPU_DTYPES:
             return _gpu_operators()
     return None
