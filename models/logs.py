@@ -16,8 +16,17 @@ def configure_logging(level: str, process: str) -> None:
 
     JSON escapes control characters, so text from a client cannot forge a line.
     """
+
+    # Not bound to a context, which threads do not take over.
+    def name_process(
+        _: object, __: str, event: structlog.typing.EventDict
+    ) -> structlog.typing.EventDict:
+        event.setdefault("process", process)
+        return event
+
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        name_process,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -46,6 +55,5 @@ def configure_logging(level: str, process: str) -> None:
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level)
-    for noisy in ("httpx", "httpcore", "urllib3", "kombu", "amqp"):
+    for noisy in ("httpx", "httpcore", "urllib3", "celery", "kombu", "amqp"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
-    structlog.contextvars.bind_contextvars(process=process)

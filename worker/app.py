@@ -19,6 +19,10 @@ def create_worker_app(settings: Settings) -> Celery:
     def ring() -> None:
         dispatcher.ring()
 
+    @signals.setup_logging.connect(weak=False)
+    def keep_logging(**_: Any) -> None:
+        """Celery sets the level of all loggers to its own where nobody listens to this."""
+
     # Started before the broker answers: work in the database does not wait for it.
     @signals.worker_init.connect(weak=False)
     def start(**_: Any) -> None:

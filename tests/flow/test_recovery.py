@@ -1,5 +1,6 @@
 """Workers that are killed, messages that are doubled: the job is trained once, to its end."""
 
+import json
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -209,6 +210,22 @@ def test_a_worker_that_is_told_to_stop_saves_a_checkpoint_and_gives_the_job_back
     with stage.worker():
         ended = stage.wait_for_job(job_id, lambda job: JobStatus(job.status).is_terminal, "the end")
     assert ended.status == JobStatus.SUCCEEDED, stage.logs()
+
+
+def test_a_worker_logs_what_it_does_and_not_each_ring(stage: Stage) -> None:
+    bell = Bell(make_celery(BrokerSettings.model_validate({"url": stage.broker_url})))
+    with stage.worker():
+        job_id = stage.submit(n_epochs=1)
+        bell.ring()
+        stage.wait_for_job(job_id, lambda job: JobStatus(job.status).is_terminal, "the end")
+        stage.outcomes()
+    lines = (stage.folder / "worker-1.log").read_text().splitlines()
+    logged = [json.loads(line) for line in lines if line.startswith("{")]
+    own = [line["event"] for line in logged if line.get("process") == "worker"]
+    assert "training_started" in own, stage.logs()
+    assert "training_ended" in own
+    noisy = {"celery", "kombu", "amqp"}
+    assert not [line for line in logged if line["logger"].split(".")[0] in noisy]
 
 
 def test_doubled_bells_and_two_workers_train_a_job_once(stage: Stage) -> None:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,14 @@ def test_both_kinds_of_loggers_write_the_same_form(written: io.StringIO) -> None
     ours, theirs = lines(written)
     assert (ours["event"], ours["number"], ours["level"]) == ("event", 1, "info")
     assert (theirs["event"], theirs["logger"], theirs["process"]) == ("said so", "theirs", "test")
+
+
+def test_lines_of_every_thread_say_of_which_process_they_are(written: io.StringIO) -> None:
+    thread = threading.Thread(target=structlog.get_logger("ours").info, args=("event",))
+    thread.start()
+    thread.join()
+    logging.getLogger("theirs").info("event")
+    assert [line["process"] for line in lines(written)] == ["test", "test"]
 
 
 def test_what_is_below_the_level_is_not_written(written: io.StringIO) -> None:
