@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import structlog
 
@@ -39,7 +40,8 @@ def compile_all(database: Database, is_stopping: Callable[[], bool]) -> bool:
                 with database.read() as session:
                     if job_runs.has_queued(session):
                         return False
-                _wait(child)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(POLL_SECONDS)
         finally:
             child.kill()
     seconds = round(time.monotonic() - started, 1)
@@ -48,10 +50,3 @@ def compile_all(database: Database, is_stopping: Callable[[], bool]) -> bool:
     else:
         log.warning("loops_not_compiled", exit_status=child.returncode, seconds=seconds)
     return True
-
-
-def _wait(child: "subprocess.Popen[bytes]") -> None:
-    try:
-        child.wait(POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return

@@ -75,17 +75,7 @@ def rescale_back(  # noqa: PLR0913 - what `rescale` was given and made
     out: torch.Tensor,
     is_bare: bool = False,
 ) -> torch.Tensor:
-    """Return the gradient of the input of `rescale`, plus `other`, which may be None.
-
-    Args:
-        gradient: Of its result, contiguous [..., d].
-        y: Its result. No number of `weight` may be 0 or tiny unless it `is_bare`.
-        weight: [d].
-        factors: What it multiplied each token with, float32.
-        other: What is added, contiguous [..., d], or None.
-        out: Contiguous [..., d], is filled and returned.
-        is_bare: Whether y is given as it was before it was multiplied with `weight`.
-    """
+    """As `worker.kernels.training.rescale_back`, of `rescale`."""
     d = y.shape[-1]
     adds = other is not None
     told = (out, gradient, y, other if adds else y, weight, factors, d)
@@ -103,13 +93,7 @@ def gated(gate: torch.Tensor, value: torch.Tensor, *, out: torch.Tensor) -> torc
 
 
 def gated_back(gradient: torch.Tensor, both: torch.Tensor, *, out: _Pair) -> None:
-    """Make the gradient of the input of `gated`, and its result once more.
-
-    Args:
-        gradient: Of its result, contiguous [tokens, d].
-        both: Gate and value side by side, contiguous [tokens, 2 · d].
-        out: Is filled with the gradient [tokens, 2 · d] and the result [tokens, d], contiguous.
-    """
+    """As `worker.kernels.training.gated_back`, of `gated`."""
     to_both, y = out
     n_tokens, d = gradient.shape
     blocks = (n_tokens, triton.cdiv(d, GATE_BLOCK))
@@ -134,16 +118,7 @@ def turn(tokens: torch.Tensor, turns: _Pair, *, out: torch.Tensor, back: bool = 
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, *, wants_gradient: bool) -> _Pair:
-    """Return −log softmax(logits)[label] in nats and whether that is the first largest.
-
-    Args:
-        logits: Contiguous [n, d]; their gradient takes their place if it is wanted.
-        labels: int64 [n], each from 0 to d − 1.
-        wants_gradient: Whether it is.
-
-    Returns:
-        float32 [n] and bool [n].
-    """
+    """As `worker.kernels.training.cross_entropy_`; but labels that name no logit are not found."""
     n, d = logits.shape
     losses = logits.new_empty(n, dtype=torch.float32)
     hits = logits.new_empty(n, dtype=torch.bool)

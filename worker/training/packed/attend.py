@@ -235,12 +235,3 @@ def _places(turns: Turns | None) -> tuple[int, int]:
         return 0, 0
     cosines, sines = turns
     return cosines.data_ptr(), sines.data_ptr()
-
-
-def attention_of(like: torch.Tensor) -> type[Attention]:
-    """Return the way for such tensors."""
-    if like.device.type == "cuda":
-        from worker.training.packed.flash import FlashAttention  # which builds on this module
-
-        return FlashAttention
-    return LoopAttention if products.is_supported(like) else ProductAttention

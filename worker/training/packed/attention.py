@@ -16,12 +16,11 @@ from torch.nn import functional
 
 from worker.kernels.operators import is_supported
 from worker.training.packed import layout, pool
-from worker.training.packed.attend import attention_of
+from worker.training.packed.flash import HALF_PRECISION
 from worker.training.packed.layout import Layout
+from worker.training.packed.ways import attention_of
 
 NAME = "tunery_packed"
-HALF_PRECISION = (torch.bfloat16, torch.float16)
-"""What the flash kernel computes in."""
 
 
 class UnsupportedAttentionError(RuntimeError):

@@ -19,7 +19,7 @@ GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class Operators(Protocol):
-    """As `worker.gpu.operators` explains them. Tensors are contiguous but where it says not."""
+    """As `worker.kernels.operators` and `worker.kernels.training` explain them."""
 
     def rescale(
         self,

@@ -13,6 +13,8 @@ from worker.kernels.training import Turns
 from worker.training.packed.attend import Attention
 from worker.training.packed.layout import Layout
 
+HALF_PRECISION = (torch.bfloat16, torch.float16)
+"""What the kernel computes in."""
 LARGEST_HEAD = 256
 FIRST_CAPABILITY = (8, 0)
 """Of the devices that the kernel is built for."""
@@ -26,7 +28,7 @@ class FlashAttention(Attention):
     @staticmethod
     def takes(like: torch.Tensor, width: int) -> bool:
         """Tell whether heads of `width` numbers in the dtype and on the device of `like` go."""
-        if like.device.type != "cuda" or like.dtype not in (torch.bfloat16, torch.float16):
+        if like.device.type != "cuda" or like.dtype not in HALF_PRECISION:
             return False
         capability = torch.cuda.get_device_capability(like.device)
         return capability >= FIRST_CAPABILITY and width % 8 == 0 and width <= LARGEST_HEAD

@@ -16,14 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from worker.kernels.training import Turns
 from worker.training.packed import layout, pool
-from worker.training.packed.attend import attention_of
 from worker.training.packed.between import Operators, operators_of
 from worker.training.packed.flash import FlashAttention
 from worker.training.packed.layout import Layout
 from worker.training.packed.lora import LinearGroup, gate, gate_back
 from worker.training.packed.norm import can_divide
 from worker.training.packed.products import Part
-from worker.training.packed.ways import products_of
+from worker.training.packed.ways import attention_of, products_of
 from worker.transformer_blocks import UnknownLayersError, require_llama_parts
 
 PRODUCTS = (

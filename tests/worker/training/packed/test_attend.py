@@ -10,9 +10,9 @@ from worker.training.packed.attend import (
     Attention,
     LoopAttention,
     ProductAttention,
-    attention_of,
 )
 from worker.training.packed.layout import Layout
+from worker.training.packed.ways import attention_of
 
 NEEDS_LOOPS = pytest.mark.skipif(
     not tiles.is_supported(), reason="this processor has no AVX512-BF16"

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.worker.training.packed.test_attend import SCALE, exact_attention
-from worker.training.packed import attend
 from worker.training.packed.flash import FlashAttention
 from worker.training.packed.layout import Layout
+from worker.training.packed.ways import attention_of
 
 
 class Elsewhere:
@@ -15,7 +15,7 @@ class Elsewhere:
 
 
 def test_it_is_the_way_on_a_gpu() -> None:
-    assert attend.attention_of(Elsewhere()) is FlashAttention  # type: ignore[arg-type]
+    assert attention_of(Elsewhere()) is FlashAttention  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
