@@ -185,11 +185,15 @@ def cross_entropy(  # noqa: PLR0913
     wants_gradient: tl.constexpr,
     block: tl.constexpr,
 ):
-    """−log softmax(z)[label] of one row, in nats; its gradient takes the place of the logits z."""
+    """−log softmax(z)[label] of one row, in nats; its gradient takes the place of the logits z.
+
+    The loss of a label that names no logit is not a number, which ends a job.
+    """
     row = tl.program_id(0).to(tl.int64)
     z = logits + row * d
     label = tl.load(labels + row)
-    own = tl.load(z + label).to(tl.float32)
+    known = (label >= 0) & (label < d)
+    own = tl.load(z + label, mask=known, other=float("nan")).to(tl.float32)
     largest = tl.full((), float("-inf"), tl.float32)
     total = tl.full((), 0.0, tl.float32)
     before = tl.full((), 0, tl.int32)  # how many as large or larger come before the label

@@ -118,7 +118,7 @@ def turn(tokens: torch.Tensor, turns: _Pair, *, out: torch.Tensor, back: bool = 
 
 
 def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor, *, wants_gradient: bool) -> _Pair:
-    """As `worker.kernels.training.cross_entropy_`; but labels that name no logit are not found."""
+    """As `worker.kernels.training.cross_entropy_`; a label that names no logit gives NaN."""
     n, d = logits.shape
     losses = logits.new_empty(n, dtype=torch.float32)
     hits = logits.new_empty(n, dtype=torch.bool)

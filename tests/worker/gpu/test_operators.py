@@ -180,3 +180,13 @@ def test_losses_do_not_underflow() -> None:
     labels = torch.tensor([0, 0], device=DEVICE)
     losses, _ = operators.cross_entropy_(logits, labels, wants_gradient=False)
     assert losses.tolist() == [300.0, 300.0]
+
+
+@pytest.mark.parametrize("label", [-1, 2, 10**9])
+def test_a_label_that_names_no_logit_has_no_loss(label: int) -> None:
+    logits = torch.zeros(2, 2, device=DEVICE)
+    labels = torch.tensor([label, 1], device=DEVICE)
+    losses, hits = operators.cross_entropy_(logits, labels, wants_gradient=False)
+    assert losses[0].isnan()
+    assert float(losses[1]) == pytest.approx(0.6931472)
+    assert hits.tolist() == [False, False]
