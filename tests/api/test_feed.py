@@ -149,6 +149,9 @@ def test_a_slow_reader_waits_alone_and_ends_when_too_much_waits(
             quick.append(news)
 
         other = asyncio.create_task(feed.follow(job_id, Position(), note))
+        async with asyncio.timeout(20):
+            while not (told and quick):  # the history, of which no step may be part
+                await asyncio.sleep(0.002)
         for step in range(1, 9):
             await asyncio.to_thread(write, database, job_id, step)
             async with asyncio.timeout(20):
